@@ -1,0 +1,89 @@
+# One door for people and for CI. `make` alone explains itself.
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+PARAMS ?= default
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+UV     := $(shell command -v uv 2>/dev/null)
+
+# The tools of the environment first, whether or not somebody activated it.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export GRADIO_ANALYTICS_ENABLED := False
+export PLOOMBER_STATS_ENABLED := false
+
+.PHONY: help
+help:  ## this list
+	@echo "celestial_ml: from a notebook to a served model"; echo
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12 | sed 's/^/  make /'
+	@echo; echo "First time here?  make run, then make serve."
+
+# The environment: everything in the lock, by hash. A second call starts at once.
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}. Try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	@echo "Setting up $(VENV): once, some minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifneq ($(UV),)
+	@$(UV) pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps -e .
+else
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+endif
+	@touch $(READY)
+
+.PHONY: setup
+setup: $(READY)  ## the environment alone; every other target does it when needed
+
+.PHONY: run
+run: $(READY)  ## the pipeline, with params/$(PARAMS).yaml
+	@celestial run $(PARAMS)
+
+.PHONY: serve
+serve: $(READY)  ## the HTTP API and the demo on http://127.0.0.1:8000
+	@celestial serve
+
+.PHONY: lab
+lab: $(READY)  ## JupyterLab, on the notebooks
+	@nbdev_install_hooks >/dev/null
+	@jupyter lab nbs
+
+.PHONY: test
+test: $(READY)  ## all tests: library notebooks, contracts, pipeline, HTTP, browser
+	@pytest
+
+.PHONY: check
+check: $(READY)  ## format, lint, types, clean notebooks, no stale export
+	@ruff format --check nbs tests bench
+	@ruff check nbs tests bench
+	@mypy
+	@pytest -q -n 0 tests/test_notebooks.py
+
+.PHONY: bench
+bench: $(READY)  ## the figures: notebooks against a script, ONNX against Keras, a cold predict
+	@python -m bench
+
+.PHONY: docs
+docs: $(READY)  ## the documentation site, in site/
+	@mkdocs build --strict --quiet
+	@echo "look:  site/index.html"
+
+.PHONY: export
+export: $(READY)  ## after editing notebooks: format, clean, export, README, params/default.yaml
+	@ruff format --quiet nbs tests bench
+	@nbdev_clean
+	@nbdev_export
+	@python -m celestial_ml.flow.publish
+
+.PHONY: lock
+lock:  ## resolve requirements.lock anew, for Python 3.11 to 3.13; needs uv
+	@uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-emit-find-links --no-header --quiet --upgrade -o requirements.lock
+
+.PHONY: clean
+clean:  ## remove what was made: output, state, caches, site; keeps the environment and data/raw
+	@rm -rf output .celestial site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

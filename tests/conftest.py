@@ -1,0 +1,57 @@
+"What several test files use: a project of one's own, and the guide's images where they are."
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("pipeline.yaml", "dvc.yaml", "params", "nbs", "celestial_ml", ".gitignore", ".dvc/config", ".dvcignore", "data/raw.dvc")
+
+
+@pytest.fixture(scope="session")
+def guide_images() -> Path:
+    "The guide's 1,500 images, from `CELESTIAL_GUIDE_DATA`, `data/raw` or a folder beside the repository; else skip."
+    places = [os.environ.get("CELESTIAL_GUIDE_DATA"), ROOT / "data/raw", ROOT.parent / "shared/data/celestial"]
+    for place in filter(None, places):
+        if Path(place).is_dir():
+            return Path(place)
+    pytest.skip("the guide's images are not here: celestial data get guide, or set CELESTIAL_GUIDE_DATA")
+
+
+def copy_project(folder: Path) -> Path:
+    "A copy of the project without what was made, to run and to change at will."
+    for name in COPIED:
+        source, target = ROOT / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        else:
+            shutil.copy2(source, target)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A copy of the project, for the tests of one file."
+    return copy_project(tmp_path_factory.mktemp("project"))
+
+
+Celestial = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture(scope="module")
+def celestial(project: Path) -> Celestial:
+    "Run the command `celestial` in the copy of the project, as a person would, with a state folder of its own."
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("CELESTIAL_", "MLFLOW_"))}
+    env |= {"CELESTIAL_HOME": str(project / ".celestial"), "PYTHONPATH": str(project)}
+
+    def run(*arguments: object, cwd: Path = project, **extra: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "celestial_ml.cli.app", *map(str, arguments)]
+        return subprocess.run(command, cwd=cwd, env=env | extra, capture_output=True, text=True, timeout=900)
+
+    return run

@@ -1,0 +1,96 @@
+"""What the tests of the service share: a tiny model, a real server, pictures good and bad."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+from PIL import Image
+
+from celestial_ml.core.files import sha256_of, write_json
+from celestial_ml.data.bodies import BODIES
+from celestial_ml.data.render import render
+
+# It looks at the mean colour alone: red is Mars, blue is Neptune, and the eight others are never the answer.
+GRAPH = """
+<ir_version: 10, opset_import: ["" : 18]>
+colour (uint8[n, h, w, 3] image) => (float[n, 10] probabilities, float[n, 3] embedding, float[n] ood_score)
+<float[3, 10] weights = {%s}>
+{
+  bytes = Cast <to = 1> (image)
+  inside = Constant <value = int64[2] {1, 2}> ()
+  embedding = ReduceMean <keepdims = 0> (bytes, inside)
+  logits = MatMul (embedding, weights)
+  probabilities = Softmax <axis = 1> (logits)
+  channels = Constant <value = int64[1] {1}> ()
+  brightest = ReduceMax <keepdims = 0> (embedding, channels)
+  full = Constant <value_float = 255.0> ()
+  ood_score = Sub (full, brightest)
+}
+"""
+
+
+def tiny_model(folder: Path) -> Path:
+    "A packaged model of ten bodies; a nearly black picture is unknown to it."
+    weights = np.zeros((3, 10))
+    weights[0, list(BODIES).index("Mars")] = weights[2, list(BODIES).index("Neptune")] = 1
+    text = GRAPH % ", ".join(str(w) for w in weights.ravel())
+    folder.mkdir(parents=True, exist_ok=True)
+    onnx.save(onnx.parser.parse_model(text), folder / "model.onnx")
+    about = {
+        "name": "tiny",
+        "version": "7",
+        "classes": list(BODIES),
+        "ood_threshold": 250.0,
+        "sha256": sha256_of(folder / "model.onnx"),
+        "metrics": {"accuracy": 0.9967, "images": 600},
+        "lineage": {"source": "render"},
+    }
+    write_json(folder / "model.json", about)
+    return folder
+
+
+def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **options: object) -> bytes:
+    "A picture as a file."
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def neptune(kind: str = "PNG", **options: object) -> bytes:
+    "A good picture."
+    return encoded(render("Neptune"), kind, **options)
+
+
+@contextmanager
+def running(model: Path | None, log: Path, demo: bool = True, max_bytes: int | None = None) -> Iterator[str]:
+    "A real server in a process of its own; yields its URL."
+    # With a model through `serve`, as a person starts it; without one, or with another limit, the same by hand.
+    code = f"from celestial_ml.serve.api import serve; serve({str(model)!r}, port=0, demo={demo})"
+    if model is None or max_bytes:
+        code = (
+            "import uvicorn; from celestial_ml.serve.api import build_app, open_port; s = open_port('127.0.0.1', 0);"
+            "print(f'http://127.0.0.1:{s.getsockname()[1]}', flush=True);"
+            f"app = build_app({str(model) if model else None!r}, {demo}, {max_bytes or 20_000_000});"
+            "uvicorn.Server(uvicorn.Config(app, log_level='warning')).run(sockets=[s])"
+        )
+    with log.open("w") as out:
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=out, text=True, env=os.environ)
+        try:
+            assert process.stdout
+            found = None
+            while not found and (line := process.stdout.readline()):
+                found = re.search(r"http://[\d.]+:\d+", line)
+            assert found, log.read_text()
+            yield found.group()
+        finally:
+            process.terminate()
+            process.wait(20)
+            if process.stdout:
+                process.stdout.close()

@@ -1,0 +1,158 @@
+"Contracts of the notebooks: committed clean, exported as they are, and each of its kind."
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from celestial_ml.core.params import Params, default_yaml, load_params
+from celestial_ml.flow.publish import readme
+from celestial_ml.flow.steps import SECTIONS, load_tasks, step_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+STEPS = [p for p in NOTEBOOKS if p.parent.name == "steps"]
+LIBRARY = [p for p in NOTEBOOKS if p.parent.name not in ("steps", "guides", "nbs")]
+FLOORS = {"core": 1, "data": 2, "model": 3, "registry": 4, "serve": 4, "monitor": 5, "label": 5, "flow": 6, "cli": 7}
+OUTSIDE_PARAMETERS = {"upstream", "product", "resources_", "run"}
+
+
+def cells(notebook: Path, kind: str = "code") -> list[dict]:
+    "The cells of one kind."
+    return [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == kind]
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def name(notebook: Path) -> str:
+    return notebook.relative_to(ROOT / "nbs").as_posix()
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name)
+def test_notebook_is_clean(notebook: Path) -> None:
+    content = json.loads(notebook.read_text())
+    assert set(content["metadata"]) <= {"kernelspec", "language_info"}
+    for cell in content["cells"]:
+        assert source(cell).strip(), "an empty cell"
+        assert set(cell["metadata"]) <= {"tags"}, "run `nbdev_clean`"
+        assert "injected-parameters" not in cell["metadata"].get("tags", [])
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None, "run `nbdev_clean`, commit no outputs"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name)
+def test_notebook_has_a_title_and_a_subtitle(notebook: Path) -> None:
+    first = source(cells(notebook, "markdown")[0])
+    assert re.match(r"# .+\n\n> .+", first), "a notebook begins with `# title` and `> subtitle`"
+
+
+def test_exports_are_fresh(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copy2(ROOT / "settings.ini", tmp_path)
+    (tmp_path / "celestial_ml").mkdir()
+    shutil.copy2(ROOT / "celestial_ml/__init__.py", tmp_path / "celestial_ml")
+    subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=tmp_path, check=True, capture_output=True)
+    fresh = {p.relative_to(tmp_path): p.read_text() for p in (tmp_path / "celestial_ml").rglob("*.py")}
+    committed = {p.relative_to(ROOT): p.read_text() for p in (ROOT / "celestial_ml").rglob("*.py")}
+    assert fresh.keys() == committed.keys()
+    stale = [str(path) for path in fresh if fresh[path] != committed[path]]
+    assert not stale, "run `make export` and commit what it changes"
+
+
+def test_every_module_is_a_notebook() -> None:
+    exported = {f"{m[1].replace('.', '/')}.py" for nb in LIBRARY if (m := re.search(r"default_exp ([\w.]+)", nb.read_text()))}
+    modules = {p.relative_to(ROOT / "celestial_ml").as_posix() for p in (ROOT / "celestial_ml").rglob("*.py")}
+    assert {m for m in modules if not m.rpartition("/")[2].startswith("_")} == exported
+
+
+@pytest.mark.parametrize("notebook", LIBRARY, ids=name)
+def test_library_notebook_asserts_what_it_shows(notebook: Path) -> None:
+    shown = [source(cell) for cell in cells(notebook) if "#| export" not in source(cell)]
+    assert any("assert" in code for code in shown)
+    assert notebook.parent.name in FLOORS and f"default_exp {notebook.parent.name}." in notebook.read_text()
+
+
+@pytest.mark.parametrize("notebook", LIBRARY, ids=name)
+def test_exported_cells_are_small(notebook: Path) -> None:
+    lengths = [len(source(cell).splitlines()) for cell in cells(notebook) if source(cell).startswith("#| export")]
+    assert max(lengths) <= 51, "an exported cell has at most 50 lines"
+
+
+def test_rooms_import_only_from_below() -> None:
+    numbers = {f"celestial_ml.{nb.parent.name}.{nb.stem[3:]}": int(nb.stem[:2]) for nb in LIBRARY}
+    wrong = []
+    for module in (ROOT / "celestial_ml").rglob("[a-z]*.py"):
+        room, own = module.parent.name, f"celestial_ml.{module.parent.name}.{module.stem}"
+        for node in ast.walk(ast.parse(module.read_text())):
+            other = node.module if isinstance(node, ast.ImportFrom) else None
+            if other not in numbers:
+                continue
+            there = other.split(".")[1]
+            below = FLOORS[there] < FLOORS[room] or (there == room and numbers[other] < numbers[own])
+            same_floor = there != room and FLOORS[there] == FLOORS[room] and list(FLOORS).index(there) < list(FLOORS).index(room)
+            if not (below or same_floor):
+                wrong.append(f"{own} imports {other}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("notebook", STEPS, ids=name)
+def test_step_defines_nothing_and_has_one_parameters_cell(notebook: Path) -> None:
+    tagged = [cell for cell in cells(notebook) if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    tree = ast.parse("\n".join(source(cell) for cell in cells(notebook)))
+    defined = [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assert not defined, "a step calls the library; define it there"
+    assert any(isinstance(node, ast.Assert | ast.Raise) for node in ast.walk(tree)) or "require_pass" in notebook.read_text()
+
+
+@pytest.mark.parametrize("notebook", STEPS, ids=name)
+def test_parameters_cell_holds_the_defaults(notebook: Path) -> None:
+    "The literals of a step's parameters cell are the schema's defaults, under the same names."
+    cell = next(cell for cell in cells(notebook) if "parameters" in cell["metadata"].get("tags", []))
+    assignments = [node for node in ast.parse(source(cell)).body if isinstance(node, ast.Assign)]
+    found = {node.targets[0].id: ast.literal_eval(node.value) for node in assignments}
+    expected = step_parameters(notebook.stem[3:], Params())
+    assert {key: value for key, value in found.items() if key not in OUTSIDE_PARAMETERS} == expected
+    assert found.keys() >= OUTSIDE_PARAMETERS and found["run"] == "default"
+
+
+def test_pipeline_names_every_step() -> None:
+    tasks = load_tasks(ROOT, "default")
+    assert [task.source.as_posix() for task in tasks.values()] == [f"nbs/{name(nb)}" for nb in STEPS]
+    assert list(tasks) == list(SECTIONS) == "acquire check prepare train evaluate explain package register".split()
+    seen: set[str] = set()
+    for task in tasks.values():
+        assert set(task.upstream) <= seen, "tasks stand in an order of execution"
+        seen.add(task.name)
+        assert {"notebook", "html"} <= task.product.keys()
+
+
+def test_readme_and_default_params_are_fresh() -> None:
+    assert (ROOT / "README.md").read_text() == readme(ROOT / "nbs/index.ipynb"), "run `make export`"
+    assert (ROOT / "params/default.yaml").read_text() == default_yaml(), "run `make export`"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*.yaml")), ids=lambda p: p.stem)
+def test_params_file_is_valid_and_small(path: Path) -> None:
+    load_params(path.stem, folder=ROOT / "params")
+    if path.stem != "default":
+        assert len(path.read_text().splitlines()) <= 15, "an overlay says only what differs"
+        assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+def test_every_sheet_that_dvc_compares_is_kept_by_git() -> None:
+    "What dvc.yaml names must not be ignored by git, or two revisions have nothing to compare."
+    spec = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+    pictures = [plot for plot in spec["plots"] if isinstance(plot, str)]
+    for path in [*spec["metrics"], *pictures, "output/default/history.csv"]:
+        ignored = subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT).returncode
+        assert ignored != 0, f"{path} is ignored by git"
+    assert subprocess.run(["git", "check-ignore", "-q", "output/default/model.onnx"], cwd=ROOT).returncode == 0

@@ -1,0 +1,281 @@
+"The pipeline end to end at smoke size: run, rerun, changed, broken, and run in three ways."
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import papermill
+import pytest
+
+from celestial_ml.core.files import read_json
+from celestial_ml.core.params import load_params
+from celestial_ml.flow.pipeline import Plan, make_plan, run_pipeline
+from celestial_ml.flow.steps import Task, load_tasks, step_parameters
+
+ALL = ["acquire", "check", "prepare", "train", "evaluate", "explain", "package", "register"]
+
+
+@pytest.fixture(scope="module")
+def at_home(project: Path) -> Path:
+    "This process, at home in the copy of the project."
+    before, here = dict(os.environ), Path.cwd()
+    os.environ["CELESTIAL_HOME"] = str(project / ".celestial")
+    os.environ["CELESTIAL_TERMINAL"] = "1"
+    os.chdir(project)
+    yield project
+    os.chdir(here)
+    os.environ.clear()
+    os.environ |= before
+
+
+@pytest.fixture(scope="module")
+def smoke(at_home: Path) -> Plan:
+    "The pipeline, run once."
+    plan = make_plan(at_home, "smoke")
+    assert list(plan.stale) == ALL
+    run_pipeline(plan, quiet=True)
+    return plan
+
+
+def rerun(root: Path, *settings: str, params: str = "smoke", **options: str) -> list[str]:
+    "Run again; the steps that ran, as their products tell."
+    tasks = load_tasks(root, options.get("run", params))
+    before = {name: made(task) for name, task in tasks.items()}
+    plan = make_plan(root, params, list(settings), **options)
+    run_pipeline(plan, quiet=True)
+    ran = [name for name, task in tasks.items() if made(task) != before[name]]
+    assert ran == list(plan.stale), "the plan said what would run"
+    assert make_plan(root, params, list(settings), **{k: v for k, v in options.items() if k == "run"}).stale == {}
+    return ran
+
+
+def made(task: Task) -> int:
+    "When a step's notebook was written."
+    path = task.product["notebook"]
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def test_every_product_is_there(smoke: Plan) -> None:
+    for task in smoke.tasks.values():
+        for path in task.product.values():
+            assert path.stat().st_size > 0, path
+    assert not list(Path("output/smoke").rglob("*.part*")), "nothing half-written is left"
+    html = Path("output/smoke/evaluate.html").read_text()
+    assert "Mistakes first" in html and "data:image/png;base64" in html
+
+
+def test_metrics_agree_with_predictions(smoke: Plan) -> None:
+    metrics, table = read_json("output/smoke/metrics.json"), pd.read_parquet("output/smoke/predictions.parquet")
+    assert metrics["accuracy"] == pytest.approx((table.label == table.predicted).mean())
+    assert metrics["images"] == len(table) == 20 and set(metrics["per_class"]) == set(table.label)
+    assert np.allclose(np.stack(table.probabilities.tolist()).sum(1), 1)
+    features = pd.read_parquet("output/smoke/features.parquet")
+    assert set(table.path) == set(features.path[features.split == "test"]), "measured on held-out images only"
+
+
+def test_model_knows_where_it_comes_from(smoke: Plan) -> None:
+    about = read_json("output/smoke/model.json")
+    assert about["parity"] < 1e-4 and about["metrics"] == read_json("output/smoke/metrics.json")
+    lineage = about["lineage"]
+    assert lineage["run"] == "smoke" and lineage["parameters"]["train"]["epochs"] == 2
+    assert len(lineage["data_sha256"]) == 64 and lineage["mlflow_run"]
+
+
+def test_mlflow_has_the_whole_run(smoke: Plan) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{os.environ['CELESTIAL_HOME']}/mlflow.db")
+    about = read_json("output/smoke/model.json")
+    run = client.get_run(about["lineage"]["mlflow_run"])
+    assert run.info.status == "FINISHED" and run.data.params["epochs"] == "2"
+    assert run.data.tags["data_sha256"] == about["lineage"]["data_sha256"] and run.data.tags["code_revision"]
+    assert run.data.metrics["test_accuracy"] == pytest.approx(about["metrics"]["accuracy"])
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "val_loss")] == [1, 2]
+    kept = {f.path for folder in ("notebooks", "plots", "data") for f in client.list_artifacts(run.info.run_id, folder)}
+    assert {"notebooks/train.ipynb", "notebooks/package.html", "plots/confusion_matrix.png", "data/metrics.json"} <= kept
+
+
+def test_a_weak_model_stays_a_candidate(smoke: Plan) -> None:
+    verdict = read_json("output/smoke/register.json")
+    assert not verdict["promoted"] and "is below" in verdict["reasons"][0]
+    assert not Path(os.environ["CELESTIAL_HOME"], "models/champion.json").exists()
+
+
+def test_nothing_changed_nothing_runs_and_ploomber_is_not_imported(smoke: Plan, at_home: Path) -> None:
+    assert make_plan(at_home, "smoke").stale == {}
+    code = (
+        "import sys; from pathlib import Path; from celestial_ml.flow.pipeline import make_plan, run_pipeline;"
+        "plan = make_plan(Path.cwd(), 'smoke'); run_pipeline(plan); assert plan.stale == {};"
+        "slow = {'ploomber', 'tensorflow', 'mlflow', 'pandas', 'papermill'} & set(sys.modules); assert not slow, slow"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=at_home)
+
+
+def test_a_changed_parameter_reruns_what_depends_on_it(smoke: Plan, at_home: Path) -> None:
+    assert rerun(at_home, "explain.stride=8") == ["explain", "register"]
+    assert rerun(at_home) == ["explain", "register"]
+
+
+def test_a_changed_notebook_reruns_what_depends_on_it(smoke: Plan, at_home: Path) -> None:
+    path = at_home / "nbs/steps/06_explain.ipynb"
+    before = path.read_text()
+    path.write_text(before.replace("# Which images", "# Which pictures"))
+    assert rerun(at_home) == ["explain", "register"]
+    path.write_text(before)
+    assert rerun(at_home) == ["explain", "register"]
+
+
+def test_a_changed_module_reruns_what_imports_it_even_through_another(smoke: Plan, at_home: Path) -> None:
+    module = at_home / "celestial_ml/model/unknown.py"  # `package` imports it, and export.py, which imports it too
+    before = module.read_text()
+    assert "celestial_ml/model/unknown.py" in smoke.inputs["package"]["modules"]
+    module.write_text(before + "\n# changed\n")
+    assert rerun(at_home) == ["package", "register"]
+    module.write_text(before)
+    indirect = at_home / "celestial_ml/data/features.py"  # only prepare.py imports it; and export.py imports prepare.py
+    before = indirect.read_text()
+    indirect.write_text(before + "\n# changed\n")
+    plan = make_plan(at_home, "smoke")
+    assert plan.stale["prepare"] == "celestial_ml/data/features.py changed" and "acquire" not in plan.stale
+    assert "celestial_ml/data/features.py" in plan.inputs["package"]["modules"]
+    indirect.write_text(before)
+    assert rerun(at_home) == ["package", "register"]
+
+
+def test_a_changed_image_reruns_everything_that_saw_it(smoke: Plan, at_home: Path) -> None:
+    photos = at_home / "photos"
+    shutil.copytree("output/smoke/images", photos, ignore=shutil.ignore_patterns("metadata.csv"))
+    settings = ["data.source=folder", "data.folder=photos"]
+    assert rerun(at_home, *settings, run="photos") == ALL
+    first, second = sorted((photos / "Mars").iterdir())[:2]
+    shutil.copy2(second, first)
+    os.utime(first, ns=(0, 0))  # its time says nothing
+    plan = make_plan(at_home, "smoke", settings, run="photos")
+    assert plan.stale["acquire"] == "the images changed" and list(plan.stale) == ALL
+    (photos / "Mars" / "note.txt").write_text("not an image, but in the folder")
+    assert make_plan(at_home, "smoke", settings, run="photos").stale
+
+
+def test_from_and_force(smoke: Plan, at_home: Path) -> None:
+    assert rerun(at_home, start="package") == ["package", "register"]
+    assert list(make_plan(at_home, "smoke", force=True).stale) == ALL
+    run_pipeline(make_plan(at_home, "smoke"), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["smoke", "--set", "train.lrr=1"], "did you mean train.lr?"),
+        (["smoke", "--set", "train.epochs=0"], "from 1, up to 1000"),
+        (["smok"], "did you mean 'smoke'?"),
+        (["smoke", "--set", "model.network=compct"], "did you mean 'compact'?"),
+        (["smoke", "--set", "data.source=gide"], "did you mean 'guide'?"),
+        (["smoke", "--set", "data.source=folder"], "data.folder names none"),
+        (["smoke", "--set", "data.source=folder", "--set", "data.folder=nowhere"], "nowhere is no folder"),
+        (["smoke", "--from", "trian"], "did you mean 'train'?"),
+        (["smoke", "--run", "../up"], "can't be the name of a run"),
+        (["smoke", "--executor", "magic"], "inline or kernel"),
+    ],
+)
+def test_a_wrong_request_is_refused_before_anything_runs(celestial, arguments: list[str], words: str) -> None:
+    result = celestial("run", *arguments)
+    assert result.returncode == 2 and words in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+
+
+def test_a_typo_in_a_params_file_names_the_file(celestial, project: Path) -> None:
+    (project / "params/typo.yaml").write_text("train: {epoch: 3}\n")
+    result = celestial("run", "typo")
+    assert result.returncode == 2
+    assert re.search(r"typo\.yaml: train\.epoch is no parameter; did you mean train\.epochs\?", result.stderr)
+    (project / "params/typo.yaml").unlink()
+
+
+def test_a_class_with_one_image_is_a_no_with_the_notebook_to_look_at(celestial, project: Path, smoke: Plan) -> None:
+    few = project / "few"
+    shutil.copytree("output/smoke/images", few, ignore=shutil.ignore_patterns("metadata.csv"))
+    for path in sorted((few / "Moon").iterdir())[1:]:
+        path.unlink()
+    result = celestial("run", "smoke", "--run", "few", "--set", "data.source=folder", "--set", "data.folder=few")
+    assert result.returncode == 1, result.stderr
+    assert re.search(r"check failed in cell \d+: .*Moon has 1; 5 distinct images a class are needed", result.stderr)
+    assert "output/few/check.ipynb" in result.stderr and "Traceback" not in result.stderr + result.stdout
+    assert Path("output/few/checks.json").exists() and not Path("output/few/pixels.npy").exists()
+
+
+def test_a_broken_step_says_step_cell_message_and_notebook(celestial, project: Path, smoke: Plan) -> None:
+    path = project / "nbs/steps/06_explain.ipynb"
+    before = path.read_text()
+    path.write_text(before.replace("sort_values(\\\"confidence\\\")", "sort_values(\\\"confidnce\\\")"))
+    for executor in ("inline", "kernel"):
+        result = celestial("run", "smoke", "--executor", executor)
+        assert result.returncode == 1
+        assert re.search(r"explain failed in cell \d+: KeyError: .*confidnce", result.stderr), result.stderr
+        assert "output/smoke/explain.ipynb" in result.stderr and "Traceback" not in result.stderr
+    path.write_text(before)
+
+
+def as_edited(notebook: Path, values: dict[str, object]) -> None:
+    "Change the parameters cell, as a person in JupyterLab does."
+    content = json.loads(notebook.read_text())
+    cell = next(c for c in content["cells"] if "parameters" in c["metadata"].get("tags", []))
+    lines = "".join(cell["source"]).splitlines()
+    edited = [f"{m[1]} = {values[m[1]]!r}" if (m := re.match(r"(\w+) = ", line)) and m[1] in values else line for line in lines]
+    cell["source"] = "\n".join(edited)
+    notebook.write_text(json.dumps(content))
+
+
+def same_products(one: Path, other: Path) -> None:
+    "What two runs made of the same parameters is the same."
+    assert (np.load(one / "pixels.npy") == np.load(other / "pixels.npy")).all()
+    assert (one / "history.csv").read_text() == (other / "history.csv").read_text(), "training is reproducible"
+    assert read_json(one / "metrics.json") == read_json(other / "metrics.json")
+    assert read_json(one / "checks.json") == read_json(other / "checks.json")
+    for name in ("features.parquet", "predictions.parquet"):
+        tables = [pd.read_parquet(folder / name).drop(columns="path") for folder in (one, other)]
+        pd.testing.assert_frame_equal(*tables)
+    logits = [np.stack(pd.read_parquet(f / "predictions.parquet").logits.tolist()) for f in (one, other)]
+    assert (logits[0] == logits[1]).all()
+    scores = [[row["share_on_body"] for row in read_json(f / "explain.json")] for f in (one, other)]
+    assert scores[0] == pytest.approx(scores[1])
+    thresholds = [read_json(f / "model.json")["ood_threshold"] for f in (one, other)]
+    assert thresholds[0] == pytest.approx(thresholds[1])
+
+
+def test_papermill_alone_makes_the_same(smoke: Plan, at_home: Path) -> None:
+    parameters = load_params("smoke")
+    for name, task in smoke.tasks.items():
+        told = step_parameters(name, parameters) | {"run": "by-papermill"}
+        known = papermill.inspect_notebook(str(task.source))
+        assert told.keys() <= known.keys()
+        out = at_home / f"{name}-papermill.ipynb"
+        papermill.execute_notebook(str(task.source), str(out), told, progress_bar=False)
+    same_products(Path("output/smoke"), Path("output/by-papermill"))
+
+
+def test_each_step_opened_on_its_own_makes_the_same(smoke: Plan, at_home: Path) -> None:
+    "As in JupyterLab: a kernel that starts in the notebook's own folder, the parameters cell edited by hand."
+    steps = at_home / "nbs/steps"
+    parameters = load_params("smoke")
+    for name, task in smoke.tasks.items():
+        notebook = steps / f"opened-{name}.ipynb"
+        shutil.copy2(task.source, notebook)
+        as_edited(notebook, step_parameters(name, parameters) | {"run": "by-hand"})
+        command = [Path(sys.executable).parent / "jupyter", "execute", notebook.name]
+        result = subprocess.run(command, cwd=steps, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-2000:]
+        notebook.unlink()
+    same_products(Path("output/smoke"), Path("output/by-hand"))
+
+
+def test_a_step_whose_upstream_is_missing_says_so(at_home: Path) -> None:
+    with pytest.raises(papermill.PapermillExecutionError, match="Run acquire first"):
+        papermill.execute_notebook(
+            "nbs/steps/02_check.ipynb", str(at_home / "x.ipynb"), {"run": "nothing-yet"}, progress_bar=False
+        )
