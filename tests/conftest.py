@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("pipeline.yaml", "dvc.yaml", "params", "nbs", "celestial_ml", ".gitignore", ".dvc/config", ".dvcignore", "data/raw.dvc")
+COPIED = (
+    "pipeline.yaml",
+    "dvc.yaml",
+    "params",
+    "nbs",
+    "celestial_ml",
+    ".gitignore",
+    ".dvc/config",
+    ".dvcignore",
+    "data/raw.dvc",
+)
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +61,7 @@ def celestial(project: Path) -> Celestial:
     env |= {"CELESTIAL_HOME": str(project / ".celestial"), "PYTHONPATH": str(project)}
 
     def run(*arguments: object, cwd: Path = project, **extra: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "celestial_ml.cli.app", *map(str, arguments)]
+        command = [str(Path(sys.executable).with_name("celestial")), *map(str, arguments)]
         return subprocess.run(command, cwd=cwd, env=env | extra, capture_output=True, text=True, timeout=900)
 
     return run

@@ -81,7 +81,9 @@ def running(model: Path | None, log: Path, demo: bool = True, max_bytes: int | N
             "uvicorn.Server(uvicorn.Config(app, log_level='warning')).run(sockets=[s])"
         )
     with log.open("w") as out:
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=out, text=True, env=os.environ)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=out, text=True, env=os.environ
+        )
         try:
             assert process.stdout
             found = None

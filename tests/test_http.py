@@ -13,7 +13,6 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-
 from serving import encoded, neptune, running, tiny_model
 
 from celestial_ml.data.render import render
@@ -122,7 +121,10 @@ def test_missing_field(client):
     assert "'image'" in answer.json()["error"]["message"]
     assert problem(client.post("/predict")) == (422, "no_image")
     assert problem(client.post("/predict", data={"image": "words, no file"})) == (422, "no_image")
-    assert problem(client.post("/predict", content=neptune(), headers={"content-type": "image/png"})) == (422, "no_image")
+    assert problem(client.post("/predict", content=neptune(), headers={"content-type": "image/png"})) == (
+        422,
+        "no_image",
+    )
 
 
 def test_broken_form(client):
@@ -177,7 +179,9 @@ def test_openapi_describes_errors_and_examples(client):
     for status in set(predict) - {"200"}:
         content = predict[status]["content"]["application/json"]
         assert content["schema"]["$ref"].endswith("/ErrorForm")
-        assert all(set(example["value"]["error"]) == {"code", "message", "hint"} for example in content["examples"].values())
+        assert all(
+            set(example["value"]["error"]) == {"code", "message", "hint"} for example in content["examples"].values()
+        )
     assert document["components"]["schemas"]["Answer"]["example"]["label"] == "Saturn"
 
 
@@ -229,7 +233,18 @@ print(json.dumps(sorted({{name.split(".")[0] for name in sys.modules}})))
 """
     run = python(code)
     assert run.returncode == 0, run.stderr
-    heavy = {"tensorflow", "keras", "mlflow", "ploomber", "jupyter", "IPython", "sklearn", "onnx", "pandas", "matplotlib"}
+    heavy = {
+        "tensorflow",
+        "keras",
+        "mlflow",
+        "ploomber",
+        "jupyter",
+        "IPython",
+        "sklearn",
+        "onnx",
+        "pandas",
+        "matplotlib",
+    }
     assert not (heavy | {"gradio", "papermill", "dvc"}) & set(json.loads(run.stdout))
 
 
@@ -267,7 +282,8 @@ def test_interrupt_ends_quietly(model):
     process = subprocess.Popen([sys.executable, "-c", code], **pipes, env=os.environ)
     line = process.stdout.readline()
     while "curl" not in line:
-        assert (line := process.stdout.readline()), process.stderr.read()
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
     time.sleep(0.5)  # the greeting comes just before the signal handler
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)

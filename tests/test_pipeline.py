@@ -98,7 +98,12 @@ def test_mlflow_has_the_whole_run(smoke: Plan) -> None:
     assert run.data.metrics["test_accuracy"] == pytest.approx(about["metrics"]["accuracy"])
     assert [m.step for m in client.get_metric_history(run.info.run_id, "val_loss")] == [1, 2]
     kept = {f.path for folder in ("notebooks", "plots", "data") for f in client.list_artifacts(run.info.run_id, folder)}
-    assert {"notebooks/train.ipynb", "notebooks/package.html", "plots/confusion_matrix.png", "data/metrics.json"} <= kept
+    assert {
+        "notebooks/train.ipynb",
+        "notebooks/package.html",
+        "plots/confusion_matrix.png",
+        "data/metrics.json",
+    } <= kept
 
 
 def test_a_weak_model_stays_a_candidate(smoke: Plan) -> None:
@@ -212,7 +217,7 @@ def test_a_class_with_one_image_is_a_no_with_the_notebook_to_look_at(celestial, 
 def test_a_broken_step_says_step_cell_message_and_notebook(celestial, project: Path, smoke: Plan) -> None:
     path = project / "nbs/steps/06_explain.ipynb"
     before = path.read_text()
-    path.write_text(before.replace("sort_values(\\\"confidence\\\")", "sort_values(\\\"confidnce\\\")"))
+    path.write_text(before.replace('sort_values(\\"confidence\\")', 'sort_values(\\"confidnce\\")'))
     for executor in ("inline", "kernel"):
         result = celestial("run", "smoke", "--executor", executor)
         assert result.returncode == 1
@@ -226,7 +231,10 @@ def as_edited(notebook: Path, values: dict[str, object]) -> None:
     content = json.loads(notebook.read_text())
     cell = next(c for c in content["cells"] if "parameters" in c["metadata"].get("tags", []))
     lines = "".join(cell["source"]).splitlines()
-    edited = [f"{m[1]} = {values[m[1]]!r}" if (m := re.match(r"(\w+) = ", line)) and m[1] in values else line for line in lines]
+    edited = [
+        f"{m[1]} = {values[m[1]]!r}" if (m := re.match(r"(\w+) = ", line)) and m[1] in values else line
+        for line in lines
+    ]
     cell["source"] = "\n".join(edited)
     notebook.write_text(json.dumps(content))
 

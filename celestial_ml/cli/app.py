@@ -75,7 +75,7 @@ def run(
         run_pipeline(plan, executor, quiet=json_)  # type: ignore[arg-type]
         _print_result(plan.run, list(plan.stale), json_)
 
-
+# %% ../../nbs/cli/00_app.ipynb #print-result
 def _print_result(name: str, ran: list[str], as_json: bool) -> None:
     "What a run came to, and what to do next."
     from celestial_ml.core.files import read_json
@@ -110,7 +110,7 @@ def _images_in(paths: list[Path]) -> list[Path]:
             raise CelestialError(f"there is no {path}", "Name image files, or folders of them.")
     return found
 
-
+# %% ../../nbs/cli/00_app.ipynb #predict
 @app.command(epilog="Example: celestial predict saturn.jpg more-pictures/ --json")
 def predict(
     paths: Annotated[list[Path], typer.Argument(help="images, or folders of them")],
@@ -170,7 +170,7 @@ def _catalog_of(source: str | None, params: str) -> "tuple[object, object]":  # 
     folder = get_source(p.data.source).fetch(p.data, p.seed, root, root / "output" / params)
     return with_split(make_catalog(folder, root), p.data, p.seed), p
 
-
+# %% ../../nbs/cli/00_app.ipynb #data-get
 @data_app.command("get", epilog="Example: celestial data get guide --from ~/Downloads/raw")
 def data_get(
     name: Annotated[str, typer.Argument(help="guide: the Swiss AI Center's data set")],
@@ -185,7 +185,7 @@ def data_get(
         folder = get_guide(project_root() / "data", from_.resolve() if from_ else None)
         print(f"{folder} is there and verified\nnext:  celestial run guide")
 
-
+# %% ../../nbs/cli/00_app.ipynb #data-check
 @data_app.command("check", epilog="Example: celestial data check my-photos/")
 def data_check(
     folder: Annotated[str | None, typer.Argument(help="a folder of class folders; the PARAMS' source if none")] = None,
@@ -207,7 +207,7 @@ def data_check(
                 print(f"{finding.status:<5}{finding.check:<28}{finding.saw}")
         require_pass(findings)
 
-
+# %% ../../nbs/cli/00_app.ipynb #data-show
 @data_app.command("show", epilog="Example: celestial data show my-photos/ --out sheet.png")
 def data_show(
     folder: Annotated[str | None, typer.Argument(help="a folder of class folders; the PARAMS' source if none")] = None,
@@ -218,7 +218,7 @@ def data_show(
     with _words_for_mistakes():
         from celestial_ml.core.files import atomic
         from celestial_ml.data.images import decode_image
-        from celestial_ml.data.render import contact_sheet
+        from celestial_ml.data.sheet import contact_sheet
 
         catalog, _ = _catalog_of(folder, params)
         shown = catalog[catalog.error.isna()].groupby("label").head(10)  # type: ignore[attr-defined, index]

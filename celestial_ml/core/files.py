@@ -86,5 +86,5 @@ def sha256_of(
     "The SHA-256 of a file's bytes."
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()
-    with open(content, "rb") as f:
+    with Path(content).open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

@@ -152,19 +152,16 @@ def allowed(
     if "enum" in field:
         return " or ".join(field["enum"])
     words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
-    limits = [
-        f"{words_} {field[key]}"
-        for key, words_ in {
-            "minimum": "from",
-            "exclusiveMinimum": "above",
-            "maximum": "up to",
-            "exclusiveMaximum": "below",
-            "pattern": "of the form",
-            "minLength": "with a length of at least",
-        }.items()  # fmt: skip
-        if key in field
-    ]
-    return " ".join([words.get(field.get("type", ""), field.get("type", "")), ", ".join(limits)]).strip()
+    limits = {
+        "minimum": "from",
+        "exclusiveMinimum": "above",
+        "maximum": "up to",
+        "exclusiveMaximum": "below",
+        "pattern": "of the form",
+        "minLength": "with a length of at least",
+    }
+    said = ", ".join(f"{word} {field[key]}" for key, word in limits.items() if key in field)
+    return f"{words.get(field.get('type', ''), field.get('type', ''))} {said}".strip()
 
 # %% ../../nbs/core/04_params.ipynb #known-keys
 def known_keys() -> dict[str, dict[str, Any]]:  # {"train.lr": its JSON schema, …}

@@ -113,7 +113,7 @@ def no_duplicates(catalog: pd.DataFrame, p: Check) -> Finding:
 def every_class_in_every_split(catalog: pd.DataFrame, p: Check) -> Finding:
     "Can every class be learned and measured?"
     table = pd.crosstab(catalog.label, catalog.split)
-    missing = [f"{label} in {split}" for label in table.index for split in table if table.loc[label, split] == 0]
+    missing = [f"{label} in {split}" for split in table for label in table.index[table[split] == 0]]
     saw = f"missing: {', '.join(missing)}" if missing else f"every class is in {', '.join(table.columns)}"
     return _finding("every_class_in_every_split", not missing, saw)
 

@@ -53,8 +53,9 @@ def open_image(
             "too_small", f"{name} has {width} × {height} pixels", f"Use an image of at least {MIN_SIDE} × {MIN_SIDE}."
         )
     # A JPEG with more than one picture is a photograph with its preview or depth map; the first is the photograph.
-    if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
-        raise ImageError("animated", f"{name} is animated, with {image.n_frames} frames", "Send a single frame.")
+    frames = getattr(image, "n_frames", 1)
+    if image.format in ("PNG", "WEBP") and frames > 1:
+        raise ImageError("animated", f"{name} is animated, with {frames} frames", "Send a single frame.")
     return image
 
 

@@ -19,7 +19,7 @@ from ..core.progress import progress
 from .features import image_features
 from .images import decode_image
 
-# %% ../../nbs/data/09_prepare.ipynb #prepare-graph
+# %% ../../nbs/data/09_prepare.ipynb #4ca66f9a
 OPSET = 18  # the first whose Resize has a low-pass filter
 
 _GRAPH = """
@@ -58,7 +58,7 @@ _GRAY = """
   coloured = Cast <to = 2> (rounded)
 """
 
-
+# %% ../../nbs/data/09_prepare.ipynb #prepare-graph
 def prepare_graph(
     p: Prepare,
 ) -> onnx.ModelProto:  # image uint8 (n, h, w, 3) → pixels uint8 (n, size, size, 3 or 1)

@@ -6,15 +6,14 @@
 __all__ = ['Points', 'WEATHERS', 'View', 'image_plane', 'body_frame', 'light_direction', 'dot', 'meet_spheroid', 'edge_distance',
            'linear', 'encode', 'reflectance', 'texture', 'Scene', 'make_scene', 'walk', 'shade_globe', 'tilt', 'haze',
            'glow', 'ring_table', 'ring_integral', 'ring_lookup', 'ring_shadow', 'slab', 'ring_plane', 'shade_rings',
-           'globe_shadow', 'trace', 'render', 'contact_sheet', 'sample_view', 'render_many']
+           'globe_shadow', 'trace', 'render', 'sample_view', 'render_many']
 
-# %% ../../nbs/data/02_render.ipynb #19fcdfe4
+# %% ../../nbs/data/02_render.ipynb #80f7dab8
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from .bodies import BODIES, Body, get_body
 from .surfaces import relief, sample_map, slopes, surface_map
@@ -402,29 +401,6 @@ def render(
     balance = np.array([1 + view.warmth, 1, 1 - view.warmth], np.float32)
     return encode(small * balance * np.float32(view.exposure))
 
-# %% ../../nbs/data/02_render.ipynb #contact-sheet
-def contact_sheet(
-    images: Sequence[np.ndarray] | np.ndarray,  # uint8 (h, w, 3) each
-    labels: Sequence[str],  # one for each
-    columns: int,
-    cell: int = 96,  # pixels along an edge of a picture on the sheet
-) -> Image.Image:
-    "A labelled grid of pictures."
-    if len(images) != len(labels):
-        raise ValueError(f"{len(images)} images but {len(labels)} labels: one label for each image")
-    if columns < 1:
-        raise ValueError(f"columns is {columns}, allowed are 1 and more")
-    gap, line = 4, 15
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (gap + columns * (cell + gap), gap + rows * (cell + line + gap)), "#15171c")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        x, y = gap + i % columns * (cell + gap), gap + i // columns * (cell + line + gap)
-        picture = Image.fromarray(image).resize((cell, cell), Image.Resampling.LANCZOS)
-        sheet.paste(picture, (x, y))
-        draw.text((x + cell / 2, y + cell + line / 2), label, "#d5d8de", font, anchor="mm")
-    return sheet
-
 # %% ../../nbs/data/02_render.ipynb #sample-view
 def sample_view(body: str, rng: np.random.Generator) -> View:
     "A random view from the default data set's distribution."
@@ -434,8 +410,10 @@ def sample_view(body: str, rng: np.random.Generator) -> View:
     phase = min(abs(rng.normal(0, 38)), 75) if rng.random() < 0.93 else rng.uniform(75, 110)
     radius = rng.uniform(0.30, 0.42) if known.rings else rng.uniform(0.55, 0.9)
     spare = max(1 - radius * known.outer_radius, 0.02)
+    # The Moon always shows us the same side; its far side is seen from spacecraft only.
+    near_side = body == "Moon" and rng.random() < 0.8
     return View(
-        longitude_deg=rng.uniform(-180, 180),
+        longitude_deg=float(np.clip(rng.normal(0, 40), -180, 180)) if near_side else rng.uniform(-180, 180),
         latitude_deg=rng.uniform(-45, 45),
         roll_deg=roll,
         phase_deg=phase,

@@ -73,7 +73,7 @@ def write_rendered(
     "Render a data set."
     with atomic(folder) as beside:
         beside.mkdir()
-        with open(beside / "metadata.csv", "w", newline="") as f:
+        with (beside / "metadata.csv").open("w", newline="") as f:
             table = None
             for body, i, view, pixels in progress(
                 render_many(per_class, size, seed), "rendering", per_class * len(BODIES)

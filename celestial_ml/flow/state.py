@@ -6,11 +6,10 @@
 __all__ = ['notebook_cells', 'imported_modules', 'module_closure', 'folder_checksum', 'step_inputs', 'inputs_file', 'stale_steps',
            'write_inputs', 'forget']
 
-# %% ../../nbs/flow/01_state.ipynb #2c3ae0ec
+# %% ../../nbs/flow/01_state.ipynb #fb790518
 import ast
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,19 @@ def notebook_cells(
 def imported_modules(
     code: str,  # Python
     package: Path,  # the folder of the package
+    folder: Path | None = None,  # the folder of the module that the code is, for its relative imports
 ) -> set[Path]:  # the package's files that the code imports
     "The modules of a package that a piece of code imports, at whatever depth of a function."
-    names: set[str] = set()
+    found: set[Path] = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    files = (package.parent / (name.replace(".", "/") + ".py") for name in names if name.startswith(package.name))
+            found |= {package.parent / alias.name.replace(".", "/") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            # nbdev turns the imports of its own package into relative ones: one dot is the module's own folder
+            start = (folder or package, *(folder or package).parents)[node.level - 1] if node.level else package.parent
+            module = start / (node.module or "").replace(".", "/")
+            found |= {module} | {module / alias.name for alias in node.names}
+    files = {path.with_name(path.name + ".py") for path in found if path.is_relative_to(package)}
     return {path for path in files if path.is_file()}
 
 
@@ -51,7 +54,7 @@ def module_closure(
     while waiting:
         module = waiting.pop()
         found.add(module)
-        waiting |= imported_modules(module.read_text(encoding="utf-8"), package) - found
+        waiting |= imported_modules(module.read_text(encoding="utf-8"), package, module.parent) - found
     return sorted(found)
 
 # %% ../../nbs/flow/01_state.ipynb #folder-checksum

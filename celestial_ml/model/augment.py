@@ -53,17 +53,17 @@ def random_light(
     images: tf.Tensor,  # float32 (n, size, size, channels), 0 … 255
     seed: tf.Tensor,  # two integers
 ) -> tf.Tensor:  # the same shape
-    "Exposure, colour cast, gamma, noise, and one picture in ten without colours."
+    "Exposure, colour cast, gamma, noise, and one picture in twenty without colours."
     import tensorflow as tf
 
     n, channels = images.shape[0] or tf.shape(images)[0], images.shape[-1]
-    gain = _uniform(n, 0.6, 1.3, seed, 5) * _uniform(n, 0.88, 1.12, seed, 6, channels)
+    gain = _uniform(n, 0.6, 1.3, seed, 5) * _uniform(n, 0.93, 1.07, seed, 6, channels)
     gamma = _uniform(n, 0.75, 1.3, seed, 7)[:, None, None]
     lit = 255 * tf.pow(images / 255, gamma) * gain[:, None, None]
     gray = tf.reduce_mean(lit, axis=-1, keepdims=True)
-    lit = tf.where(_uniform(n, 0, 1, seed, 8)[:, None, None] < 0.1, gray, lit)
+    lit = tf.where(_uniform(n, 0, 1, seed, 8)[:, None, None] < 0.05, gray, lit)
     noise = tf.random.stateless_normal(tf.shape(images), _salted(seed, 9))
-    return lit + noise * _uniform(n, 0, 10, seed, 10)[:, None, None]
+    return lit + noise * _uniform(n, 0, 6, seed, 10)[:, None, None]
 
 # %% ../../nbs/model/01_augment.ipynb #augment
 def augment(

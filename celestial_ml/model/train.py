@@ -94,17 +94,15 @@ def fit(
     pixels, targets = train[0], keras.utils.to_categorical(train[1], classes)
     steps = len(epoch_batches(len(pixels), p.batch_size, seed, 0))
     compile_model(model, p, steps)
-    change = tf.function(augment) if p.augment else (lambda batch, _: batch)
+    compiled = tf.function(augment)
     rows: list[dict[str, float]] = []
     for epoch in range(p.epochs):
         batches = epoch_batches(len(pixels), p.batch_size, seed, epoch)
-        logs = train_epoch(
-            model,
-            pixels,
-            targets,
-            batches,
-            lambda x, step: change(x, tf.constant([seed % 2**31, epoch * steps + step])),
-        )
+
+        def change(batch: np.ndarray, step: int, first: int = epoch * steps) -> Any:
+            return compiled(batch, tf.constant([seed % 2**31, first + step])) if p.augment else batch
+
+        logs = train_epoch(model, pixels, targets, batches, change)
         if len(val[0]):
             watched = model.evaluate(val[0], keras.utils.to_categorical(val[1], classes), 256, 0, return_dict=True)
             logs |= {f"val_{name}": float(value) for name, value in watched.items()}

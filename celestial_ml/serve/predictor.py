@@ -39,7 +39,25 @@ class Prediction:
 class ModelError(CelestialError):
     "A model that isn't there, isn't whole or isn't what it claims to be."
 
+# %% ../../nbs/serve/00_predictor.ipynb #read-about
+def _read_about(folder: Path) -> dict[str, Any]:
+    "The content of `model.json`, after checking that `model.onnx` is the file it speaks of."
+    for name in ("model.json", "model.onnx"):
+        if not (folder / name).is_file():
+            raise ModelError(f"there is no {name} in {folder}", "Name the folder of a packaged model.")
+    try:
+        about = read_json(folder / "model.json")
+        wanted = about["sha256"], about["classes"], about["version"], about["ood_threshold"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ModelError(f"{folder / 'model.json'} is damaged ({e!r})", "Package the model again.") from None
+    if sha256_of(folder / "model.onnx") != wanted[0]:
+        raise ModelError(
+            f"{folder / 'model.onnx'} is not the file that {folder / 'model.json'} describes: its SHA-256 differs",
+            "One of the two was replaced. Package the model again, or fetch both from the registry.",
+        )
+    return about
 
+# %% ../../nbs/serve/00_predictor.ipynb #predictor
 class Predictor:
     "Answers for pictures, by a packaged model."
 
@@ -60,7 +78,6 @@ class Predictor:
             raise ModelError(f"{self.folder / 'model.onnx'} can't be loaded: {e}", "Package it again.") from None
         self.classes: list[str] = self.about["classes"]
         self.version: str = self.about["version"]
-        self.threshold: float = self.about["ood_threshold"]
 
     def run(
         self,
@@ -68,9 +85,8 @@ class Predictor:
     ) -> dict[str, np.ndarray]:  # probabilities (classes,), ood_score (), and what else the graph gives
         "Everything that the graph says of one picture."
         names = [output.name for output in self.session.get_outputs()]
-        return {
-            name: value[0] for name, value in zip(names, self.session.run(names, {"image": image[None]}), strict=True)
-        }
+        values = self.session.run(names, {"image": image[None]})
+        return {name: value[0] for name, value in zip(names, values, strict=True)}
 
     def predict(
         self,
@@ -85,30 +101,12 @@ class Predictor:
         return Prediction(
             label=self.classes[best],
             confidence=float(probabilities[best]),
-            known=bool(answer["ood_score"] <= self.threshold),
+            known=bool(answer["ood_score"] <= self.about["ood_threshold"]),
             ood_score=float(answer["ood_score"]),
             probabilities=dict(zip(self.classes, probabilities.tolist(), strict=True)),
             model_version=self.version,
             sha256=sha256_of(content),
         )
-
-
-def _read_about(folder: Path) -> dict[str, Any]:
-    "The content of `model.json`, after checking that `model.onnx` is the file it speaks of."
-    for name in ("model.json", "model.onnx"):
-        if not (folder / name).is_file():
-            raise ModelError(f"there is no {name} in {folder}", "Name the folder of a packaged model.")
-    try:
-        about = read_json(folder / "model.json")
-        wanted = about["sha256"], about["classes"], about["version"], about["ood_threshold"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise ModelError(f"{folder / 'model.json'} is damaged ({e!r})", "Package the model again.") from None
-    if sha256_of(folder / "model.onnx") != wanted[0]:
-        raise ModelError(
-            f"{folder / 'model.onnx'} is not the file that {folder / 'model.json'} describes: its SHA-256 differs",
-            "One of the two was replaced. Package the model again, or fetch both from the registry.",
-        )
-    return about
 
 # %% ../../nbs/serve/00_predictor.ipynb #models-folder
 def models_folder() -> Path:  # may not exist yet

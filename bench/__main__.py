@@ -1,0 +1,153 @@
+"""The figures, as ratios measured side by side in one run: `make bench`.
+
+Machines differ and are noisy, so every row compares two ways of doing the same thing here and now.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from celestial_ml.core.files import project_root
+from celestial_ml.core.params import load_params
+from celestial_ml.flow.steps import load_tasks, step_parameters
+
+CELESTIAL = str(Path(sys.executable).with_name("celestial"))
+
+
+def wall(command: list[str], **env: str) -> float:
+    "Seconds that a command takes, from the shell's point of view."
+    began = time.perf_counter()
+    result = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+    took = time.perf_counter() - began
+    if result.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
+    return took
+
+
+def median_ms(work: Callable[[], object], times: int) -> float:
+    "The median of some calls, in milliseconds, after a warm-up."
+    for _ in range(3):
+        work()
+    took = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        took.append(time.perf_counter() - began)
+    return 1000 * statistics.median(took)
+
+
+def as_script(root: Path, params: str, run: str) -> str:
+    "The code of all step notebooks as one plain script, with the parameters of a run."
+    loaded, parts = load_params(params, folder=root / "params"), []
+    for name, task in load_tasks(root, run).items():
+        told = step_parameters(name, loaded) | {"run": run, "product": None, "upstream": None}
+        for cell in json.loads((root / task.source).read_text())["cells"]:
+            if cell["cell_type"] != "code":
+                continue
+            is_parameters = "parameters" in cell["metadata"].get("tags", [])
+            parts.append(
+                "\n".join(f"{k} = {v!r}" for k, v in told.items()) if is_parameters else "".join(cell["source"])
+            )
+    return "\n\n".join(parts)
+
+
+def notebook_overhead(root: Path, params: str) -> list[tuple[str, str, str, str]]:
+    "The pipeline of notebooks against the same library calls in one script; kernels and imports included."
+    celestial = [CELESTIAL, "run", params, "--force"]
+    with tempfile.TemporaryDirectory() as home:
+        script = Path(home) / "script.py"
+        script.write_text(as_script(root, params, "bench-script"))
+        quiet = {"CELESTIAL_HOME": home, "TF_CPP_MIN_LOG_LEVEL": "3", "MPLBACKEND": "agg"}
+        plain = wall([sys.executable, str(script)], **quiet)
+        inline = wall([*celestial, "--run", "bench-inline"], **quiet)
+        kernel = wall([*celestial, "--run", "bench-kernel", "--executor", "kernel"], **quiet)
+        again = wall([*celestial[:-1], "--run", "bench-inline"], **quiet)
+    return [
+        (
+            f"pipeline ({params}), in one process",
+            f"{inline:.1f} s",
+            f"one script {plain:.1f} s",
+            f"{inline / plain:.2f} ×",
+        ),
+        (
+            f"pipeline ({params}), a kernel a step",
+            f"{kernel:.1f} s",
+            f"one script {plain:.1f} s",
+            f"{kernel / plain:.2f} ×",
+        ),
+        ("pipeline, nothing changed", f"{again:.2f} s", f"first run {inline:.1f} s", f"{again / inline:.3f} ×"),
+    ]
+
+
+def cold_predict(run: str) -> tuple[str, str, str, str]:
+    "`celestial predict one.jpg` from a cold shell, against Python's own start."
+    image = next(Path(f"output/{run}").rglob("*.jpg"))
+    predict = [CELESTIAL, "predict", str(image), "--model", run]
+    took = statistics.median(wall(predict) for _ in range(5))
+    bare = statistics.median(wall([sys.executable, "-c", "import numpy, onnxruntime, PIL"]) for _ in range(5))
+    return (
+        "celestial predict one.jpg, cold",
+        f"{took:.2f} s",
+        f"its imports alone {bare:.2f} s",
+        f"{took / bare:.2f} ×",
+    )
+
+
+def onnx_against_keras(run: str) -> list[tuple[str, str, str, str]]:
+    "One answer by the served file on one thread, against `keras.Model.predict`."
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    import keras
+    import numpy as np
+    import pandas as pd
+
+    from celestial_ml.data.images import decode_image
+    from celestial_ml.serve.predictor import Predictor
+
+    folder = Path("output") / run
+    path = pd.read_parquet(folder / "predictions.parquet").path[0]
+    content = (project_root() / path).read_bytes()
+    picture, pixels = decode_image(content), np.load(folder / "pixels.npy")[:1]
+    predictor, model = Predictor(folder, threads=1), keras.saving.load_model(folder / "model.keras")
+    onnx = median_ms(lambda: predictor.run(picture), 300)
+    whole = median_ms(lambda: predictor.predict(content), 300)
+    predict = median_ms(lambda: model.predict(pixels, verbose=0), 20)
+    return [
+        (
+            "one picture, ONNX Runtime, one thread",
+            f"{onnx:.2f} ms",
+            f"keras predict {predict:.1f} ms",
+            f"1/{predict / onnx:.0f}",
+        ),
+        (
+            "the same, decoding the file included",
+            f"{whole:.2f} ms",
+            f"keras predict {predict:.1f} ms",
+            f"1/{predict / whole:.0f}",
+        ),
+    ]
+
+
+def main() -> None:
+    "Measure and print."
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--params", default="default", help="the params file that the pipeline is measured with")
+    params = parser.parse_args().params
+    root = project_root()
+    os.chdir(root)
+    print(f"measuring with params/{params}.yaml: some minutes", flush=True)
+    rows = notebook_overhead(root, params)
+    rows += [cold_predict("bench-inline"), *onnx_against_keras("bench-inline")]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+if __name__ == "__main__":
+    main()

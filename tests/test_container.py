@@ -1,0 +1,284 @@
+"""The image of the demo and the workflows: what is written in them, and a container that is really built and run.
+
+The container needs Buildah, Podman and a Python base image on this machine (`CELESTIAL_PYTHON_IMAGE` names another
+one); it installs from the package index. Run it alone: `pytest -m container`.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from time import monotonic, sleep
+
+import pytest
+import yaml
+from serving import neptune, tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+COPIED = ("LICENSE", "README.md", "pyproject.toml", "requirements.lock", "celestial_ml")  # into the builder
+HEAVY = r"tensorflow|keras|mlflow|ploomber|jupyter|ipykernel|ipython|papermill|nbdev|dvc|pytest|scikit-learn|pip$"
+
+
+def instructions(dockerfile: str = DOCKERFILE) -> list[tuple[str, str]]:
+    "The instructions of a Dockerfile, each with its arguments."
+    text = re.sub(r"^\s*#.*\n", "", dockerfile, flags=re.MULTILINE).replace("\\\n", " ")
+    return [
+        (word.upper(), rest.strip()) for word, _, rest in (line.partition(" ") for line in text.splitlines()) if word
+    ]
+
+
+def test_image_is_built_in_stages_and_the_last_one_only_gets_results():
+    words = instructions()
+    stages = [i for i, (word, _) in enumerate(words) if word == "FROM"]
+    assert len(stages) >= 2
+    last = words[stages[-1] :]
+    assert any(word == "COPY" and "--from=" in rest for word, rest in last)
+    assert not [rest for word, rest in last if word == "RUN" and "pip" in rest]
+    assert not [rest for word, rest in words if word == "COPY" and rest.split()[0] == "."]
+
+
+def test_image_names_its_base_and_doesnt_float():
+    arguments = dict(rest.split("=", 1) for word, rest in instructions() if word == "ARG" and "=" in rest)
+    assert re.search(r"python:3\.1[1-3]-slim$", arguments["PYTHON_IMAGE"])
+    assert all(rest.startswith("${PYTHON_IMAGE}") for word, rest in instructions() if word == "FROM")
+
+
+def test_image_installs_by_hash_from_the_one_lock_file():
+    assert "PIP_REQUIRE_HASHES=1" in DOCKERFILE
+    for rest in (rest for word, rest in instructions() if word == "RUN"):
+        for command in re.findall(r"pip[^&]* install [^&]*", rest):
+            assert re.search(r"-c requirements\.lock|-r pip\.txt|--no-deps dist/", command), command
+    assert re.search(r"pip==[\d.]+ --hash=sha256:[0-9a-f]{64}\b", DOCKERFILE)
+
+
+def test_image_doesnt_run_as_root_and_says_how_it_is():
+    last = dict(instructions())  # of each kind the last
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", last["USER"])
+    assert "/health" in last["HEALTHCHECK"] and "python" in last["HEALTHCHECK"]
+    assert json.loads(last["CMD"])[:2] == ["celestial", "serve"]
+    assert last["EXPOSE"] == "8000"
+
+
+def test_image_holds_no_secret():
+    given = " ".join(rest for word, rest in instructions() if word in ("ARG", "ENV", "COPY", "ADD"))
+    assert not re.search(r"(?i)secret|token|password|credential|api_?key|\.env\b|\.netrc", given)
+    assert not [rest for word, rest in instructions() if word == "ADD"]
+
+
+def test_context_is_a_list_of_what_is_allowed():
+    rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert rules[0] == "*"
+    allowed = {rule[1:] for rule in rules if rule.startswith("!")}
+    assert allowed == {*COPIED, "output", "output/*/model.onnx", "output/*/model.json"}
+    assert rules.index("!output") < rules.index("output/*/*") < rules.index("!output/*/model.onnx")
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=[path.name for path in WORKFLOWS])
+def test_workflow_has_the_least_rights(path: Path):
+    text = path.read_text(encoding="utf-8")
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] in ({}, {"contents": "read"})
+    triggers = workflow.get("on", workflow.get(True))  # YAML 1.1 reads `on` as true
+    assert triggers and "pull_request_target" not in triggers and "workflow_run" not in triggers
+    for name, job in workflow["jobs"].items():
+        assert job.get("timeout-minutes", 360) <= 60, f"{name} may hang for hours"
+        assert "write" not in str(job.get("permissions", "")), f"{name} asks for more than reading"
+        for step in job["steps"]:
+            if step.get("uses", "").startswith("actions/checkout@"):
+                assert step["with"]["persist-credentials"] is False
+            # Whoever names a branch or a title would otherwise write our shell commands.
+            assert not re.search(r"\$\{\{\s*github\.(event|head_ref)", step.get("run", ""))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=[path.name for path in WORKFLOWS])
+def test_workflow_pins_what_it_uses(path: Path):
+    used = re.findall(r"^\s*(?:- )?uses:\s*(.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for action in used:
+        assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+(\.\d+)*", action.strip()), action
+    pins = {line.split("@")[0]: line for line in used}
+    assert all(pins[line.split("@")[0]] == line for line in used), "one action, two versions"
+
+
+def test_ci_runs_what_a_person_runs():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"]
+    commands = [step.get("run") for job in jobs.values() for step in job["steps"]]
+    assert {"make check", "make test"} <= set(commands)
+    assert jobs["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
+
+
+# From here on with real containers.
+
+TRUSTED = "/etc/ssl/certs/ca-certificates.crt"  # what this machine trusts, for networks with a certificate of their own
+LIMITS = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024")
+LOCKED_DOWN = ("--network", "none", "--read-only", "--tmpfs", "/tmp", "--cap-drop", "all", *LIMITS)
+
+
+def sh(*command: object, check: bool = True, **options: object) -> subprocess.CompletedProcess:
+    "Run a command; an error shows what it said."
+    done = subprocess.run([str(c) for c in command], capture_output=True, timeout=900, **options)  # type: ignore[call-overload]
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(map(str, command))}\n{(done.stdout + done.stderr).decode()[-4000:]}")
+    return done
+
+
+def podman(*command: object, **options: object) -> subprocess.CompletedProcess:
+    "Podman, with runc where it is: it asks the least of the machine."
+    runtime = ("--runtime", "runc") if shutil.which("runc") else ()
+    return sh("podman", *runtime, *command, **options)  # type: ignore[arg-type]
+
+
+def build(context: Path, image: str, *options: object) -> None:
+    "Build an image without pulling anything."
+    trust = ("-v", f"{TRUSTED}:{TRUSTED}:ro") if Path(TRUSTED).is_file() else ()
+    sh(
+        "buildah",
+        "bud",
+        "--isolation=chroot",
+        "--format=docker",
+        "--pull=never",
+        *trust,
+        *options,
+        "-t",
+        image,
+        context,
+    )
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "What a builder gets of a clone with a tiny model, among things that must not reach it."
+    if missing := [tool for tool in ("buildah", "podman") if shutil.which(tool) is None]:
+        pytest.skip(f"no {' and no '.join(missing)} on this machine")
+    folder = tmp_path_factory.mktemp("context")
+    for name in ("Dockerfile", ".dockerignore", *COPIED):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+        copy(ROOT / name, folder / name)
+    tiny_model(folder / "output" / "tiny")
+    for name in (".env", ".git/config", "nbs/a.ipynb", "output/tiny/model.keras", "output/tiny/plots/a.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("not for the builder")
+    (folder / "celestial_ml" / "__pycache__").mkdir(exist_ok=True)
+    (folder / "celestial_ml" / "__pycache__" / "a.pyc").write_text("not for the builder")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image(context: Path) -> Iterator[str]:
+    "The image, built."
+    offered = [os.environ.get("CELESTIAL_PYTHON_IMAGE"), "docker.io/library/python:3.13-slim"]
+    offered += [f"localhost/python:3.{minor}-slim" for minor in (13, 12, 11)]
+    bases = [name for name in offered if name and not podman("image", "exists", name, check=False).returncode]
+    if not bases:
+        pytest.skip("no Python base image on this machine: podman pull docker.io/library/python:3.13-slim")
+    name = f"localhost/celestial-test:{uuid.uuid4().hex[:8]}"
+    build(context, name, "--build-arg", f"PYTHON_IMAGE={bases[0]}", "--build-arg", "MODEL=output/tiny")
+    yield name
+    podman("rmi", "--force", name, check=False)
+
+
+@pytest.fixture(scope="module")
+def container(image: str) -> Iterator[str]:
+    "The container, alive: no network, no rights, nothing to write to but /tmp."
+    name = f"celestial-test-{uuid.uuid4().hex[:8]}"
+    podman("run", "--detach", "--name", name, *LOCKED_DOWN, image)
+    try:
+        end = monotonic() + 90
+        while podman("healthcheck", "run", name, check=False).returncode:
+            logs = podman("logs", name, check=False)
+            assert monotonic() < end, (logs.stdout + logs.stderr).decode()
+            sleep(0.5)
+        yield name
+    finally:
+        podman("rm", "--force", name, check=False)
+
+
+ASK = """
+import sys
+from http.client import HTTPConnection
+connection = HTTPConnection("127.0.0.1", 8000, timeout=20)
+body = sys.stdin.buffer.read()
+method, path = sys.argv[1:]
+connection.request(method, path, body or None, {"Content-Type": "multipart/form-data; boundary=b"} if body else {})
+answer = connection.getresponse()
+print(answer.status, answer.read().decode())
+"""
+
+
+def ask(container: str, method: str, path: str, body: bytes = b"") -> tuple[int, str]:
+    "A request from inside, as there is no network."
+    said = podman("exec", "-i", container, "python", "-c", ASK, method, path, input=body).stdout.decode()
+    status, _, text = said.partition(" ")
+    return int(status), text
+
+
+@pytest.mark.container
+def test_builder_gets_only_what_is_allowed(context: Path, tmp_path: Path):
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
+    build(
+        context,
+        f"localhost/celestial-context:{uuid.uuid4().hex[:8]}",
+        "-f",
+        tmp_path / "Dockerfile",
+        "-o",
+        f"type=local,dest={tmp_path / 'got'}",
+    )
+    got = {path.relative_to(tmp_path / "got").as_posix() for path in (tmp_path / "got").rglob("*") if path.is_file()}
+    wanted = {name for name in COPIED if (ROOT / name).is_file()} | {
+        f"output/tiny/model.{end}" for end in ("onnx", "json")
+    }
+    assert {name for name in got if not name.startswith("celestial_ml/")} == wanted
+    assert not [name for name in got if name.endswith(".pyc")] and "celestial_ml/serve/api.py" in got
+
+
+@pytest.mark.container
+def test_image_has_the_locked_versions_and_nothing_to_train_with(image: str):
+    listing = "import importlib.metadata as m; print(*(f'{d.name}=={d.version}' for d in m.distributions()), sep='\\n')"
+    # Isolated, and of our own environment only: what the base image brings is not ours.
+    said = podman("run", "--rm", *LOCKED_DOWN, image, "python", "-I", "-c", listing).stdout.decode().split()
+    installed = {re.sub(r"[-_.]+", "-", line.partition("==")[0].lower()): line.partition("==")[2] for line in said}
+    assert "celestial-ml" in installed and len(installed) > 20
+    assert not [name for name in installed if re.match(HEAVY, name)]
+    locked = set(re.findall(r"^([a-z0-9-]+==[^\s;]+)", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE))
+    assert {f"{name}=={version}" for name, version in installed.items()} - locked == {
+        f"celestial-ml=={installed['celestial-ml']}"
+    }
+
+
+@pytest.mark.container
+def test_image_is_small(image: str):
+    assert int(podman("image", "inspect", image, "--format", "{{.Size}}").stdout) < 750e6
+
+
+@pytest.mark.container
+def test_container_answers(container: str):
+    assert ask(container, "GET", "/health")[0] == 200
+    status, ready = ask(container, "GET", "/ready")
+    assert status == 200 and json.loads(ready)["model_version"] == "7"
+    form = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n\r\n%s\r\n--b--\r\n'
+    status, answer = ask(container, "POST", "/predict", form % neptune("JPEG"))
+    assert status == 200 and json.loads(answer)["label"] == "Neptune"
+    status, page = ask(container, "GET", "/")
+    assert status == 200 and "gradio" in page
+
+
+@pytest.mark.container
+def test_container_is_nobody_and_can_change_nothing(container: str):
+    assert podman("exec", container, "id", "-u").stdout.strip() == b"10001"
+    for place in ("/x", "/model/model.json", "/opt/celestial/x", "/home/x"):
+        assert podman("exec", container, "sh", "-c", f": >> {place}", check=False).returncode
+
+
+@pytest.mark.container
+def test_container_stops_when_told(image: str, container: str):
+    start = monotonic()
+    podman("stop", "--time", 10, container)
+    assert monotonic() - start < 8
+    assert podman("inspect", container, "--format", "{{.State.ExitCode}}").stdout.strip() == b"0"
