@@ -14,6 +14,7 @@ UV     := $(shell command -v uv 2>/dev/null)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export GRADIO_ANALYTICS_ENABLED := False
 export PLOOMBER_STATS_ENABLED := false
+export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: help
 help:  ## this list
@@ -68,7 +69,7 @@ bench: $(READY)  ## the figures: notebooks against a script, ONNX against Keras,
 
 .PHONY: docs
 docs: $(READY)  ## the documentation site, in site/
-	@mkdocs build --strict --quiet
+	@mkdocs build --strict
 	@echo "look:  site/index.html"
 
 .PHONY: export
@@ -85,5 +86,5 @@ lock:  ## resolve requirements.lock anew, for Python 3.11 to 3.13; needs uv
 
 .PHONY: clean
 clean:  ## remove what was made: output, state, caches, site; keeps the environment and data/raw
-	@rm -rf output .celestial site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	@rm -rf output .celestial site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .cache
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

@@ -222,14 +222,9 @@ def ask(container: str, method: str, path: str, body: bytes = b"") -> tuple[int,
 @pytest.mark.container
 def test_builder_gets_only_what_is_allowed(context: Path, tmp_path: Path):
     (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
-    build(
-        context,
-        f"localhost/celestial-context:{uuid.uuid4().hex[:8]}",
-        "-f",
-        tmp_path / "Dockerfile",
-        "-o",
-        f"type=local,dest={tmp_path / 'got'}",
-    )
+    name = f"localhost/celestial-test:{uuid.uuid4().hex[:8]}"
+    build(context, name, "-f", tmp_path / "Dockerfile", "-o", f"type=local,dest={tmp_path / 'got'}")
+    podman("rmi", "--force", name, check=False)
     got = {path.relative_to(tmp_path / "got").as_posix() for path in (tmp_path / "got").rglob("*") if path.is_file()}
     wanted = {name for name in COPIED if (ROOT / name).is_file()} | {
         f"output/tiny/model.{end}" for end in ("onnx", "json")

@@ -376,7 +376,7 @@ _VOLCANOES = [
 # %% ../../nbs/data/01_surfaces.ipynb #paint-mars
 def paint_mars(xyz: np.ndarray, seed: int) -> np.ndarray:
     "Rust deserts, dark regions, canyon, volcanoes and caps."
-    height, bright = relief("Mars", xyz.shape[1])
+    height, _ = relief("Mars", xyz.shape[1])
     lat = lon_lat(xyz)[1]
     rough, fine = noise(xyz, 71, 0.9), noise(xyz, 72, 3)
     bent = warp(xyz, 73, 0.06, 0.9)

@@ -44,7 +44,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     html = re.sub(
         r'(<(?:a|img)\b[^>]*?\s(?:href|src)=")([^"]+)', lambda m: m[1] + _url(m[2], page, config, files), html
     )
-    parts = re.split(r"(<pre.*?</pre>|<code.*?</code>)", html, flags=re.DOTALL)
+    parts = re.split(r'(<pre.*?</pre>|<code.*?</code>|<div class="clipboard-copy-txt".*?</div>)', html, flags=re.DOTALL)
     parts[::2] = [
         re.sub(r"(?<![\\$\w])\$(?=\S)([^$<>]{1,200}?)(?<=\S)\$(?![\d$])", _formula, part) for part in parts[::2]
     ]
