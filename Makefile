@@ -31,7 +31,7 @@ ifneq ($(UV),)
 	@$(UV) pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps -e .
 else
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 endif
 	@touch $(READY)
@@ -40,7 +40,7 @@ endif
 setup: $(READY)  ## the environment alone; every other target does it when needed
 
 .PHONY: run
-run: $(READY)  ## the pipeline, with params/$(PARAMS).yaml
+run: $(READY)  ## the pipeline; PARAMS=guide runs another params file than default
 	@celestial run $(PARAMS)
 
 .PHONY: serve

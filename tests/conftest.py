@@ -4,10 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from celestial_ml.flow.pipeline import Plan, make_plan, run_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = (
@@ -65,3 +67,25 @@ def celestial(project: Path) -> Celestial:
         return subprocess.run(command, cwd=cwd, env=env | extra, capture_output=True, text=True, timeout=900)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def at_home(project: Path) -> Iterator[Path]:
+    "This process, at home in the copy of the project."
+    before, here = dict(os.environ), Path.cwd()
+    os.environ["CELESTIAL_HOME"] = str(project / ".celestial")
+    os.environ["CELESTIAL_TERMINAL"] = "1"
+    os.chdir(project)
+    yield project
+    os.chdir(here)
+    os.environ.clear()
+    os.environ |= before
+
+
+@pytest.fixture(scope="module")
+def smoke(at_home: Path) -> Plan:
+    "The pipeline, run once."
+    plan = make_plan(at_home, "smoke")
+    assert list(plan.stale) == list(plan.tasks)
+    run_pipeline(plan, quiet=True)
+    return plan

@@ -133,7 +133,11 @@ def test_parameters_cell_holds_the_defaults(notebook: Path) -> None:
 def test_pipeline_names_every_step() -> None:
     tasks = load_tasks(ROOT, "default")
     assert [task.source.as_posix() for task in tasks.values()] == [f"nbs/{name(nb)}" for nb in STEPS]
-    assert list(tasks) == list(SECTIONS) == ["acquire", "check", "prepare", "train", "evaluate", "explain", "package", "register"]
+    assert (
+        list(tasks)
+        == list(SECTIONS)
+        == ["acquire", "check", "prepare", "train", "evaluate", "explain", "package", "register"]
+    )
     seen: set[str] = set()
     for task in tasks.values():
         assert set(task.upstream) <= seen, "tasks stand in an order of execution"

@@ -1,6 +1,5 @@
-"The pipeline end to end at smoke size: run, rerun, changed, broken, and run in three ways."
+"The pipeline end to end at smoke size: run, rerun, changed, broken."
 
-import json
 import os
 import re
 import shutil
@@ -14,33 +13,10 @@ import papermill
 import pytest
 
 from celestial_ml.core.files import read_json
-from celestial_ml.core.params import load_params
 from celestial_ml.flow.pipeline import Plan, make_plan, run_pipeline
-from celestial_ml.flow.steps import Task, load_tasks, step_parameters
+from celestial_ml.flow.steps import SECTIONS, Task, load_tasks
 
-ALL = ["acquire", "check", "prepare", "train", "evaluate", "explain", "package", "register"]
-
-
-@pytest.fixture(scope="module")
-def at_home(project: Path) -> Path:
-    "This process, at home in the copy of the project."
-    before, here = dict(os.environ), Path.cwd()
-    os.environ["CELESTIAL_HOME"] = str(project / ".celestial")
-    os.environ["CELESTIAL_TERMINAL"] = "1"
-    os.chdir(project)
-    yield project
-    os.chdir(here)
-    os.environ.clear()
-    os.environ |= before
-
-
-@pytest.fixture(scope="module")
-def smoke(at_home: Path) -> Plan:
-    "The pipeline, run once."
-    plan = make_plan(at_home, "smoke")
-    assert list(plan.stale) == ALL
-    run_pipeline(plan, quiet=True)
-    return plan
+ALL = list(SECTIONS)
 
 
 def rerun(root: Path, *settings: str, params: str = "smoke", **options: str) -> list[str]:
@@ -224,62 +200,6 @@ def test_a_broken_step_says_step_cell_message_and_notebook(celestial, project: P
         assert re.search(r"explain failed in cell \d+: KeyError: .*confidnce", result.stderr), result.stderr
         assert "output/smoke/explain.ipynb" in result.stderr and "Traceback" not in result.stderr
     path.write_text(before)
-
-
-def as_edited(notebook: Path, values: dict[str, object]) -> None:
-    "Change the parameters cell, as a person in JupyterLab does."
-    content = json.loads(notebook.read_text())
-    cell = next(c for c in content["cells"] if "parameters" in c["metadata"].get("tags", []))
-    lines = "".join(cell["source"]).splitlines()
-    edited = [
-        f"{m[1]} = {values[m[1]]!r}" if (m := re.match(r"(\w+) = ", line)) and m[1] in values else line
-        for line in lines
-    ]
-    cell["source"] = "\n".join(edited)
-    notebook.write_text(json.dumps(content))
-
-
-def same_products(one: Path, other: Path) -> None:
-    "What two runs made of the same parameters is the same."
-    assert (np.load(one / "pixels.npy") == np.load(other / "pixels.npy")).all()
-    assert (one / "history.csv").read_text() == (other / "history.csv").read_text(), "training is reproducible"
-    assert read_json(one / "metrics.json") == read_json(other / "metrics.json")
-    assert read_json(one / "checks.json") == read_json(other / "checks.json")
-    for name in ("features.parquet", "predictions.parquet"):
-        tables = [pd.read_parquet(folder / name).drop(columns="path") for folder in (one, other)]
-        pd.testing.assert_frame_equal(*tables)
-    logits = [np.stack(pd.read_parquet(f / "predictions.parquet").logits.tolist()) for f in (one, other)]
-    assert (logits[0] == logits[1]).all()
-    scores = [[row["share_on_body"] for row in read_json(f / "explain.json")] for f in (one, other)]
-    assert scores[0] == pytest.approx(scores[1])
-    thresholds = [read_json(f / "model.json")["ood_threshold"] for f in (one, other)]
-    assert thresholds[0] == pytest.approx(thresholds[1])
-
-
-def test_papermill_alone_makes_the_same(smoke: Plan, at_home: Path) -> None:
-    parameters = load_params("smoke")
-    for name, task in smoke.tasks.items():
-        told = step_parameters(name, parameters) | {"run": "by-papermill"}
-        known = papermill.inspect_notebook(str(task.source))
-        assert told.keys() <= known.keys()
-        out = at_home / f"{name}-papermill.ipynb"
-        papermill.execute_notebook(str(task.source), str(out), told, progress_bar=False)
-    same_products(Path("output/smoke"), Path("output/by-papermill"))
-
-
-def test_each_step_opened_on_its_own_makes_the_same(smoke: Plan, at_home: Path) -> None:
-    "As in JupyterLab: a kernel that starts in the notebook's own folder, the parameters cell edited by hand."
-    steps = at_home / "nbs/steps"
-    parameters = load_params("smoke")
-    for name, task in smoke.tasks.items():
-        notebook = steps / f"opened-{name}.ipynb"
-        shutil.copy2(task.source, notebook)
-        as_edited(notebook, step_parameters(name, parameters) | {"run": "by-hand"})
-        command = [Path(sys.executable).parent / "jupyter", "execute", notebook.name]
-        result = subprocess.run(command, cwd=steps, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-2000:]
-        notebook.unlink()
-    same_products(Path("output/smoke"), Path("output/by-hand"))
 
 
 def test_a_step_whose_upstream_is_missing_says_so(at_home: Path) -> None:

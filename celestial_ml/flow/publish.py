@@ -33,29 +33,18 @@ def readme(
 def draw_pipeline(
     tasks: dict[str, Task],  # of `load_tasks`
 ) -> Figure:
-    "The steps in their order, an arrow for what each reads of another, and what each makes."
-    fig, ax = plt.subplots(figsize=(1.55 * len(tasks), 3.1), layout="constrained")
-    place = {name: i for i, name in enumerate(tasks)}
-    for name, task in tasks.items():
-        here = place[name]
+    "The steps in their order of execution, and what each makes."
+    fig, ax = plt.subplots(figsize=(1.6 * len(tasks), 2), layout="constrained")
+    box = {"boxstyle": "round,pad=0.6", "facecolor": "#16233f", "edgecolor": "#f0b354", "linewidth": 1.5}
+    for place, (name, task) in enumerate(tasks.items()):
         made = [path.name for key, path in task.product.items() if key not in ("notebook", "html")]
-        box = {"boxstyle": "round,pad=0.55", "facecolor": "#16233f", "edgecolor": "#f0b354"}
-        ax.text(here, 0, name, ha="center", va="center", color="#f5f1e6", fontsize=12, bbox=box, zorder=3)
-        ax.text(here, -0.42, "\n".join(made), ha="center", va="top", color="#5b6478", fontsize=8.5, linespacing=1.5)
-        for other in task.upstream:
-            far = here - place[other]
-            curve = f"arc3,rad={-0.32 if far > 1 else 0}"
-            arrow = {
-                "arrowstyle": "-|>",
-                "color": "#8b93a7",
-                "lw": 1,
-                "connectionstyle": curve,
-                "shrinkA": 22,
-                "shrinkB": 22,
-            }
-            rise = 0.12 if far > 1 else 0
-            ax.annotate("", (here, rise), (place[other], rise), arrowprops=arrow, zorder=1)
-    ax.set(xlim=(-0.6, len(tasks) - 0.4), ylim=(-1.35, 1.55))
+        ax.text(place, 0, name, ha="center", va="center", color="#f5f1e6", fontsize=12, bbox=box, zorder=2)
+        ax.text(place, -0.5, "\n".join(made), ha="center", va="top", color="#4a5266", fontsize=8.5, linespacing=1.5)
+        if place:
+            ax.annotate(
+                "", (place - 0.3, 0), (place - 0.7, 0), arrowprops={"arrowstyle": "-|>", "color": "#4a5266"}, zorder=1
+            )
+    ax.set(xlim=(-0.55, len(tasks) - 0.45), ylim=(-2.1, 0.5))
     ax.axis("off")
     return fig
 
