@@ -63,6 +63,13 @@ def test_the_held_out_images_are_no_duplicates_of_learned_ones(guide_images: Pat
     assert catalog.split.value_counts().to_dict() == {"train": 980, "test": 300, "val": 220}
 
 
+def instead_of(home: Path, url: str, other: str) -> Path:
+    "A home folder in which git goes elsewhere for a URL; DVC reads the file, not git's environment variables."
+    home.mkdir(exist_ok=True)
+    (home / ".gitconfig").write_text(f'[url "{other}"]\n    insteadOf = {url}\n')
+    return home
+
+
 @pytest.fixture
 def upstream(tmp_path: Path) -> Path:
     "A git repository with images on a branch, as the guide's is."
@@ -84,9 +91,7 @@ def test_dvc_fetches_what_the_pointer_points_to(
 ) -> None:
     "The path of `celestial data get guide` with a network: a real `dvc import`, a fresh clone, a real `dvc pull`."
     url = "https://example.org/guide"
-    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
-    monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.{upstream.as_uri()}.insteadOf")
-    monkeypatch.setenv("GIT_CONFIG_VALUE_0", url)
+    monkeypatch.setenv("HOME", str(instead_of(tmp_path / "home", url, upstream.as_uri())))
     monkeypatch.delenv("CELESTIAL_GUIDE_DATA", raising=False)
     project = tmp_path / "project"
     (project / "data").mkdir(parents=True)
@@ -104,10 +109,10 @@ def test_dvc_fetches_what_the_pointer_points_to(
     assert dvc_checksum(folder) == dvc_checksum(upstream / "raw")
 
 
-def test_offline_and_without_a_copy_both_ways_are_said(celestial, project: Path) -> None:
-    nowhere = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "url.file:///nowhere/.insteadOf"}
+def test_offline_and_without_a_copy_both_ways_are_said(celestial, project: Path, tmp_path: Path) -> None:
     git(project, "init", "-q")
-    result = celestial("data", "get", "guide", GIT_CONFIG_VALUE_0="https://github.com/", **nowhere)
+    nowhere = instead_of(tmp_path / "home", "https://github.com/", "file:///nowhere/")
+    result = celestial("data", "get", "guide", HOME=str(nowhere))
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "could not be reached" in result.stderr
     assert "--from FOLDER" in result.stderr and "CELESTIAL_GUIDE_DATA" in result.stderr
