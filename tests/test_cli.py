@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from serving import tiny_model
 
 from celestial_ml.core.files import sha256_of, write_json
 from celestial_ml.data.render import render
@@ -32,29 +33,7 @@ HEAVY = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "A packaged model that looks at the mean colour: small, but real."
-    import onnx
-
-    graph = """
-    <ir_version: 10, opset_import: ["" : 18]>
-    colour (uint8[n, h, w, 3] image) => (float[n, 2] probabilities, float[n] ood_score)
-    <float[3, 2] weights = {1, 0, 0, 0, 0, 1}>
-    {
-      bytes = Cast <to = 1> (image)
-      inside = Constant <value = int64[2] {1, 2}> ()
-      mean = ReduceMean <keepdims = 0> (bytes, inside)
-      logits = MatMul (mean, weights)
-      probabilities = Softmax <axis = 1> (logits)
-      channels = Constant <value = int64[1] {1}> ()
-      brightest = ReduceMax <keepdims = 0> (mean, channels)
-      full = Constant <value_float = 255.0> ()
-      ood_score = Sub (full, brightest)
-    }
-    """
-    folder = tmp_path_factory.mktemp("model")
-    onnx.save(onnx.parser.parse_model(graph), folder / "model.onnx")
-    about = {"name": "tiny", "version": "1", "classes": ["Mars", "Neptune"], "ood_threshold": 250.0}
-    write_json(folder / "model.json", about | {"sha256": sha256_of(folder / "model.onnx")})
-    return folder
+    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
