@@ -134,6 +134,41 @@ def onnx_against_keras(run: str) -> list[tuple[str, str, str, str]]:
     ]
 
 
+def int8_against_float(run: str) -> list[tuple[str, str, str, str]]:
+    "The int8 file, calibrated on training images, against the float32 one, on the measured images."
+    import onnx
+    import pandas as pd
+
+    from celestial_ml.core.files import read_json
+    from celestial_ml.data.images import decode_image
+    from celestial_ml.model.compress import compare_files, quantize
+
+    folder, root = Path("output") / run, project_root()
+    about, features = read_json(folder / "model.json"), pd.read_parquet(folder / "features.parquet")
+    learned = features[features.split == "train"]
+    learned = learned.sample(min(100, len(learned)), random_state=0)
+    measured = pd.read_parquet(folder / "predictions.parquet")
+    small = quantize(onnx.load(folder / "model.onnx"), [decode_image(root / path) for path in learned.path])
+    table = compare_files(
+        {"float32": folder / "model.onnx", "int8": small.SerializeToString()},
+        [decode_image(root / path) for path in measured.path],
+        measured.label.tolist(),
+        about["classes"],
+        about["ood_threshold"],
+    )
+    full, int8 = table.loc["float32"], table.loc["int8"]
+    return [
+        ("the int8 file, size", f"{int8.kB:.0f} kB", f"float32 {full.kB:.0f} kB", f"1/{int8.times_smaller:.1f}"),
+        ("the same, one picture", f"{int8.ms:.2f} ms", f"float32 {full.ms:.2f} ms", f"{int8.times_as_long:.2f} ×"),
+        (
+            f"the same, accuracy on {len(measured)} images",
+            f"{int8.accuracy:.2%}",
+            f"float32 {full.accuracy:.2%}",
+            f"{100 * (int8.accuracy - full.accuracy):+.2f} points",
+        ),
+    ]
+
+
 def main() -> None:
     "Measure and print."
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
@@ -143,7 +178,7 @@ def main() -> None:
     os.chdir(root)
     print(f"measuring with params/{params}.yaml: some minutes", flush=True)
     rows = notebook_overhead(root, params)
-    rows += [cold_predict("bench-inline"), *onnx_against_keras("bench-inline")]
+    rows += [cold_predict("bench-inline"), *onnx_against_keras("bench-inline"), *int8_against_float("bench-inline")]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))

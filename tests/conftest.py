@@ -14,6 +14,7 @@ from celestial_ml.flow.pipeline import Plan, make_plan, run_pipeline
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = (
     "pipeline.yaml",
+    "pipeline.tune.yaml",
     "dvc.yaml",
     "params",
     "nbs",

@@ -29,6 +29,15 @@ pytestmark = [
 ]
 
 SCREENSHOTS = Path(__file__).parents[1] / "nbs" / "images" if os.environ.get("CELESTIAL_SCREENSHOTS") else None
+# Notes what a person sees, each time the page changes: the headline, and what stands where the reasons will.
+WATCH = """() => {
+  window.seen = [];
+  new MutationObserver(() => {
+    const why = document.querySelector("#why .why"), said = document.querySelector("#right h2").innerText;
+    const now = `${said}, ${why.querySelector("img.map") ? "map" : why.querySelector(".plain").innerText}`;
+    if (window.seen.at(-1) !== now) window.seen.push(now);
+  }).observe(document.querySelector("#desk"), {subtree: true, childList: true, characterData: true});
+}"""
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 
@@ -110,6 +119,8 @@ def test_look(open_page, tmp_path, viewport, scheme):
     page.locator("#right li").first.wait_for()
     assert page.locator("#left img").get_attribute("alt") == "Example: Saturn"
     assert page.locator("#right li").count() == 10
+    page.locator("#why img.map").wait_for()
+    assert page.locator("#why li").count() == 3
     assert sideways(page) == 0
     paper = page.evaluate("getComputedStyle(document.querySelector('#right')).backgroundColor")
     dark = sum(int(part) for part in re.findall(r"\d+", paper)[:3]) < 3 * 128
@@ -154,6 +165,48 @@ class TestAnswers:
         drop(page, "black.png", encoded(Image.new("RGB", (64, 64))))
         headline(page, "Nothing I know")
         playwright.expect(page.locator("#right .plain")).to_contain_text("none of the ten bodies I know")
+        why = page.get_by_role("region", name="Why")
+        playwright.expect(why).to_contain_text("No part stands out")  # there is nothing to cover in the dark
+        playwright.expect(why).to_contain_text("Looks most like")
+
+    def test_why(self, open_page):
+        page = open_page()
+        why = page.get_by_role("region", name="Why")
+        playwright.expect(why).to_contain_text("With the answer comes what it rests on")
+        drop(page, "mine.png", neptune())
+        playwright.expect(why).to_contain_text("Bright is what the answer rests on.")
+        assert why.get_by_role("img").first.get_attribute("alt") == "Map over the picture, brightest in the middle"
+        near = page.get_by_role("list", name="Training pictures").get_by_role("listitem")
+        assert near.count() == 3 and near.first.inner_text() == "Neptune"
+        sizes = page.evaluate("[...document.querySelectorAll('#why img')].map(i => i.complete && i.naturalWidth)")
+        assert all(sizes) and len(sizes) == 4
+
+    def test_the_answer_does_not_wait_for_its_reasons(self, open_page):
+        page = open_page()
+        page.evaluate(WATCH)
+        page.get_by_role("button", name="Neptune").click()
+        page.locator("#why img.map").wait_for()
+        seen = page.evaluate("window.seen")
+        assert seen[-2:] == ["Neptune, Looking closer…", "Neptune, map"]
+
+    def test_the_reasons_are_those_of_the_picture_that_is_shown(self, open_page):
+        page = open_page()
+        for body in ("Mars", "Neptune", "Mars", "Neptune", "Mars", "Neptune"):
+            page.get_by_role("button", name=body).click()
+        headline(page, "Neptune")
+        near = page.get_by_role("list", name="Training pictures").get_by_role("listitem").first
+        playwright.expect(near).to_have_text("Neptune")
+        page.wait_for_timeout(1000)  # a late one of Mars would have come by now
+        assert near.inner_text() == "Neptune"
+
+    def test_no_reasons_without_an_answer(self, open_page):
+        page = open_page()
+        page.get_by_role("button", name="Neptune").click()
+        page.locator("#why img.map").wait_for()
+        drop(page, "letter.jpg", b"Dear planet", "image/jpeg")
+        playwright.expect(page.locator("#right .plain")).to_contain_text("I can't see a picture")
+        playwright.expect(page.locator("#why .plain")).to_contain_text("With the answer comes")
+        assert page.locator("#why img").count() == 0
 
     @pytest.mark.parametrize(
         ("name", "content", "words"),

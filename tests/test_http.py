@@ -1,5 +1,7 @@
 """The HTTP contract, held by a real server: every answer has its status and its form, whatever comes in."""
 
+import base64
+import io
 import json
 import os
 import signal
@@ -15,7 +17,10 @@ import pytest
 from PIL import Image
 from serving import encoded, neptune, running, tiny_model
 
+from celestial_ml.core.files import read_json, write_json
+from celestial_ml.data.images import decode_image
 from celestial_ml.data.render import render
+from celestial_ml.serve.predictor import ModelError, Predictor
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +88,75 @@ def test_good_pictures(client, kind):
     assert body["label"] == max(body["probabilities"], key=body["probabilities"].get)
     if kind not in ("16-bit", "grayscale"):
         assert body["label"] == "Neptune" and body["known"]
+
+
+@pytest.mark.parametrize("kind", ["png", "grayscale", "not square"])
+def test_an_explained_answer_is_the_answer_with_its_reasons(client, kind):
+    content = GOOD[kind]()
+    answer, why = (client.post(path, files={"image": content}).json() for path in ("/predict", "/explain"))
+    reasons = {name: why.pop(name) for name in ("saliency", "overlay", "looks_like")}
+    assert why | {"request_id": ""} == answer | {"request_id": ""}
+    saliency = reasons["saliency"]
+    values = np.array(saliency["values"])
+    assert values.shape == (saliency["rows"], saliency["columns"]) and values.min() >= 0 and values.max() <= 1
+    width, height = Image.open(io.BytesIO(content)).size
+    assert saliency["columns"] == 9 and abs(saliency["rows"] - 9 * height / width) <= 0.5, "square cells"
+    picture = decode_image(inside(reasons["overlay"]))
+    assert picture.shape[:2] == (height, width)
+    similarities = [one["similarity"] for one in reasons["looks_like"]]
+    assert len(similarities) == 3 and similarities == sorted(similarities, reverse=True) and similarities[0] > 0.9
+    assert all(max(decode_image(inside(one["thumbnail"])).shape) == 96 for one in reasons["looks_like"])
+    if kind == "png":
+        assert reasons["looks_like"][0]["label"] == "Neptune" and saliency["where"] == "the middle"
+        assert values[4, 4] > 0.9 and values[0].max() < 0.3, "the globe, not the sky"
+        colourful = np.ptp(picture.astype(int), axis=-1)
+        assert colourful[64, 64] > 60 and colourful[:4, :4].max() < 20
+
+
+def inside(uri):
+    "The content of a data URI."
+    head, _, content = uri.partition(",")
+    assert head == "data:image/webp;base64"
+    return base64.b64decode(content)
+
+
+def test_explain_refuses_as_predict_does(client):
+    for make, status, code in BAD.values():
+        assert problem(client.post("/explain", files={"image": make()})) == (status, code)
+    assert problem(client.post("/explain")) == (422, "no_image")
+    assert problem(client.get("/explain")) == (405, "method_not_allowed")
+    assert problem(client.post("/explain", files={"image": bytes(21_000_000)})) == (413, "too_many_bytes")
+
+
+def test_an_older_package_explains_without_examples(tmp_path):
+    about = read_json(tiny_model(tmp_path) / "model.json")
+    del about["files"]
+    (tmp_path / "reference.npz").unlink()
+    write_json(tmp_path / "model.json", about)
+    why = Predictor(tmp_path).explain(neptune())
+    assert why.prediction.label == "Neptune" and why.looks_like == () and why.saliency.where == "the middle"
+
+
+@pytest.mark.parametrize("change", ["replaced", "missing", "elsewhere"])
+def test_examples_that_are_not_the_packaged_ones_are_refused(tmp_path, change):
+    reference = tiny_model(tmp_path) / "reference.npz"
+    if change == "replaced":
+        reference.write_bytes(reference.read_bytes()[:-1] + b"!")
+    elif change == "missing":
+        reference.unlink()
+    else:
+        about = read_json(tmp_path / "model.json")
+        write_json(tmp_path / "model.json", about | {"file": "../model.onnx"})
+    with pytest.raises(ModelError):
+        Predictor(tmp_path)
+
+
+def test_model_json_names_the_file_that_is_served(tmp_path):
+    about = read_json(tiny_model(tmp_path) / "model.json")
+    (tmp_path / "model.onnx").rename(tmp_path / "model.int8.onnx")
+    (tmp_path / "model.onnx").write_bytes(b"not the one that is served")
+    write_json(tmp_path / "model.json", about | {"file": "model.int8.onnx"})
+    assert Predictor(tmp_path).predict(neptune()).label == "Neptune"
 
 
 def noise(width, height):
@@ -182,7 +256,10 @@ def test_openapi_describes_errors_and_examples(client):
         assert all(
             set(example["value"]["error"]) == {"code", "message", "hint"} for example in content["examples"].values()
         )
-    assert document["components"]["schemas"]["Answer"]["example"]["label"] == "Saturn"
+    schemas = document["components"]["schemas"]
+    assert schemas["Answer"]["example"]["label"] == schemas["Explained"]["example"]["label"] == "Saturn"
+    assert document["paths"]["/explain"]["post"]["responses"].keys() == predict.keys()
+    assert {"saliency", "overlay", "looks_like"} <= schemas["Explained"]["example"].keys()
 
 
 def test_demo_answers_at_root(client):
@@ -227,8 +304,9 @@ import json, sys
 from fastapi.testclient import TestClient
 from celestial_ml.serve.api import build_app
 client = TestClient(build_app({str(model)!r}, demo=False))
-answer = client.post("/predict", files={{"image": open({str(tmp_path / "picture.png")!r}, "rb")}})
-assert answer.json()["label"] == "Neptune"
+for path in ("/predict", "/explain"):
+    answer = client.post(path, files={{"image": open({str(tmp_path / "picture.png")!r}, "rb")}})
+    assert answer.json()["label"] == "Neptune"
 print(json.dumps(sorted({{name.split(".")[0] for name in sys.modules}})))
 """
     run = python(code)
@@ -244,6 +322,7 @@ print(json.dumps(sorted({{name.split(".")[0] for name in sys.modules}})))
         "onnx",
         "pandas",
         "matplotlib",
+        "scipy",
     }
     assert not (heavy | {"gradio", "papermill", "dvc"}) & set(json.loads(run.stdout))
 

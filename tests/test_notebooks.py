@@ -125,19 +125,19 @@ def test_parameters_cell_holds_the_defaults(notebook: Path) -> None:
     cell = next(cell for cell in cells(notebook) if "parameters" in cell["metadata"].get("tags", []))
     assignments = [node for node in ast.parse(source(cell)).body if isinstance(node, ast.Assign)]
     found = {node.targets[0].id: ast.literal_eval(node.value) for node in assignments}
-    expected = step_parameters(notebook.stem[3:], Params())
+    expected = step_parameters(re.sub(r"^\d+_", "", notebook.stem), Params())
     assert {key: value for key, value in found.items() if key not in OUTSIDE_PARAMETERS} == expected
     assert found.keys() >= OUTSIDE_PARAMETERS and found["run"] == "default"
 
 
 def test_pipeline_names_every_step() -> None:
     tasks = load_tasks(ROOT, "default")
-    assert [task.source.as_posix() for task in tasks.values()] == [f"nbs/{name(nb)}" for nb in STEPS]
-    assert (
-        list(tasks)
-        == list(SECTIONS)
-        == ["acquire", "check", "prepare", "train", "evaluate", "explain", "package", "register"]
-    )
+    chain, beside = ([nb for nb in STEPS if nb.stem[0].isdigit() is numbered] for numbered in (True, False))
+    assert [task.source.as_posix() for task in tasks.values()] == [f"nbs/{name(nb)}" for nb in chain]
+    assert list(tasks) == ["acquire", "check", "prepare", "train", "evaluate", "explain", "package", "register"]
+    assert [*tasks, *(nb.stem for nb in beside)] == list(SECTIONS), "a step beside the chain has no number"
+    for nb in beside:
+        assert load_tasks(ROOT, "default", nb.stem)[nb.stem].source.as_posix() == f"nbs/{name(nb)}"
     seen: set[str] = set()
     for task in tasks.values():
         assert set(task.upstream) <= seen, "tasks stand in an order of execution"

@@ -14,9 +14,9 @@ import pytest
 
 from celestial_ml.core.files import read_json
 from celestial_ml.flow.pipeline import Plan, make_plan, run_pipeline
-from celestial_ml.flow.steps import SECTIONS, Task, load_tasks
+from celestial_ml.flow.steps import Task, load_tasks
 
-ALL = list(SECTIONS)
+ALL = list(load_tasks(Path(__file__).parent.parent, "default"))
 
 
 def rerun(root: Path, *settings: str, params: str = "smoke", **options: str) -> list[str]:

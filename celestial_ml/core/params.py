@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'ParamsError', 'Section', 'Data', 'Check', 'Prepare', 'Model', 'Train', 'Evaluate', 'Explain', 'Package',
-           'Register', 'Track', 'Params', 'allowed', 'known_keys', 'params_error', 'parse_yaml', 'params_path',
-           'load_params', 'default_yaml']
+           'Register', 'Span', 'Tune', 'Track', 'Params', 'allowed', 'known_keys', 'params_error', 'parse_yaml',
+           'params_path', 'load_params', 'default_yaml']
 
 # %% ../../nbs/core/04_params.ipynb #feca52bd
 import json
@@ -52,6 +52,9 @@ class Data(Section):
     )
     val: Fraction = Field(0.15, description="share of the images that training watches but doesn't learn from")
     test: Fraction = Field(0.2, description="share of the images that nobody looks at before `evaluate`")
+    test_source: str | None = Field(
+        None, description="the source of the test images, where it isn't the same: none is trained on"
+    )
 
 
 class Check(Section):
@@ -74,7 +77,7 @@ class Prepare(Section):
 class Model(Section):
     "The network."
 
-    network: str = Field("compact", description="compact, guide, or your own")
+    network: str = Field("compact", description="compact, residual, guide, or your own")
     width: int = Field(32, ge=4, le=512, description="filters of the first convolution")
     embedding: int = Field(64, ge=4, le=2048, description="size of the layer below the logits")
     dropout: Fraction = Field(0.2, description="share of the embedding that is dropped while training")
@@ -83,20 +86,29 @@ class Model(Section):
 class Train(Section):
     "How the network learns."
 
-    epochs: int = Field(30, ge=1, le=1000, description="passes over the training images")
-    batch_size: int = Field(32, ge=1, le=4096, description="images a step of the optimiser")
-    lr: float = Field(4e-3, gt=0, le=1, description="learning rate of Adam, at its peak")
+    epochs: int = Field(40, ge=1, le=1000, description="passes over the training images")
+    batch_size: int = Field(16, ge=1, le=4096, description="images a step of the optimiser")
+    lr: float = Field(3e-3, gt=0, le=1, description="learning rate of Adam, at its peak")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="course of the learning rate")
     augment: bool = Field(True, description="show every image differently each time: roll, zoom, colour, noise")
     label_smoothing: Fraction = Field(0.05, description="share of certainty that is taken from the label")
+    class_weights: Literal["none", "balanced"] = Field("none", description="balanced: rare classes count for more")
+    patience: int = Field(0, ge=0, description="epochs without a lower val_loss before it stops; 0: it never does")
 
 # %% ../../nbs/core/04_params.ipynb #evaluate
 class Evaluate(Section):
     "What the model is measured on."
 
     on: Literal["val", "test"] = Field("test", description="the split that is measured")
+    false_alarms: float = Field(0.01, gt=0, lt=0.5, description="share of known bodies that may be called unknown")
+    bootstrap: int = Field(1000, ge=100, le=100_000, description="resamples behind each 95 % interval")
+    min_slice: int = Field(15, ge=1, description="images that a slice needs to be judged")
+    strangers: int = Field(60, ge=4, le=10_000, description="pictures of each kind of thing that is no known body")
+    corrupted: int = Field(60, ge=1, le=10_000, description="test images behind the robustness table")
+    folds: int = Field(0, ge=0, le=20, description="folds of a cross-validation, a training each; 0: none")
+    leave_one_out: bool = Field(False, description="train once more without each class, to see if it is unknown then")
 
-
+# %% ../../nbs/core/04_params.ipynb #explain
 class Explain(Section):
     "What of the model's reasons is shown."
 
@@ -108,8 +120,9 @@ class Explain(Section):
 class Package(Section):
     "What the served file must fulfil."
 
-    false_alarms: float = Field(0.01, gt=0, lt=0.5, description="share of known bodies that may be called unknown")
-    tolerance: float = Field(1e-4, gt=0, le=1, description="largest difference of a logit, Keras against ONNX")
+    tolerance: float = Field(1e-3, gt=0, le=1, description="largest difference of a logit, Keras against ONNX")
+    serve: Literal["float32", "int8"] = Field("float32", description="int8: the smaller file, where it's as good")
+    int8_loss: Fraction = Field(0.002, description="accuracy that the int8 file may lose and still be served")
 
 
 class Register(Section):
@@ -118,6 +131,35 @@ class Register(Section):
     name: str = Field("celestial", pattern=r"^[A-Za-z0-9_-]+$", description="name of the model in the registry")
     min_accuracy: float = Field(0.9, ge=0, le=1, description="accuracy on held-out images, at least")
     min_macro_f1: float = Field(0.9, ge=0, le=1, description="mean F1 of the classes, at least")
+    max_slice_gap: float = Field(0.25, ge=0, le=1, description="accuracy of the best slice less the worst, at most")
+
+# %% ../../nbs/core/04_params.ipynb #span
+class Span(Section):
+    "A range of numbers to search."
+
+    low: float
+    high: float
+    log: bool = False  # search it on a logarithmic scale
+
+
+class Tune(Section):
+    "Which parameters `celestial tune` searches, and for how long."
+
+    study: str = Field("tune", min_length=1, description="name of the study; one that exists is gone on with")
+    storage: str | None = Field(None, description="an SQLAlchemy URL; null: optuna.db in CELESTIAL_HOME")
+    trials: int = Field(20, ge=1, le=100_000, description="trials, of all workers together")
+    workers: int = Field(1, ge=1, le=256, description="processes on this machine")
+    tune_epochs: int = Field(12, ge=1, le=1000, description="epochs of a trial")
+    space: dict[str, Span | list[Any]] = Field(
+        {
+            "train.lr": Span(low=0.001, high=0.02, log=True),
+            "train.batch_size": [16, 32, 64],
+            "train.label_smoothing": Span(low=0.0, high=0.15),
+            "model.embedding": [32, 64, 128],
+            "model.dropout": Span(low=0.0, high=0.5),
+        },
+        description="what is searched: of model and train, a range or a list of values",
+    )
 
 
 class Track(Section):
@@ -140,6 +182,7 @@ class Params(Section):
     explain: Explain = Explain()
     package: Package = Package()
     register_: Register = Field(Register(), alias="register")  # BaseModel has a method of that name
+    tune: Tune = Tune()
     track: Track = Track()
 
 # %% ../../nbs/core/04_params.ipynb #allowed
@@ -151,7 +194,13 @@ def allowed(
         return " or ".join(allowed(option) for option in field["anyOf"])
     if "enum" in field:
         return " or ".join(field["enum"])
-    words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
+    words = {
+        "integer": "a whole number",
+        "number": "a number",
+        "boolean": "true or false",
+        "string": "text",
+        "object": "a mapping",
+    }
     limits = {
         "minimum": "from",
         "exclusiveMinimum": "above",
@@ -309,8 +358,10 @@ def default_yaml() -> str:  # YAML
             lines += ["", f"# {Params.model_fields[_attribute(name)].annotation.__doc__}", f"{name}:"]
         value = defaults[name][leaf] if name else defaults[leaf]
         indent = "  " if name else "\n"
-        setting = f"{leaf}: {json.dumps(value)}".ljust(26)
-        lines.append(f"{indent}{setting}# {field['description']} [{allowed(field)}]")
+        setting = f"{leaf}:" if isinstance(value, dict) else f"{leaf}: {json.dumps(value)}"
+        lines.append(f"{indent}{setting.ljust(26)}# {field['description']} [{allowed(field)}]")
+        if isinstance(value, dict):
+            lines += [f"    {key}: {json.dumps(inner)}" for key, inner in value.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -389,12 +389,13 @@ def render(
     view: View = View(),
     size: int = 128,  # pixels along an edge
     seed: int = 0,  # the weather, for bodies that have any
+    width: int | None = None,  # of the body's map; None: as fine as the size needs
 ) -> np.ndarray:  # uint8 (size, size, 3), RGB on black
     "The portrait of a body."
     if size < 8:
         raise ValueError(f"size is {size}, allowed are 8 and more pixels")
     known = get_body(body)
-    width = 512 if size <= 160 else 1024
+    width = width or (512 if size <= 160 else 1024)
     skin = texture(body, seed % WEATHERS if known.weather else 0, width)
     light = trace(make_scene(known, view, 2 * size), skin)
     small = (light[::2, ::2] + light[1::2, ::2] + light[::2, 1::2] + light[1::2, 1::2]) / 4

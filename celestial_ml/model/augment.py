@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 # %% auto #0
-__all__ = ['random_affine', 'random_light', 'augment']
+__all__ = ['random_phase', 'random_affine', 'random_view', 'random_sky', 'random_fog', 'random_cover', 'random_lens',
+           'random_light', 'random_grade', 'random_noise', 'augment']
 
 # %% ../../nbs/model/01_augment.ipynb #salted
 def _salted(seed: tf.Tensor, salt: int) -> tf.Tensor:
@@ -28,18 +29,62 @@ def _uniform(n: int, low: float, high: float, seed: tf.Tensor, salt: int, width:
     return tf.random.stateless_uniform((n, width), _salted(seed, salt), low, high)
 
 
+def _sometimes(n: int, share: float, seed: tf.Tensor, salt: int) -> tf.Tensor:
+    "One for this share of the pictures, zero for the others: float32 (n, 1, 1, 1)."
+    import tensorflow as tf
+
+    return tf.cast(_uniform(n, 0, 1, seed, salt) < share, tf.float32)[:, None, None]
+
+
+def _chosen(n: int, slots: tuple[int, int], seed: tf.Tensor) -> tf.Tensor:
+    "One where a picture drew one of these slots of 21, zero elsewhere: float32 (n, 1, 1, 1)."
+    import tensorflow as tf
+
+    drawn = 21 * _uniform(n, 0, 1, seed, 99)
+    return tf.cast((drawn >= slots[0]) & (drawn < slots[1]), tf.float32)[:, None, None]
+
+
+def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:  # x and y, float32 (1, size, size, 1)
+    "The pixels' places, from -1 to 1."
+    edge = ((np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1)[None, :, None]
+    return edge[:, None], edge[:, :, None]
+
+# %% ../../nbs/model/01_augment.ipynb #random-phase
+def random_phase(
+    images: tf.Tensor,  # float32 (n, size, size, channels), 0 … 255; the body about the middle of the frame
+    seed: tf.Tensor,  # two integers
+) -> tf.Tensor:  # the same shape
+    "Night on one side of one picture in four, from a gibbous to a crescent phase."
+    import tensorflow as tf
+
+    n = tf.shape(images)[0]
+    x, y = _grid(images.shape[1])
+    angle, radius, phase = (
+        _uniform(n, low, high, seed, salt)[:, None, None]
+        for low, high, salt in ((-np.pi, np.pi, 11), (0.6, 1.0, 12), (0.6, 2.3, 13))
+    )
+    along, across = x * tf.cos(angle) + y * tf.sin(angle), y * tf.cos(angle) - x * tf.sin(angle)
+    terminator = -tf.cos(phase) * tf.sqrt(tf.maximum(radius**2 - across**2, 0))
+    lit = tf.sigmoid((along - terminator) * 14)
+    return images * (1 - (1 - lit) * _sometimes(n, 0.25, seed, 14))
+
+# %% ../../nbs/model/01_augment.ipynb #random-affine
 def random_affine(
     n: int,  # pictures
     size: int,  # side of a picture, in pixels
     seed: tf.Tensor,  # two integers
 ) -> tf.Tensor:  # float32 (n, 8), as tf.raw_ops.ImageProjectiveTransformV3 takes it
-    "A roll of any angle, a zoom of 0.7 to 1.3, a shift of up to an eighth of the frame and a mirror, for each."
+    """A roll of any angle, a zoom of 0.75 to 1.3, a shift of up to an eighth of the frame and a mirror, for each.
+
+    One picture in five is small in its frame (a zoom from 0.3 up), one in five is shifted so far that it's cropped."""
     import tensorflow as tf
 
     angle = _uniform(n, -np.pi, np.pi, seed, 1)
-    scale = 1 / _uniform(n, 0.7, 1.3, seed, 2)
+    small = _sometimes(n, 0.2, seed, 15)[:, 0, 0] * _uniform(n, 0, 0.6, seed, 16)
+    scale = 1 / (_uniform(n, 0.75, 1.3, seed, 2) * (1 - small))
     mirror = tf.sign(_uniform(n, -1, 1, seed, 3))
-    shift = _uniform(n, -size / 8, size / 8, seed, 4, 2)
+    reach = size * (0.125 + 0.175 * _sometimes(n, 0.2, seed, 17)[:, 0, 0])
+    shift = _uniform(n, -1, 1, seed, 4, 2) * reach
     a, b = scale * tf.cos(angle), scale * tf.sin(angle)
     # The map goes from the new picture to the old one, about the centre of the frame.
     middle = (size - 1) / 2
@@ -48,40 +93,178 @@ def random_affine(
     zero = tf.zeros_like(a)
     return tf.concat([mirror * a, -b, x0, mirror * b, a, y0, zero, zero], axis=1)
 
-# %% ../../nbs/model/01_augment.ipynb #random-light
-def random_light(
-    images: tf.Tensor,  # float32 (n, size, size, channels), 0 … 255
+# %% ../../nbs/model/01_augment.ipynb #random-view
+def random_view(
+    images: tf.Tensor,  # float32 (n, size, size, channels)
     seed: tf.Tensor,  # two integers
 ) -> tf.Tensor:  # the same shape
-    "Exposure, colour cast, gamma, noise, and one picture in twenty without colours."
+    "Every picture from another place."
     import tensorflow as tf
 
-    n, channels = images.shape[0] or tf.shape(images)[0], images.shape[-1]
-    gain = _uniform(n, 0.6, 1.3, seed, 5) * _uniform(n, 0.93, 1.07, seed, 6, channels)
-    gamma = _uniform(n, 0.75, 1.3, seed, 7)[:, None, None]
-    lit = 255 * tf.pow(images / 255, gamma) * gain[:, None, None]
-    gray = tf.reduce_mean(lit, axis=-1, keepdims=True)
-    lit = tf.where(_uniform(n, 0, 1, seed, 8)[:, None, None] < 0.05, gray, lit)
-    noise = tf.random.stateless_normal(tf.shape(images), _salted(seed, 9))
-    return lit + noise * _uniform(n, 0, 6, seed, 10)[:, None, None]
-
-# %% ../../nbs/model/01_augment.ipynb #augment
-def augment(
-    pixels: tf.Tensor,  # uint8 (n, size, size, channels)
-    seed: tf.Tensor,  # two integers: the same seed gives the same pictures
-) -> tf.Tensor:  # uint8, the same shape
-    "Another picture of the same thing, for each picture."
-    import tensorflow as tf
-
-    images = tf.cast(pixels, tf.float32)
-    n, size = tf.shape(images)[0], images.shape[1]
-    images = tf.raw_ops.ImageProjectiveTransformV3(
+    size = images.shape[1]
+    seen = tf.raw_ops.ImageProjectiveTransformV3(
         images=images,
-        transforms=random_affine(n, size, seed),
+        transforms=random_affine(tf.shape(images)[0], size, seed),
         output_shape=[size, size],
         fill_value=0.0,
         interpolation="BILINEAR",
         fill_mode="CONSTANT",
     )
+    seen.set_shape(images.shape)
+    return seen
+
+# %% ../../nbs/model/01_augment.ipynb #random-sky
+def random_sky(
+    images: tf.Tensor,  # float32 (n, size, size, channels), 0 … 255
+    seed: tf.Tensor,  # two integers
+) -> tf.Tensor:  # the same shape
+    "Stars (a slot), glare (two) or dark corners (one)."
+    import tensorflow as tf
+
+    n, size = tf.shape(images)[0], images.shape[1]
+    dots = tf.random.stateless_uniform((n, size, size, 1), _salted(seed, 21))
+    stars = tf.maximum(dots - 0.99, 0) * 100 * _uniform(n, 60, 255, seed, 22)[:, None, None]
+    starry = tf.where(images < 12, tf.maximum(images, stars), images)
+    images += (starry - images) * _chosen(n, (0, 1), seed)
+    x, y = _grid(size)
+    centre, width = _uniform(n, -1.2, 1.2, seed, 24, 2)[:, None, None], _uniform(n, 0.3, 1.0, seed, 25)[:, None, None]
+    flare = tf.exp(-((x - centre[..., :1]) ** 2 + (y - centre[..., 1:]) ** 2) / width**2)
+    images += flare * _uniform(n, 80, 500, seed, 26)[:, None, None] * _chosen(n, (1, 3), seed)
+    corners = 1 - tf.exp(-(x**2 + y**2) / _uniform(n, 0.3, 1.2, seed, 28)[:, None, None] ** 2)
+    return images * (1 - corners * _chosen(n, (3, 4), seed))
+
+# %% ../../nbs/model/01_augment.ipynb #random-fog
+def random_fog(
+    images: tf.Tensor,  # float32 (n, size, size, channels), 0 … 255
+    seed: tf.Tensor,  # two integers
+) -> tf.Tensor:  # the same shape
+    "Fog, from an even grey to thick swathes: four slots."
+    import tensorflow as tf
+
+    n, size = tf.shape(images)[0], images.shape[1]
+    coarse, medium, fine = (
+        tf.image.resize(tf.random.stateless_uniform((n, cells, cells, 1), _salted(seed, salt)) - 0.5, (size, size))
+        for cells, salt in ((4, 61), (9, 62), (23, 67))
+    )
+    swathes = (coarse + 0.7 * medium + 0.5 * fine) * _uniform(n, 0, 300, seed, 63)[:, None, None]
+    fog = tf.clip_by_value(_uniform(n, 60, 230, seed, 64)[:, None, None] + swathes, 0, 255)
+    return images + _uniform(n, 0.4, 0.8, seed, 65)[:, None, None] * _chosen(n, (4, 8), seed) * (fog - images)
+
+# %% ../../nbs/model/01_augment.ipynb #random-cover
+def random_cover(
+    images: tf.Tensor,  # float32 (n, size, size, channels)
+    seed: tf.Tensor,  # two integers
+) -> tf.Tensor:  # the same shape
+    "A patch over part of the picture: three slots. Source: DeVries and Taylor 2017, Cutout, arXiv:1708.04552."
+    import tensorflow as tf
+
+    n = tf.shape(images)[0]
+    x, y = _grid(images.shape[1])
+    centre, half = _uniform(n, -0.8, 0.8, seed, 31, 2)[:, None, None], _uniform(n, 0.1, 0.6, seed, 32, 2)[:, None, None]
+    inside = tf.cast(
+        (abs(x - centre[..., :1]) < half[..., :1]) & (abs(y - centre[..., 1:]) < half[..., 1:]), tf.float32
+    )
+    colour = _uniform(n, 0, 200, seed, 33, images.shape[-1])[:, None, None]
+    return images + inside * _chosen(n, (8, 11), seed) * (colour - images)
+
+# %% ../../nbs/model/01_augment.ipynb #box
+def _box(images: tf.Tensor, height: int, width: int) -> tf.Tensor:
+    "The mean of each pixel's neighbourhood."
+    import tensorflow as tf
+
+    return tf.nn.avg_pool2d(images, (height, width), 1, "SAME")
+
+
+def _blocks(images: tf.Tensor) -> tf.Tensor:
+    "The same picture in blocks of four by four pixels."
+    import tensorflow as tf
+
+    size = images.shape[1]
+    small = tf.nn.avg_pool2d(images, 4, 4, "SAME")
+    return tf.repeat(tf.repeat(small, 4, axis=1), 4, axis=2)[:, :size, :size]
+
+
+def random_lens(
+    images: tf.Tensor,  # float32 (n, size, size, channels), in a random order
+    seed: tf.Tensor,  # two integers
+) -> tf.Tensor:  # the same shape
+    "Out of focus, shaken along the rows or the columns, or blocky: a quarter each, in this order, by degrees."
+    import tensorflow as tf
+
+    n = tf.shape(images)[0]
+    degree = _uniform(n, 0.3, 1.0, seed, 42)[:, None, None]
+    cuts = [images[i * n // 4 : (i + 1) * n // 4] for i in range(4)]  # each blurred alone: blurring is slow
+    changed = (_box(_box(_box(cuts[0], 5, 1), 1, 5), 3, 3), _box(cuts[1], 1, 7), _box(cuts[2], 7, 1), _blocks(cuts[3]))
+    return images + (tf.concat(changed, 0) - images) * degree
+
+# %% ../../nbs/model/01_augment.ipynb #saturated
+def _saturated(images: tf.Tensor, factor: tf.Tensor, bright: tf.Tensor) -> tf.Tensor:
+    "Colours farther from gray, by a factor for each picture (n, 1); gray is the mean channel (0) … the largest (1)."
+    import tensorflow as tf
+
+    mean, largest = (reduce(images, axis=-1, keepdims=True) for reduce in (tf.reduce_mean, tf.reduce_max))
+    gray = mean + bright[:, None, None] * (largest - mean)
+    return gray + factor[:, None, None] * (images - gray)
+
+
+def random_light(
+    images: tf.Tensor,  # float32 (n, size, size, channels), 0 … 255
+    seed: tf.Tensor,  # two integers
+) -> tf.Tensor:  # the same shape
+    "Exposure, colour cast, gamma and saturation, as two good cameras differ."
+    import tensorflow as tf
+
+    n, channels = tf.shape(images)[0], images.shape[-1]
+    gain = _uniform(n, 0.75, 1.25, seed, 5) * _uniform(n, 0.98, 1.02, seed, 6, channels)
+    gamma = _uniform(n, 0.8, 1.25, seed, 7)[:, None, None]
+    lit = 255 * tf.pow(tf.clip_by_value(images / 255, 0, 1), gamma) * gain[:, None, None]
+    return _saturated(lit, _uniform(n, 0.85, 1.15, seed, 8), tf.zeros((n, 1)))
+
+
+def random_grade(
+    images: tf.Tensor,  # float32 (n, size, size, channels), 0 … 255
+    seed: tf.Tensor,  # two integers
+) -> tf.Tensor:  # the same shape
+    "Much too dark, veiled, with a strong cast, with far too much or no colour: two slots each, three for the last."
+    import tensorflow as tf
+
+    n, channels = tf.shape(images)[0], images.shape[-1]
+    dark = 2 ** (_uniform(n, -4, 0.7, seed, 51) * _chosen(n, (11, 13), seed)[:, 0, 0])
+    cast = 2 ** (_uniform(n, -0.7, 0.7, seed, 53, channels) * _chosen(n, (13, 15), seed)[:, 0, 0])
+    vivid = 2 ** (_uniform(n, -6, 3, seed, 55) * _chosen(n, (15, 18), seed)[:, 0, 0])
+    veil = _uniform(n, 0, 130, seed, 59) * _chosen(n, (18, 20), seed)[:, 0, 0]
+    graded = _saturated(images, vivid, _uniform(n, 0, 1, seed, 68)) * (dark * cast)[:, None, None] + veil[:, None, None]
+    return tf.clip_by_value(graded, 0, 255)
+
+
+def random_noise(
+    images: tf.Tensor,  # float32 (n, size, size, channels), 0 … 255
+    seed: tf.Tensor,  # two integers
+) -> tf.Tensor:  # the same shape
+    "The sensor's noise: up to 5 of 255, and for one slot up to 50."
+    import tensorflow as tf
+
+    n = tf.shape(images)[0]
+    dim = _uniform(n, 0, 45, seed, 57)[:, None, None] * _chosen(n, (20, 21), seed)
+    strength = dim + _uniform(n, 0, 5, seed, 10)[:, None, None]
+    return images + strength * tf.random.stateless_normal(tf.shape(images), _salted(seed, 9))
+
+# %% ../../nbs/model/01_augment.ipynb #augment
+def augment(
+    pixels: tf.Tensor,  # uint8 (n, size, size, channels), in a random order
+    seed: tf.Tensor,  # two integers: the same seed gives the same pictures
+    rough: float = 0.75,  # share of the pictures, the first ones, that are changed roughly
+) -> tf.Tensor:  # uint8, the same shape
+    "Another picture of the same thing, for each picture."
+    import tensorflow as tf
+
+    images = tf.cast(pixels, tf.float32)
+    count = tf.cast(rough * tf.cast(tf.shape(images)[0], tf.float32), tf.int32)
+    images = tf.concat([random_phase(images[:count], seed), images[count:]], 0)
     images.set_shape(pixels.shape)
-    return tf.cast(tf.clip_by_value(random_light(images, seed), 0, 255), tf.uint8)
+    images = random_light(random_view(images, seed), seed)
+    blurred, roughly = random_lens(images[: count // 6], seed), images[count // 6 : count]
+    for change in (random_cover, random_sky, random_fog, random_noise, random_grade):
+        roughly = change(roughly, seed)
+    images = tf.concat([blurred, roughly, images[count:]], 0)
+    return tf.cast(tf.clip_by_value(images, 0, 255), tf.uint8)

@@ -30,9 +30,10 @@ def predictions_table(
     about: pd.DataFrame,  # path and label of each image
     logits: np.ndarray,  # float (n, classes)
     classes: list[str],
+    temperature: float = 1.0,  # that the logits are divided by
 ) -> pd.DataFrame:  # path, label, predicted, confidence, correct, probabilities, logits
     "What was answered for each image."
-    probabilities = softmax(logits)
+    probabilities = softmax(logits / temperature)
     predicted = np.array(classes)[probabilities.argmax(1)]
     return about[["path", "label"]].assign(
         predicted=predicted,

@@ -45,7 +45,9 @@ _ANSWER = """
 <ir_version: 10, opset_import: ["" : {opset}]>
 answer (float[n, k] logits, float[n, d] embedding) => (float[n, k] probabilities, float[n] ood_score)
 {{
-  probabilities = Softmax <axis = 1> (logits)
+  sharpness = Constant <value = float {sharpness}> ()
+  scaled = Mul (logits, sharpness)
+  probabilities = Softmax <axis = 1> (scaled)
   one = Constant <value = int64[1] {{1}}> ()
   two = Constant <value = int64[1] {{2}}> ()
   centred = Sub (embedding, centre)
@@ -61,9 +63,10 @@ answer (float[n, k] logits, float[n, d] embedding) => (float[n, k] probabilities
 
 def answer_graph(
     distance: Distance,
+    temperature: float = 1.0,  # that the logits are divided by
 ) -> onnx.ModelProto:  # logits, embedding → probabilities float32 (n, classes), ood_score float32 (n,)
-    "The distance and the probabilities, as ONNX."
-    model = onnx.parser.parse_model(_ANSWER.format(opset=OPSET))
+    "The distance and the calibrated probabilities, as ONNX."
+    model = onnx.parser.parse_model(_ANSWER.format(opset=OPSET, sharpness=f"{{{1 / temperature:.9g}}}"))
     for name in ("centre", "whitening", "means"):
         model.graph.initializer.append(numpy_helper.from_array(getattr(distance, name), name))
     onnx.checker.check_model(model, full_check=True)
@@ -74,12 +77,13 @@ def serving_graph(
     model: keras.Model,  # of `build_network`
     p: Prepare,  # as its training images were prepared
     distance: Distance,  # of its training images' embeddings
+    temperature: float = 1.0,  # that the logits are divided by
 ) -> onnx.ModelProto:  # image uint8 (n, h, w, 3) → logits, embedding, probabilities, ood_score
     "The file that is served: pictures of any size in, answers out."
     parts = {
         "prepare/": prepare_graph(p),
         "network/": network_graph(model),
-        "answer/": answer_graph(distance),
+        "answer/": answer_graph(distance, temperature),
     }
     merged = None
     for prefix, graph in parts.items():

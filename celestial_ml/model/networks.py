@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['Layers', 'NETWORKS', 'network', 'get_network', 'guide', 'compact', 'build_network']
+__all__ = ['Layers', 'NETWORKS', 'network', 'get_network', 'guide', 'compact', 'residual', 'build_network']
 
 # %% ../../nbs/model/00_networks.ipynb #network
 Layers = Callable[[Any, Model], Any]  # (picture in 0 … 1, parameters) → embedding
@@ -46,21 +46,62 @@ def guide(x: Any, p: Model) -> Any:
     x = L.MaxPooling2D(3)(x)
     return L.Dense(p.embedding, activation="relu", name="embedding")(L.Flatten()(x))
 
+# %% ../../nbs/model/00_networks.ipynb #standardised
+def _standardised(x: Any) -> Any:
+    "Each picture twice: as it is, and less its mean colour and over its standard deviation, free of its exposure."
+    import keras
+    from keras import layers as L
+
+    centred = x - keras.ops.mean(x, axis=(1, 2), keepdims=True)
+    exposed = L.LayerNormalization(axis=(1, 2, 3), center=False, scale=False, epsilon=1e-4)(centred)
+    return L.Concatenate()([x, exposed])
+
+
+def _normed(x: Any) -> Any:
+    "Batch normalisation and ReLU."
+    from keras import layers as L
+
+    return L.Activation("relu")(L.BatchNormalization(momentum=0.95)(x))
+
+
+def _embedding(halfway: Any, deep: Any, p: Model) -> Any:
+    "What two depths of a network say of the whole picture, as one vector of 2 * width + embedding numbers."
+    from keras import layers as L
+
+    deep = L.Dense(p.embedding)(L.GlobalAveragePooling2D()(deep))
+    x = L.Concatenate(name="embedding")([L.GlobalAveragePooling2D()(halfway), deep])
+    return L.Dropout(p.dropout)(x)
+
 # %% ../../nbs/model/00_networks.ipynb #compact
 @network
 def compact(x: Any, p: Model) -> Any:
     "A convolution and two stages of separable ones, each at half the resolution. Source: Chollet 2017, Xception, arXiv:1610.02357."
     from keras import layers as L
 
-    def normed(x: Any) -> Any:
-        return L.Activation("relu")(L.BatchNormalization(momentum=0.95)(x))
-
-    x = normed(L.Conv2D(p.width, 5, strides=2, padding="same", use_bias=False)(x))
+    x = _normed(L.Conv2D(p.width, 5, strides=2, padding="same", use_bias=False)(_standardised(x)))
+    stages = []
     for width in (2 * p.width, 4 * p.width):
-        x = normed(L.SeparableConv2D(width, 3, strides=2, padding="same", use_bias=False)(x))
-        x = normed(L.SeparableConv2D(width, 3, padding="same", use_bias=False)(x))
-    x = L.Dense(p.embedding, name="embedding")(L.GlobalAveragePooling2D()(x))
-    return L.Dropout(p.dropout)(x)
+        x = _normed(L.SeparableConv2D(width, 3, strides=2, padding="same", use_bias=False)(x))
+        x = _normed(L.SeparableConv2D(width, 3, padding="same", use_bias=False)(x))
+        stages.append(x)
+    return _embedding(*stages, p)
+
+# %% ../../nbs/model/00_networks.ipynb #residual
+@network
+def residual(x: Any, p: Model) -> Any:
+    "A convolution and two stages of residual blocks. Source: He et al. 2016, ResNet, arXiv:1512.03385."
+    from keras import layers as L
+
+    def convolution(x: Any, width: int, strides: int = 1, kernel: int = 3) -> Any:
+        return L.Conv2D(width, kernel, strides=strides, padding="same", use_bias=False)(x)
+
+    x = _normed(convolution(_standardised(x), p.width, 2, 5))
+    stages = []
+    for width in (2 * p.width, 4 * p.width):
+        inner = convolution(_normed(convolution(x, width, 2)), width)
+        x = _normed(L.Add()([convolution(x, width, 2, 1), inner]))
+        stages.append(x)
+    return _embedding(*stages, p)
 
 # %% ../../nbs/model/00_networks.ipynb #build-network
 def build_network(

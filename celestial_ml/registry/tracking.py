@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 # %% auto #0
-__all__ = ['tracking_uri', 'mlflow_client', 'Run', 'start_run', 'resume_run']
+__all__ = ['tracking_uri', 'mlflow_client', 'Run', 'open_run', 'start_run', 'resume_run']
 
 # %% ../../nbs/registry/01_tracking.ipynb #tracking-uri
 def tracking_uri(
@@ -79,21 +79,36 @@ class Run:
         "A file: a plot, an executed notebook."
         self.client.log_artifact(self.id, str(path), folder or None)
 
+    def end(self, status: str = "FINISHED") -> None:
+        "It's over: FINISHED, FAILED or KILLED."
+        self.client.set_terminated(self.id, status)
+
+# %% ../../nbs/registry/01_tracking.ipynb #open-run
+def open_run(
+    track: Track,
+    name: str,  # shown in MLflow's list
+    parent: str | None = None,  # the id of the run that this one is part of
+) -> Run:
+    "A new run in MLflow, which somebody has to end."
+    client = mlflow_client(track)
+    tags = {"mlflow.parentRunId": parent} if parent else {}
+    return Run(client, client.create_run(_experiment(client, track), run_name=name, tags=tags).info.run_id)
+
 
 @contextmanager
 def start_run(
     track: Track,
     name: str,  # shown in MLflow's list
+    parent: str | None = None,  # the id of the run that this one is part of
 ) -> Iterator[Run]:
     "A new run in MLflow, finished or failed as the block ends."
-    client = mlflow_client(track)
-    run = Run(client, client.create_run(_experiment(client, track), run_name=name).info.run_id)
+    run = open_run(track, name, parent)
     try:
         yield run
     except BaseException:
-        client.set_terminated(run.id, "FAILED")
+        run.end("FAILED")
         raise
-    client.set_terminated(run.id, "FINISHED")
+    run.end()
 
 
 def resume_run(

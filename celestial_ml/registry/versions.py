@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from celestial_ml.registry.tracking import Run
 
 # %% auto #0
-__all__ = ['published', 'register_version', 'Verdict', 'judge', 'champion', 'promote']
+__all__ = ['published', 'package_files', 'register_version', 'Verdict', 'judge', 'champion', 'promote']
 
 # %% ../../nbs/registry/02_versions.ipynb #published
 def published(model: str) -> Path:  # "celestial/3" → its folder
@@ -26,15 +26,23 @@ def published(model: str) -> Path:  # "celestial/3" → its folder
     return home() / "models" / model
 
 
+def package_files(
+    about: dict[str, Any],  # a model.json
+) -> dict[str, str]:  # name → SHA-256
+    "The files that a server needs beside model.json: the network, and the training images to show beside an answer."
+    return {about.get("file", "model.onnx"): about["sha256"]} | about.get("files", {})
+
+
 def register_version(
     package: Path,  # a folder with model.onnx and model.json
     name: str,  # of the model in the registry
     run: Run,  # that made it
 ) -> str:  # "celestial/3"
-    "Register and publish a packaged model; `CelestialError` if its file isn't the one that was packaged."
+    "Register and publish a packaged model; `CelestialError` if one of its files isn't the one that was packaged."
     about = read_json(package / "model.json")
-    if sha256_of(package / "model.onnx") != about["sha256"]:
-        raise CelestialError(f"{package / 'model.onnx'} was changed after it was packaged", "Package it again.")
+    for file, sha256 in package_files(about).items():
+        if sha256_of(package / file) != sha256:
+            raise CelestialError(f"{package / file} was changed after it was packaged", "Package it again.")
     client = run.client
     if not client.search_registered_models(filter_string=f"name = '{name}'"):
         client.create_registered_model(name)
@@ -42,7 +50,8 @@ def register_version(
     if same:
         number = same[0].version
     else:
-        run.log_file(package / "model.onnx", "model")
+        for file in package_files(about):
+            run.log_file(package / file, "model")
         source = f"{client.get_run(run.id).info.artifact_uri}/model"
         number = client.create_model_version(
             name, source, run.id, tags={"sha256": about["sha256"]}, await_creation_for=0
@@ -57,7 +66,8 @@ def _publish(package: Path, model: str, about: dict[str, Any]) -> None:
     "Copy a package to where servers find it."
     with atomic(published(model)) as folder:
         folder.mkdir()
-        shutil.copy2(package / "model.onnx", folder)
+        for file in package_files(about):
+            shutil.copy2(package / file, folder)
         write_json(folder / "model.json", about)
 
 # %% ../../nbs/registry/02_versions.ipynb #verdict
@@ -78,6 +88,10 @@ def judge(
     ours = candidate["metrics"]
     floors = [("accuracy", ours["accuracy"], p.min_accuracy), ("macro F1", ours["macro"]["f1"], p.min_macro_f1)]
     reasons = [f"{name} {value:.4f} is below {floor}" for name, value, floor in floors if value < floor]
+    gap, worst = ours["fairness"]["gap"], ours["fairness"]["worst"]  # None where every slice is too small
+    if gap is not None and gap > p.max_slice_gap:
+        where = f"{worst['slice']} {worst['bin']} with {worst['accuracy']:.4f}"
+        reasons.append(f"the gap between slices is {gap:.4f}, above {p.max_slice_gap}: the worst is {where}")
     passed = not reasons
     reasons += [f"{name} {value:.4f} reaches {floor}" for name, value, floor in floors if value >= floor]
     if champion is None:

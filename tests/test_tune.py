@@ -1,0 +1,298 @@
+"Tuning at smoke size: workers on one study, stopped, killed and gone on with, on SQLite and on PostgreSQL."
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import papermill
+import pytest
+from mlflow import MlflowClient
+from optuna import load_study
+from PIL import Image
+from sqlalchemy import create_engine, text
+
+from celestial_ml.core.errors import CelestialError
+from celestial_ml.core.files import read_json
+from celestial_ml.core.params import load_params
+from celestial_ml.flow.pipeline import make_plan
+from celestial_ml.flow.tuning import tune_run
+from celestial_ml.model.tune import open_storage, run_trials, storage_url, trials_left
+
+SPACE = "{train.lr: {low: 0.001, high: 0.05, log: true}, model.width: [4, 8]}"
+QUICK = ["--set", "tune.tune_epochs=2", "--set", "train.augment=false", "--set", f"tune.space={SPACE}"]
+ENDLESS = ["--set", "tune.tune_epochs=1000", "--set", "train.augment=false", "--set", f"tune.space={SPACE}"]
+
+
+@pytest.fixture(scope="module")
+def tuned(celestial, at_home: Path) -> dict:
+    "A study of three trials by two workers, as the command tells of it."
+    result = celestial("tune", "smoke", "--trials", 3, "--workers", 2, "--json", *QUICK)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def study(name: str, storage: str | None = None):
+    "A study as it is in its database now."
+    return load_study(study_name=name, storage=open_storage(storage_url(storage)))
+
+
+def states(name: str, storage: str | None = None) -> list[str]:
+    return [trial.state.name for trial in study(name, storage).trials]
+
+
+def wait_for(met: Callable[[], bool], seconds: float = 300) -> None:
+    "Wait until something is so."
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end, "that never happened"
+        time.sleep(0.3)
+
+
+def test_two_workers_make_a_study(tuned: dict) -> None:
+    trials = study("tune").trials
+    assert {trial.state.name for trial in trials} == {"COMPLETE"} and tuned["trials"]["complete"] == len(trials)
+    assert len(trials) in (3, 4), "two workers that look at the same moment may both find one missing"
+    assert trials[0].params == {"train.lr": 0.004, "model.width": 8}, "the run's own values come first"
+    assert len({json.dumps(trial.params) for trial in trials}) == len(trials), "no two alike"
+    assert all(set(trial.intermediate_values) == {1, 2} for trial in trials)
+    assert tuned["best"]["loss"] == min(trial.value for trial in trials) and tuned["own_loss"] == trials[0].value
+    logs = [path.read_text() for path in Path("output/smoke/logs").iterdir()]
+    assert len(logs) == 2 and all("epoch 2 of 2" in log for log in logs), "both took part"
+
+
+def test_pictures_show_something(tuned: dict) -> None:
+    plots = Path("output/smoke/plots")
+    assert {path.name for path in plots.glob("tune_*.png")} == {
+        "tune_history.png",
+        "tune_parallel.png",
+        "tune_importance.png",
+    }
+    for path in plots.glob("tune_*.png"):
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        coloured = pixels.max(-1).astype(int) - pixels.min(-1) > 60  # axes and words are grey
+        assert pixels.shape[1] > 400 and 0.0005 < coloured.mean() < 0.5, path
+    html = Path("output/smoke/tune.html").read_text()
+    assert "Did it get better?" in html and html.count("data:image/png;base64") >= 3
+
+
+def test_best_trial_becomes_a_params_file(tuned: dict, at_home: Path) -> None:
+    content = Path("params/tuned.yaml").read_text()
+    assert len(content.splitlines()) <= 15 and "celestial run tuned" in content
+    params, smoke = load_params("tuned"), load_params("smoke")
+    best = tuned["best"]["values"]
+    assert (params.train.lr, params.model.width) == (best["train.lr"], best["model.width"])
+    assert params.data == smoke.data and params.prepare == smoke.prepare and params.train.epochs == smoke.train.epochs
+    assert params.train.augment is False, "what --set said is part of the run"
+    plan = make_plan(at_home, "tuned", run="after-tuning")
+    assert plan.params == params and list(plan.stale) == list(plan.tasks)
+
+
+def test_tuning_leaves_the_run_as_fresh_as_it_was(tuned: dict, at_home: Path) -> None:
+    stale = make_plan(at_home, "smoke").stale
+    assert "acquire" not in stale and "prepare" not in stale and stale["train"] == "it hasn't run yet"
+
+
+def test_trials_are_runs_within_the_studys(tuned: dict, at_home: Path) -> None:
+    client = MlflowClient(f"sqlite:///{os.environ['CELESTIAL_HOME']}/mlflow.db")
+    parent = client.get_run(study("tune").user_attrs["mlflow_runs"][0])
+    assert parent.info.status == "FINISHED" and parent.data.metrics["val_cross_entropy"] == tuned["best"]["loss"]
+    assert parent.data.tags["optuna.best_trial"] == str(tuned["best"]["trial"])
+    assert {f.path for f in client.list_artifacts(parent.info.run_id, "plots")} >= {"plots/tune_history.png"}
+    nested = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    by_id = {run.info.run_id: run for run in nested}
+    trials = study("tune").trials
+    assert by_id.keys() == {trial.user_attrs["mlflow_run"] for trial in trials}
+    for trial in trials:
+        run = by_id[trial.user_attrs["mlflow_run"]]
+        assert run.info.status == "FINISHED" and run.data.params["width"] == str(trial.params["model.width"])
+        history = client.get_metric_history(run.info.run_id, "val_cross_entropy")
+        assert [m.value for m in history] == list(trial.intermediate_values.values())
+
+
+def test_again_is_nothing_to_do_and_more_goes_on(tuned: dict, celestial) -> None:
+    before = len(study("tune").trials)
+    again = celestial("tune", "smoke", "--trials", before, *QUICK)
+    assert again.returncode == 0 and "nothing to do" in again.stdout, again.stderr
+    assert len(study("tune").trials) == before
+    more = celestial("tune", "smoke", "--trials", before + 1, *QUICK)
+    assert more.returncode == 0 and f"1 to do, of {before + 1}" in more.stdout, more.stderr
+    assert f"✓ trial {before}" in more.stdout and len(study("tune").trials) == before + 1
+    assert "celestial run tuned" in more.stdout
+
+
+def test_notebook_on_its_own_does_the_trials_itself(tuned: dict, at_home: Path) -> None:
+    space = {"train.lr": [0.01, 0.03], "model.width": [4, 8]}
+    told = {"run": "smoke", "study": "alone", "trials": 2, "tune_epochs": 1, "augment": False, "space": space}
+    told |= {"width": 8, "embedding": 16, "batch_size": 16}
+    papermill.execute_notebook("nbs/steps/tune.ipynb", str(at_home / "alone.ipynb"), told, progress_bar=False)
+    assert states("alone") == ["COMPLETE"] * 2 and read_json("output/smoke/tune.json")["study"] == "alone"
+    assert load_params("tuned").train.lr in (0.01, 0.03)
+
+
+@contextmanager
+def endless(project: Path, name: str) -> Iterator[subprocess.Popen]:
+    "The command with a trial that takes for ever, once it is in the middle of it."
+    env = os.environ | {"PYTHONPATH": str(project)}
+    command = [Path(sys.executable).with_name("celestial"), "tune", "smoke", "--trials", "1"]
+    process = subprocess.Popen(
+        [*command, "--set", f"tune.study={name}", *ENDLESS], cwd=project, env=env,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+    def in_the_middle() -> bool:
+        assert process.poll() is None, process.communicate()
+        try:
+            return bool(study(name).trials[0].intermediate_values)
+        except (KeyError, IndexError):
+            return False
+
+    try:
+        wait_for(in_the_middle)
+        yield process
+    finally:
+        process.kill()  # its worker stops by itself
+        process.communicate()
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    "The processes that a command started."
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+@pytest.mark.parametrize("with_signal", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_command_stops_its_workers(tuned: dict, project: Path, with_signal: signal.Signals) -> None:
+    name = f"stopped-{with_signal.name}"
+    with endless(project, name) as process:
+        [worker] = workers_of(process)
+        process.send_signal(with_signal)
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == (130 if with_signal == signal.SIGINT else -9), err
+    assert "Traceback" not in out + err
+    wait_for(lambda: not Path(f"/proc/{worker}").exists() or "Z" in Path(f"/proc/{worker}/stat").read_text())
+    assert states(name) == ["FAIL"], "the worker said that it was stopped"
+
+
+def test_a_killed_workers_trial_blocks_nobody(tuned: dict, project: Path) -> None:
+    with endless(project, "killed") as process:
+        [worker] = workers_of(process)
+        os.kill(worker, signal.SIGKILL)
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 1 and "1 trials are missing; a worker stopped: it was killed by signal 9" in err
+    assert "goes on where it stopped" in err and "Traceback" not in out + err and states("killed") == ["RUNNING"]
+    silent = "UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour')"  # rather than wait for it
+    with create_engine(storage_url(None)).begin() as connection:
+        connection.execute(text(silent))
+    shared = study("killed")
+    run_trials(shared, 1, lambda trial: trial.suggest_float("train.lr", 0.001, 0.05, log=True))
+    assert states("killed") == ["FAIL", "COMPLETE"] and trials_left(shared, 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["tune.space={train.lrr: [0.1]}"], "did you mean train.lr?"),
+        (["tune.space={train.lr: {low: 0.1, high: 7}}"], "train.lr can't be 7"),
+        (["tune.space={model.network: [compct]}"], "did you mean 'compact'?"),
+        (["tune.space={}"], "tune.space is empty"),
+        (["tune.trials=0"], "tune.trials can't be 0"),
+        (["tune.storage=mysql://anna:secret@db/x"], "tune.storage can't be mysql:"),
+        (["tune.storage=postgresql://anna:secret@127.0.0.1:1/x"], "can't be used: connection failed"),
+        (["tune.storage=sqlite:////nowhere/at/all.db"], "can't be used: unable to open database file"),
+        (["tune.tune_epochs=3"], "tune.tune_epochs was 2, is 3"),
+    ],
+    ids=lambda value: value[0][:30] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_named_before_any_trial(tuned: dict, at_home: Path, settings: list[str], words: str) -> None:
+    before = dict(os.environ), len(study("tune").trials)
+    usual = ["tune.tune_epochs=2", "train.augment=false", f"tune.space={SPACE}", "tune.trials=99"]
+    with pytest.raises(CelestialError) as error:
+        tune_run(at_home, "smoke", usual + settings, quiet=True)
+    assert words in error.value.message and "secret" not in str(error.value)
+    assert len(study("tune").trials) == before[1]
+    os.environ.clear()
+    os.environ |= before[0]
+
+
+def test_a_mistake_is_words_and_no_traceback(celestial) -> None:
+    result = celestial("tune", "smoke", "--set", "tune.storage=postgresql://anna:secret@127.0.0.1:1/x")
+    assert result.returncode == 2 and "connection failed" in result.stderr
+    assert "Traceback" not in result.stderr and "secret" not in result.stderr + result.stdout
+
+
+@pytest.fixture
+def postgres() -> Iterator[str]:
+    "The URL of a database on a PostgreSQL server that lives as long as the test."
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3]))
+    place = shutil.which("initdb") or (found[-1] if found else None)
+    if place is None:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    programs = Path(place).parent
+    as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []  # it refuses to run as root
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "password").write_text("s3cret/&")
+        if as_user:
+            shutil.chown(folder, "postgres")
+            shutil.chown(f"{folder}/password", "postgres")
+
+        def do(program: str, *arguments: str, **options: object) -> None:
+            subprocess.run([*as_user, str(programs / program), *arguments], cwd=folder, check=True,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)  # fmt: skip
+
+        do("initdb", "-D", f"{folder}/data", "-U", "anna", "-A", "scram-sha-256", "--pwfile", f"{folder}/password")
+        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
+        do("pg_ctl", "-D", f"{folder}/data", "-l", f"{folder}/log", "-w", "-o", options, "start")
+        try:
+            yield f"postgresql://anna:s3cret%2F%26@127.0.0.1:{port}/postgres"
+        finally:
+            do("pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
+
+
+@pytest.mark.postgres
+def test_two_machines_share_a_study_on_postgresql(
+    tuned: dict, postgres: str, celestial, at_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    "Two commands with a state folder each, as on two machines: one study, done by both."
+
+    def command(machine: int) -> subprocess.CompletedProcess:
+        where = ["--run", f"machine-{machine}", "--set", f"tune.storage={postgres}", "--json"]
+        home = str(tmp_path / f"home-{machine}")
+        return celestial("tune", "smoke", "--trials", 6, *where, *QUICK, CELESTIAL_HOME=home)
+
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(command, (1, 2)))
+    assert [result.returncode for result in results] == [0, 0], [result.stderr for result in results]
+    told = [json.loads(result.stdout) for result in results]
+    monkeypatch.setenv("PGPASSWORD", "")
+    trials = study("tune", postgres).trials
+    assert len(trials) in (6, 7) and {trial.state.name for trial in trials} == {"COMPLETE"}
+    assert told[0]["best"] == told[1]["best"] and told[0]["best"]["loss"] == min(trial.value for trial in trials)
+    did = [set(client_runs(tmp_path / f"home-{machine}")) for machine in (1, 2)]
+    assert did[0] and did[1] and not did[0] & did[1], "each did its part, and tracked it at home"
+    assert did[0] | did[1] == {trial.number for trial in trials}
+    written = [p for run in ("machine-1", "machine-2") for p in (at_home / "output" / run).rglob("*") if p.is_file()]
+    assert len(written) > 20
+    for path in [*written, at_home / "params/tuned.yaml"]:
+        assert b"s3cret" not in path.read_bytes(), path
+    assert "s3cret" not in "".join(result.stdout + result.stderr for result in results)
+
+
+def client_runs(home: Path) -> list[int]:
+    "The trials that were tracked in a state folder."
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    return [int(run.data.tags["optuna.trial"]) for run in runs if "optuna.trial" in run.data.tags]
