@@ -169,16 +169,49 @@ def int8_against_float(run: str) -> list[tuple[str, str, str, str]]:
     ]
 
 
+_UP_TO_TRAIN = """
+import sys
+from pathlib import Path
+from celestial_ml.flow.pipeline import make_plan, run_pipeline
+settings = [f"data.per_class={sys.argv[1]}", "train.epochs=2"]
+run_pipeline(make_plan(Path.cwd(), "default", settings, sys.argv[2], force=True, until="train"))
+"""
+
+
+def scaling(per_class: int) -> tuple[str, str, str, str]:
+    "Rendering, preparing and two epochs of training: seconds and peak memory, by the number of images."
+    run, images = f"bench-{10 * per_class}", 10 * per_class
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["CELESTIAL_HOME"] = home
+        began = time.perf_counter()
+        process = subprocess.Popen([sys.executable, "-c", _UP_TO_TRAIN, str(per_class), run], stdout=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        took = time.perf_counter() - began
+    if status:
+        sys.exit(f"the run with {images:,} images failed")
+    return (
+        f"{images:,} rendered images, up to two epochs",
+        f"{took:.0f} s, {used.ru_maxrss / 1e6:.2f} GB",
+        f"{1000 * took / images:.1f} ms an image",
+        f"{used.ru_maxrss / images:.0f} kB an image",
+    )
+
+
 def main() -> None:
     "Measure and print."
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--params", default="default", help="the params file that the pipeline is measured with")
-    params = parser.parse_args().params
-    root = project_root()
+    parser.add_argument("--scaling", action="store_true", help="time and memory for 1,500, 6,000 and 24,000 images")
+    asked = parser.parse_args()
+    params, root = asked.params, project_root()
     os.chdir(root)
     print(f"measuring with params/{params}.yaml: some minutes", flush=True)
-    rows = notebook_overhead(root, params)
-    rows += [cold_predict("bench-inline"), *onnx_against_keras("bench-inline"), *int8_against_float("bench-inline")]
+    if asked.scaling:
+        rows = [scaling(per_class) for per_class in (150, 600, 2400)]
+    else:
+        rows = notebook_overhead(root, params)
+        rows += [cold_predict("bench-inline"), *onnx_against_keras("bench-inline")]
+        rows += int8_against_float("bench-inline")
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))

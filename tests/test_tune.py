@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +24,9 @@ from sqlalchemy import create_engine, text
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.files import read_json
 from celestial_ml.core.params import load_params
-from celestial_ml.flow.pipeline import make_plan
-from celestial_ml.flow.tuning import tune_run
+from celestial_ml.flow.pipeline import StepFailed, make_plan
+from celestial_ml.flow.steps import load_tasks
+from celestial_ml.flow.tuning import TuneJob, _start_worker, join_study, run_workers, tune_run
 from celestial_ml.model.tune import open_storage, run_trials, storage_url, trials_left
 
 SPACE = "{train.lr: {low: 0.001, high: 0.05, log: true}, model.width: [4, 8]}"
@@ -62,13 +62,15 @@ def wait_for(met: Callable[[], bool], seconds: float = 300) -> None:
 def test_two_workers_make_a_study(tuned: dict) -> None:
     trials = study("tune").trials
     assert {trial.state.name for trial in trials} == {"COMPLETE"} and tuned["trials"]["complete"] == len(trials)
+    smoke = load_params("smoke")
     assert len(trials) in (3, 4), "two workers that look at the same moment may both find one missing"
-    assert trials[0].params == {"train.lr": 0.004, "model.width": 8}, "the run's own values come first"
+    own = {"train.lr": smoke.train.lr, "model.width": smoke.model.width}
+    assert trials[0].params == own, "the run's own values come first"
     assert len({json.dumps(trial.params) for trial in trials}) == len(trials), "no two alike"
     assert all(set(trial.intermediate_values) == {1, 2} for trial in trials)
     assert tuned["best"]["loss"] == min(trial.value for trial in trials) and tuned["own_loss"] == trials[0].value
     logs = [path.read_text() for path in Path("output/smoke/logs").iterdir()]
-    assert len(logs) == 2 and all("epoch 2 of 2" in log for log in logs), "both took part"
+    assert len(logs) == 2 and sum(log.count("epoch 2 of 2") for log in logs) == len(trials)
 
 
 def test_pictures_show_something(tuned: dict) -> None:
@@ -120,15 +122,16 @@ def test_trials_are_runs_within_the_studys(tuned: dict, at_home: Path) -> None:
         assert [m.value for m in history] == list(trial.intermediate_values.values())
 
 
-def test_again_is_nothing_to_do_and_more_goes_on(tuned: dict, celestial) -> None:
-    before = len(study("tune").trials)
-    again = celestial("tune", "smoke", "--trials", before, *QUICK)
-    assert again.returncode == 0 and "nothing to do" in again.stdout, again.stderr
-    assert len(study("tune").trials) == before
-    more = celestial("tune", "smoke", "--trials", before + 1, *QUICK)
-    assert more.returncode == 0 and f"1 to do, of {before + 1}" in more.stdout, more.stderr
-    assert f"✓ trial {before}" in more.stdout and len(study("tune").trials) == before + 1
-    assert "celestial run tuned" in more.stdout
+def test_again_is_nothing_to_do_and_more_goes_on(
+    tuned: dict, at_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, settings = len(study("tune").trials), QUICK[1::2]
+    again = tune_run(at_home, "smoke", [*settings, f"tune.trials={before}"])
+    assert "nothing to do" in capsys.readouterr().out and again == tuned
+    more = tune_run(at_home, "smoke", [*settings, f"tune.trials={before + 1}"])
+    said = capsys.readouterr().out
+    assert f"1 to do, of {before + 1}" in said and f"trial {before}" in said and "best so far" in said
+    assert len(study("tune").trials) == before + 1 == more["trials"]["complete"]
 
 
 def test_notebook_on_its_own_does_the_trials_itself(tuned: dict, at_home: Path) -> None:
@@ -140,61 +143,70 @@ def test_notebook_on_its_own_does_the_trials_itself(tuned: dict, at_home: Path) 
     assert load_params("tuned").train.lr in (0.01, 0.03)
 
 
-@contextmanager
-def endless(project: Path, name: str) -> Iterator[subprocess.Popen]:
-    "The command with a trial that takes for ever, once it is in the middle of it."
-    env = os.environ | {"PYTHONPATH": str(project)}
-    command = [Path(sys.executable).with_name("celestial"), "tune", "smoke", "--trials", "1"]
+def begun(name: str) -> bool:
+    "Whether the first trial of a study is in the middle of it."
+    try:
+        return bool(study(name).trials[0].intermediate_values)
+    except (KeyError, IndexError):
+        return False
+
+
+def gone(pid: int) -> bool:
+    "Whether a process has ended."
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or " Z " in status.read_text()
+
+
+def test_a_stopped_command_stops_its_workers(tuned: dict, project: Path) -> None:
+    command = [Path(sys.executable).with_name("celestial"), "tune", "smoke", "--trials", "1", *ENDLESS]
     process = subprocess.Popen(
-        [*command, "--set", f"tune.study={name}", *ENDLESS], cwd=project, env=env,
+        [*command, "--set", "tune.study=stopped"], cwd=project, env=os.environ | {"PYTHONPATH": str(project)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-
-    def in_the_middle() -> bool:
-        assert process.poll() is None, process.communicate()
-        try:
-            return bool(study(name).trials[0].intermediate_values)
-        except (KeyError, IndexError):
-            return False
-
     try:
-        wait_for(in_the_middle)
-        yield process
+        wait_for(lambda: begun("stopped"))
+        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+        [worker] = map(int, found.stdout.split())
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=300)
     finally:
-        process.kill()  # its worker stops by itself
-        process.communicate()
+        process.kill()
+    assert process.returncode == 130 and "what was finished is kept" in err and "Traceback" not in out + err
+    assert gone(worker) and states("stopped") == ["FAIL"], "the worker said that it was stopped"
 
 
-def workers_of(process: subprocess.Popen) -> list[int]:
-    "The processes that a command started."
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    return [int(line) for line in found.stdout.split()]
+def endless_job(name: str) -> TuneJob:
+    "A job whose only trial takes for ever."
+    p = load_params("smoke", [*ENDLESS[1::2], f"tune.study={name}", "tune.trials=1"])
+    return TuneJob("smoke", p.seed, p.model, p.train, p.tune, p.track)
 
 
-@pytest.mark.parametrize("with_signal", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_command_stops_its_workers(tuned: dict, project: Path, with_signal: signal.Signals) -> None:
-    name = f"stopped-{with_signal.name}"
-    with endless(project, name) as process:
-        [worker] = workers_of(process)
-        process.send_signal(with_signal)
-        out, err = process.communicate(timeout=300)
-    assert process.returncode == (130 if with_signal == signal.SIGINT else -9), err
-    assert "Traceback" not in out + err
-    wait_for(lambda: not Path(f"/proc/{worker}").exists() or "Z" in Path(f"/proc/{worker}/stat").read_text())
-    assert states(name) == ["FAIL"], "the worker said that it was stopped"
+def test_a_worker_stops_when_its_command_is_gone(tuned: dict, project: Path, tmp_path: Path) -> None:
+    process = _start_worker(endless_job("left-alone"), 1, tmp_path / "log")
+    try:
+        wait_for(lambda: begun("left-alone") or process.poll() is not None)
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        process.stdin.close()  # as the system does when the command is killed
+        assert process.wait(300) == 130 and states("left-alone") == ["FAIL"]
+    finally:
+        process.kill()
 
 
-def test_a_killed_workers_trial_blocks_nobody(tuned: dict, project: Path) -> None:
-    with endless(project, "killed") as process:
-        [worker] = workers_of(process)
+def test_a_killed_workers_trial_blocks_nobody(tuned: dict, at_home: Path) -> None:
+    job = endless_job("killed")
+    shared = join_study(job, {name: task.product for name, task in load_tasks(at_home, "smoke").items()})
+    with ThreadPoolExecutor() as pool:
+        working = pool.submit(run_workers, job, shared, quiet=True)
+        wait_for(lambda: begun("killed") or working.done())
+        found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
+        [worker] = [int(line.split()[0]) for line in found.stdout.splitlines() if "flow.tuning import worker" in line]
         os.kill(worker, signal.SIGKILL)
-        out, err = process.communicate(timeout=300)
-    assert process.returncode == 1 and "1 trials are missing; a worker stopped: it was killed by signal 9" in err
-    assert "goes on where it stopped" in err and "Traceback" not in out + err and states("killed") == ["RUNNING"]
+        with pytest.raises(StepFailed, match="1 trials are missing; a worker stopped: it was killed by signal 9"):
+            working.result(60)
+    assert states("killed") == ["RUNNING"] and trials_left(shared, 1) == 1
     silent = "UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour')"  # rather than wait for it
     with create_engine(storage_url(None)).begin() as connection:
         connection.execute(text(silent))
-    shared = study("killed")
     run_trials(shared, 1, lambda trial: trial.suggest_float("train.lr", 0.001, 0.05, log=True))
     assert states("killed") == ["FAIL", "COMPLETE"] and trials_left(shared, 1) == 0
 
@@ -271,7 +283,7 @@ def test_two_machines_share_a_study_on_postgresql(
     def command(machine: int) -> subprocess.CompletedProcess:
         where = ["--run", f"machine-{machine}", "--set", f"tune.storage={postgres}", "--json"]
         home = str(tmp_path / f"home-{machine}")
-        return celestial("tune", "smoke", "--trials", 6, *where, *QUICK, CELESTIAL_HOME=home)
+        return celestial("tune", "smoke", "--trials", 4, *where, *QUICK, CELESTIAL_HOME=home)
 
     with ThreadPoolExecutor() as pool:
         results = list(pool.map(command, (1, 2)))
@@ -279,7 +291,7 @@ def test_two_machines_share_a_study_on_postgresql(
     told = [json.loads(result.stdout) for result in results]
     monkeypatch.setenv("PGPASSWORD", "")
     trials = study("tune", postgres).trials
-    assert len(trials) in (6, 7) and {trial.state.name for trial in trials} == {"COMPLETE"}
+    assert len(trials) in (4, 5) and {trial.state.name for trial in trials} == {"COMPLETE"}
     assert told[0]["best"] == told[1]["best"] and told[0]["best"]["loss"] == min(trial.value for trial in trials)
     did = [set(client_runs(tmp_path / f"home-{machine}")) for machine in (1, 2)]
     assert did[0] and did[1] and not did[0] & did[1], "each did its part, and tracked it at home"

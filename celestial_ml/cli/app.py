@@ -40,12 +40,15 @@ def _print_error(error: CelestialError) -> None:
 
 @contextmanager
 def _words_for_mistakes() -> Iterator[None]:
-    "Turn a `CelestialError` into words and its exit code."
+    "Turn a `CelestialError`, or Ctrl-C, into words and an exit code."
     try:
         yield
     except CelestialError as e:
         _print_error(e)
         raise typer.Exit(e.exit_code) from None
+    except KeyboardInterrupt:
+        print("stopped; what was finished is kept", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 # %% ../../nbs/cli/00_app.ipynb #run
 @app.command(epilog="Example: celestial run guide --set train.lr=0.001 --run lower-lr")
@@ -270,8 +273,4 @@ def data_show(
 # %% ../../nbs/cli/00_app.ipynb #main
 def main() -> None:
     "The command `celestial`."
-    try:
-        app()
-    except KeyboardInterrupt:
-        print("stopped; what was finished is kept", file=sys.stderr)
-        sys.exit(130)
+    app()

@@ -73,15 +73,20 @@ def make_plan(
 # %% ../../nbs/flow/02_pipeline.ipynb #images-checksum
 def _images_checksum(params: Params, root: Path, run: str) -> str | None:
     "The checksum of the images that come from outside, after making sure that they are there."
-    source = get_source(params.data.source)
-    folder = source.inputs(params.data, root)
-    if folder is None:
-        return None
-    if not folder.is_dir():
-        folder = source.fetch(params.data, params.seed, root, root / run_folder(run))
-    if not folder.is_dir():
-        raise CelestialError(f"{folder} is no folder", "Name a folder that holds a folder of images for each class.")
-    return folder_checksum(folder)
+    checksums = []
+    for name in filter(None, (params.data.source, params.data.test_source)):
+        source = get_source(name)
+        folder = source.inputs(params.data, root)
+        if folder is None:
+            continue
+        if not folder.is_dir():
+            folder = source.fetch(params.data, params.seed, root, root / run_folder(run))
+        if not folder.is_dir():
+            raise CelestialError(
+                f"{folder} is no folder", "Name a folder that holds a folder of images for each class."
+            )
+        checksums.append(folder_checksum(folder))
+    return " ".join(checksums) or None
 
 # %% ../../nbs/flow/02_pipeline.ipynb #load-dag
 Executor = Literal["inline", "kernel"]

@@ -84,7 +84,7 @@ def compact(x: Any, p: Model) -> Any:
         x = _normed(L.SeparableConv2D(width, 3, strides=2, padding="same", use_bias=False)(x))
         x = _normed(L.SeparableConv2D(width, 3, padding="same", use_bias=False)(x))
         stages.append(x)
-    return _embedding(*stages, p)
+    return _embedding(stages[0], stages[1], p)
 
 # %% ../../nbs/model/00_networks.ipynb #residual
 @network
@@ -101,7 +101,7 @@ def residual(x: Any, p: Model) -> Any:
         inner = convolution(_normed(convolution(x, width, 2)), width)
         x = _normed(L.Add()([convolution(x, width, 2, 1), inner]))
         stages.append(x)
-    return _embedding(*stages, p)
+    return _embedding(stages[0], stages[1], p)
 
 # %% ../../nbs/model/00_networks.ipynb #build-network
 def build_network(

@@ -127,7 +127,8 @@ def save_checkpoint(
     course: Course,
 ) -> None:
     "Write down all that the next epoch depends on, atomically."
-    arrays = {f"v{i}": np.asarray(v) for i, v in enumerate([*model.variables, *model.optimizer.variables])}
+    arrays: dict[str, Any] = {}
+    arrays |= {f"v{i}": np.asarray(v) for i, v in enumerate([*model.variables, *model.optimizer.variables])}
     arrays |= {f"b{i}": w for i, w in enumerate(course.best or [])}
     with atomic(path) as f:
         np.savez(f, key=np.array(key), rows=np.array(json.dumps(course.rows)), **arrays)
@@ -214,8 +215,9 @@ def fit(
     run = epoch_function(model, train, val, p, seed)
     key = training_key(model, train, p, seed) if checkpoint else ""
     course = load_checkpoint(checkpoint, key, model) if checkpoint else Course()
-    for done in course.rows if on_epoch else ():
-        on_epoch(int(done["epoch"]), {name: value for name, value in done.items() if name != "epoch"})
+    if on_epoch:
+        for done in course.rows:
+            on_epoch(int(done["epoch"]), {name: value for name, value in done.items() if name != "epoch"})
     while len(course.rows) < p.epochs and not (p.patience and course.rows and epochs_since_best(course) >= p.patience):
         epoch = len(course.rows) + 1
         logs = run(epoch - 1)

@@ -339,7 +339,7 @@ def cross_entropy(
     probabilities = softmax(np.asarray(model.predict(data[0], batch_size=256, verbose=0)))
     return float(-np.log(np.maximum(probabilities[np.arange(len(data[1])), data[1]], 1e-12)).mean())
 
-
+# %% ../../nbs/model/15_tune.ipynb #training-objective
 def training_objective(
     data: tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],  # training, validation: pixels, labels
     model: Model,  # the run's own
@@ -464,7 +464,7 @@ def _scale(values: pd.Series, choice: Span | list[Any]) -> tuple[np.ndarray, lis
     names = [f"{tick:.2g}" for tick in (np.exp(ticks) if choice.log else ticks)]
     return (change(values.to_numpy(float)) - low) / (high - low), list((ticks - low) / (high - low)), names
 
-
+# %% ../../nbs/model/15_tune.ipynb #plot-parallel
 def plot_parallel(
     table: pd.DataFrame,  # of `trials_table`
     space: Space,

@@ -495,12 +495,12 @@ def _dropped(
     return None, *_look(predictor, file.read_bytes(), "Your picture", asked, desk)
 
 
-def _explain(predictor: Predictor, desk: Desk) -> Any:
+def _explain(predictor: Predictor | None, desk: Desk) -> Any:
     "The reasons, unless the person has gone on to another picture meanwhile."
     import gradio as gr
 
     seen = desk.seen
-    if seen is None:
+    if predictor is None or seen is None:
         return gr.skip()
     try:
         reasons = why(predictor.reasons(seen))

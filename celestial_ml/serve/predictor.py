@@ -157,8 +157,7 @@ class Predictor:
         self.folder = Path(folder)
         self.about = _read_about(self.folder)
         name: str = self.about.get("file", "model.onnx")
-        content = _read_part(self.folder, name, self.about["sha256"])
-        self.session = _open_session(self.folder / name, content, threads)
+        self.session = _open_session(self.folder / name, _read_part(self.folder, name, self.about["sha256"]), threads)
         self.reference = _read_reference(self.folder, self.about)
         self.classes: list[str] = self.about["classes"]
         self.version: str = self.about["version"]
@@ -181,11 +180,7 @@ class Predictor:
         content, image = _read_picture(source, name)
         return _prediction(self, self.run(image), content)
 
-    def see(
-        self,
-        source: bytes | Path | str,  # the image file's bytes, or its path
-        name: str = "the image",  # what to call it in an error; a path calls itself
-    ) -> Seen:
+    def see(self, source: bytes | Path | str, name: str = "the image") -> Seen:
         "The answer of `predict`, with what `reasons` needs later."
         content, image = _read_picture(source, name)
         answer = self.run(image)
@@ -198,11 +193,7 @@ class Predictor:
         shown = data_uri(encode_webp(overlay(seen.picture, values), 85))
         return Explanation(seen.prediction, _as_json(values), shown, near)
 
-    def explain(
-        self,
-        source: bytes | Path | str,  # the image file's bytes, or its path
-        name: str = "the image",  # what to call it in an error; a path calls itself
-    ) -> Explanation:
+    def explain(self, source: bytes | Path | str, name: str = "the image") -> Explanation:
         "The answer of `predict`, and its reasons; `ImageError` where it can't be read."
         return self.reasons(self.see(source, name))
 

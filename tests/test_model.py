@@ -1,0 +1,155 @@
+"What a run says of its model: every figure is there, and an interruption changes none of them."
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from celestial_ml.core.files import read_json, sha256_of
+from celestial_ml.core.params import load_params
+from celestial_ml.data.render import render_many
+from celestial_ml.flow.pipeline import Plan
+from celestial_ml.serve.predictor import Predictor
+
+TINY = ["model.width=4", "prepare.size=16", "evaluate.strangers=4", "evaluate.corrupted=4", "evaluate.bootstrap=100"]
+
+
+@pytest.fixture(scope="module")
+def metrics(smoke: Plan) -> dict:
+    return json.loads(
+        Path("output/smoke/metrics.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
+    )
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A folder of three classes, one of which is rare."
+    folder = tmp_path_factory.mktemp("three")
+    for body, i, _, pixels in render_many(14, 32, seed=3, bodies=["Earth", "Mars", "Uranus"]):
+        if body == "Mars" and i >= 8:
+            continue
+        (folder / body).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / body / f"{i}.png")
+    return folder
+
+
+def settings(*values: str) -> list[str]:
+    return [part for value in (*TINY, *values) for part in ("--set", value)]
+
+
+def test_every_headline_figure_has_an_interval(metrics: dict) -> None:
+    for name in ("accuracy", "macro_f1", "loss", "ece", "brier"):
+        interval = metrics["intervals"][name]
+        assert interval["low"] <= interval["value"] <= interval["high"], name
+    assert metrics["intervals"]["accuracy"]["value"] == metrics["accuracy"]
+
+
+def test_calibration_is_the_served_one(metrics: dict, smoke: Plan) -> None:
+    about, table = read_json("output/smoke/model.json"), pd.read_parquet("output/smoke/predictions.parquet")
+    assert about["temperature"] == metrics["calibration"]["temperature"] > 0
+    answer = Predictor("output/smoke").predict(smoke.root / table.path[0])
+    assert np.allclose(list(answer.probabilities.values()), table.probabilities[0], atol=1e-4)
+    assert answer.ood_score == pytest.approx(table.ood_score[0], rel=1e-2)
+    assert {"ece", "brier", "nll"} <= metrics["calibration"]["before"].keys() & metrics["calibration"]["after"].keys()
+
+
+def test_strangers_are_compared_by_kind_and_by_score(metrics: dict) -> None:
+    unknown = metrics["unknown"]
+    assert {"bodies", "textures", "noise", "blank", "photographs"} <= unknown["kinds"].keys()
+    assert {"mahalanobis", "relative_mahalanobis", "knn", "energy", "max_softmax"} == unknown["compared"].keys()
+    assert all(0 <= kind["unknown"] <= 1 and 0 <= kind["auroc"] <= 1 for kind in unknown["kinds"].values())
+    assert len(unknown["bodies"]) >= 8 and not set(unknown["bodies"]) & set(metrics["per_class"])
+
+
+def test_robustness_and_behaviour_are_measured(metrics: dict) -> None:
+    table = metrics["robustness"]["per_corruption"]
+    assert len(table) >= 12 and all(len(row) == 5 for row in table.values())
+    assert metrics["robustness"]["mean_accuracy"] == pytest.approx(np.mean(list(table.values())))
+    assert metrics["robustness"]["mce"] > 0 and metrics["baseline"]["trivial"] == pytest.approx(0.1)
+    assert {"invariance", "directional", "minimum_functionality"} == metrics["behaviour"].keys()
+
+
+def test_slices_know_how_the_images_were_rendered(metrics: dict) -> None:
+    names = {row["slice"] for row in metrics["slices"]}
+    assert {"phase", "size", "brightness", "blur", "latitude", "source", "class"} <= names
+    assert metrics["fairness"].keys() >= {"worst", "gap"}
+
+
+def test_small_files_lie_beside_the_served_one(smoke: Plan) -> None:
+    about = read_json("output/smoke/model.json")
+    sizes = {name: Path("output/smoke", name).stat().st_size for name in ("model.onnx", "model.int8.onnx")}
+    assert sizes["model.int8.onnx"] < sizes["model.onnx"]
+    assert about["file"] == "model.onnx" and about["compression"]["edge"]["parity"] < 1e-3
+    assert {"float32", "int8"} < about["compression"]["files"].keys()
+    assert about["files"]["reference.npz"] == sha256_of("output/smoke/reference.npz")
+
+
+def test_int8_is_served_where_it_is_as_good(celestial, smoke: Plan) -> None:
+    result = celestial(
+        "run", "smoke", "--run", "small", "--set", "package.serve=int8", "--set", "package.int8_loss=0.5"
+    )
+    assert result.returncode == 0, result.stderr
+    about = read_json("output/small/model.json")
+    passes = about["compression"]["passes"]
+    assert about["file"] == ("model.int8.onnx" if passes else "model.onnx")
+    assert passes or about["compression"]["reasons"], "a refusal says why"
+    assert about["sha256"] == sha256_of(Path("output/small", about["file"]))
+    published = Path(".celestial/models", read_json("output/small/register.json")["model"])
+    assert {about["file"], "model.json", "reference.npz"} == {path.name for path in published.iterdir()}
+
+
+def test_folds_left_out_classes_and_rare_ones(celestial, at_home: Path, three: Path) -> None:
+    asked = ["evaluate.folds=2", "evaluate.leave_one_out=true", "train.class_weights=balanced", "train.patience=1"]
+    result = celestial(
+        "run", "smoke", "--run", "three", *settings("data.source=folder", f"data.folder={three}", *asked)
+    )
+    assert result.returncode == 0, result.stderr
+    metrics = read_json("output/three/metrics.json")
+    assert len(metrics["folds"]["folds"]) == 2 and 0 <= metrics["folds"]["mean"] <= 1
+    assert [row["class"] for row in metrics["left_out"]["classes"]] == ["Earth", "Mars", "Uranus"]
+    assert metrics["left_out"]["worst"]["auroc"] == min(row["auroc"] for row in metrics["left_out"]["classes"])
+
+
+def test_images_of_the_other_source_are_asked_about_and_never_learned_from(
+    celestial, at_home: Path, three: Path
+) -> None:
+    chosen = ["data.per_class=6", f"data.folder={three}", "data.test_source=folder", "data.val=0.3"]
+    result = celestial("run", "smoke", "--run", "other", *settings(*chosen))
+    assert result.returncode == 0, result.stderr
+    features = pd.read_parquet("output/other/features.parquet")
+    assert set(features[features.source == "folder"].split) == {"test"}
+    assert not features[features.source == "render"].split.eq("test").any()
+    assert read_json("output/other/metrics.json")["images"] == features.source.eq("folder").sum() == 36
+    assert load_params("sim2real", folder=Path("params")).data.test_source == "guide"
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(celestial, at_home: Path, smoke: Plan) -> None:
+    "kill -9 after the first epochs; the rerun ends at the very weights of a run that wasn't disturbed."
+    epochs = ["--set", "train.epochs=5"]
+    whole = celestial("run", "smoke", "--run", "whole", *epochs)
+    assert whole.returncode == 0, whole.stderr
+    command = [str(Path(sys.executable).with_name("celestial")), "run", "smoke", "--run", "killed", *epochs]
+    env = os.environ | {"PYTHONPATH": str(at_home)}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint, deadline = Path("output/killed/.checkpoint.npz"), time.monotonic() + 300
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists(), "it was killed while it trained"
+    resumed = celestial("run", "smoke", "--run", "killed", *epochs)
+    assert resumed.returncode == 0, resumed.stderr
+    weights = [keras.saving.load_model(f"output/{run}/model.keras").get_weights() for run in ("whole", "killed")]
+    assert all((a == b).all() for a, b in zip(*weights, strict=True))
+    histories = [pd.read_csv(f"output/{run}/history.csv") for run in ("whole", "killed")]
+    pd.testing.assert_frame_equal(*histories)
+    assert not checkpoint.exists(), "a finished training leaves none"
