@@ -26,12 +26,12 @@ STYLES: dict[str, None] = {}  # of all pages; they are the same ones, so the sit
 
 def on_config(config: MkDocsConfig) -> None:
     "List every notebook that there is."
-    there = {file.parent.name for file in Path(config.docs_dir).glob("*/[0-9]*.ipynb")}
+    there = {file.parent.name for file in Path(config.docs_dir).glob("[!.]*/*.ipynb")}  # no checkpoints
     if unknown := there - {*TITLES, *ROOMS}:
         raise PluginError(f"nbs/docs-assets/site.py doesn't know where to put {', '.join(sorted(unknown))}")
     config.nav = ["index.ipynb"]
     for folder in filter(there.__contains__, (*TITLES, *ROOMS)):
-        files = sorted((Path(config.docs_dir) / folder).glob("[0-9]*.ipynb"))
+        files = sorted((Path(config.docs_dir) / folder).glob("*.ipynb"))
         config.nav.append({TITLES.get(folder, folder): [f"{folder}/{file.name}" for file in files]})
 
 
