@@ -208,10 +208,10 @@ def test_dvc_compares_two_revisions(project: Path) -> None:
     call("git", "commit", "-qm", "one")
     leave(0.75, 255)
     params = project / "params/default.yaml"
-    params.write_text(params.read_text().replace("epochs: 30", "epochs: 40"))
+    params.write_text(params.read_text().replace("epochs: 40", "epochs: 50"))
     dvc = [sys.executable, "-m", "dvc"]
     assert '"diff": 0.25' in call(*dvc, "metrics", "diff", "--json")
-    assert '"new": 40' in call(*dvc, "params", "diff", "--json")
+    assert '"new": 50' in call(*dvc, "params", "diff", "--json")
     call(*dvc, "plots", "diff", "--out", "compared")
     pictures = {path.name for path in (project / "compared/static").iterdir()}
     assert {f"{rev}_output_default_plots_preview.png" for rev in ("HEAD", "workspace")} <= pictures

@@ -188,19 +188,27 @@ def open_storage(
     url: str,  # of `storage_url`
 ) -> RDBStorage:
     "The database of studies, made where it's new; `CelestialError` where it can't be reached."
+    from functools import partial
+
     import optuna
+    from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # SQLite has one writer at a time; the others wait
     options = {"timeout": 60} if url.startswith("sqlite:") else {"connect_timeout": 10}
     with warnings.catch_warnings(), storage_errors(url):
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats have been there since 2021
-        return optuna.storages.RDBStorage(
+        make = partial(
+            optuna.storages.RDBStorage,
             url,
             engine_kwargs={"connect_args": options, "pool_pre_ping": True},
             heartbeat_interval=HEARTBEAT,
             grace_period=SILENCE,
         )
+        try:
+            return make()
+        except SQLAlchemyError:
+            return make()  # two at once made the tables of a new database; now they are there
 
 # %% ../../nbs/model/15_tune.ipynb #seeded-sampler
 def seeded_sampler(
