@@ -74,20 +74,21 @@ def neptune(kind: str = "PNG", **options: object) -> bytes:
 
 
 @contextmanager
-def running(model: Path | None, log: Path, demo: bool = True, max_bytes: int | None = None) -> Iterator[str]:
+def running(model: Path | None, log: Path, demo: bool = True, **settings: object) -> Iterator[str]:
     "A real server in a process of its own; yields its URL."
-    # With a model through `serve`, as a person starts it; without one, or with another limit, the same by hand.
-    code = f"from celestial_ml.serve.api import serve; serve({str(model)!r}, port=0, demo={demo})"
-    if model is None or max_bytes:
+    # With a model through `serve`, as a person starts it; without one, which `serve` refuses, the same by hand.
+    code = f"from celestial_ml.serve.server import serve; serve({str(model)!r}, port=0, demo={demo})"
+    if model is None:
         code = (
-            "import uvicorn; from celestial_ml.serve.api import build_app, open_port; s = open_port('127.0.0.1', 0);"
-            "print(f'http://127.0.0.1:{s.getsockname()[1]}', flush=True);"
-            f"app = build_app({str(model) if model else None!r}, {demo}, {max_bytes or 20_000_000});"
-            "uvicorn.Server(uvicorn.Config(app, log_level='warning')).run(sockets=[s])"
+            "import uvicorn; from celestial_ml.serve.api import build_app; from celestial_ml.serve.server import open_port;"
+            "s = open_port('127.0.0.1', 0); print(f'http://127.0.0.1:{s.getsockname()[1]}', flush=True);"
+            f"uvicorn.Server(uvicorn.Config(build_app(None, {demo}), log_level='warning')).run(sockets=[s])"
         )
+    env = os.environ | {"CELESTIAL_HOME": str(log.parent / "home")}
+    env |= {f"CELESTIAL_SERVE_{name.upper()}": str(value) for name, value in settings.items()}
     with log.open("w") as out:
         process = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=out, text=True, env=os.environ
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=out, text=True, env=env
         )
         try:
             assert process.stdout

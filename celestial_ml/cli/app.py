@@ -190,13 +190,18 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="the port to listen on")] = 8000,
     model: Annotated[str | None, typer.Option(help="a folder, a run, a version; the champion if not given")] = None,
     demo: Annotated[bool, typer.Option(help="serve the demo at / too")] = True,
+    challenger: Annotated[str | None, typer.Option(help="off, shadow:SHARE or canary:SHARE of the traffic")] = None,
 ) -> None:
     "Serve the HTTP API and the demo."
     with _words_for_mistakes():
-        from celestial_ml.serve.api import serve as serve_forever
         from celestial_ml.serve.predictor import find_model
+        from celestial_ml.serve.server import serve as serve_forever
+        from celestial_ml.serve.settings import serve_settings
 
-        serve_forever(find_model(model), host, port, demo)
+        settings = serve_settings(challenger=challenger)
+        # Without a name the registry's champion answers, whichever that is; with one, this model and no other.
+        named = model or os.environ.get("CELESTIAL_MODEL")
+        serve_forever(find_model(named) if named else None, host, port, demo, settings)
 
 # %% ../../nbs/cli/00_app.ipynb #catalog-of
 def _catalog_of(source: str | None, params: str) -> "tuple[object, object]":  # (catalog, params)

@@ -413,11 +413,12 @@ NOW = "performance.now(), null"  # for the inputs `clock` and `desk`; the desk s
 
 
 def build_demo(
-    predictor: Predictor | None,  # None: the page says that there is no model yet
+    current: Callable[[], Predictor | None],  # the model of this moment; None: the page says that there is none yet
     max_bytes: int = 20_000_000,  # of a file
 ) -> "gr.Blocks":
     "The page, to be mounted into an app."
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
+    predictor = current()
     about = predictor.about if predictor else {}
     names = [*BODIES, NOTHING]
     with ThreadPoolExecutor(2) as pool:
@@ -444,13 +445,13 @@ def build_demo(
         quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
         quiet["trigger_mode"] = "multiple"  # a click isn't lost while the one before it is answered
         shown = [left, right, reasons, desk]
-        dropped = partial(_dropped, predictor, max_bytes)
+        dropped = partial(_dropped, current, max_bytes)
         asked = [drop.upload(dropped, [drop, clock, desk], [drop, *shown], js=f"(file) => [file, {NOW}]", **quiet)]
         for button, (name, content) in zip(buttons, examples.items(), strict=True):
-            picked = partial(_look, predictor, content, f"Example: {name}")
+            picked = partial(_look, current, content, f"Example: {name}")
             asked.append(button.click(picked, [clock, desk], shown, js=f"() => [{NOW}]", **quiet))
         for event in asked:
-            event.then(partial(_explain, predictor), desk, reasons, **quiet)
+            event.then(_explain, desk, reasons, **quiet)
     return page
 
 # %% ../../nbs/serve/02_demo.ipynb #pick
@@ -469,22 +470,26 @@ class Desk:
 
     asked: float = 0  # when the last picture was asked about, by the browser's clock
     seen: Seen | None = None  # of that picture; None where it wasn't answered
+    model: Predictor | None = None  # that answered
 
 
-def _look(predictor: Predictor | None, content: bytes, alt: str, asked: float, desk: Desk) -> tuple[Any, ...]:
+def _look(
+    current: Callable[[], Predictor | None], content: bytes, alt: str, asked: float, desk: Desk
+) -> tuple[Any, ...]:
     "The page after a file came; its reasons are still to come."
     import gradio as gr
 
     desk.asked = max(desk.asked, asked)
-    left, right, seen = identify(predictor, content, alt)
+    model = current()
+    left, right, seen = identify(model, content, alt)
     if desk.asked != asked:
         return gr.skip(), gr.skip(), gr.skip(), desk
-    desk.seen = seen
+    desk.seen, desk.model = seen, model
     return left, right, why_soon() if seen else why_later(), desk
 
 
 def _dropped(
-    predictor: Predictor | None, max_bytes: int, path: str | None, asked: float, desk: Desk
+    current: Callable[[], Predictor | None], max_bytes: int, path: str | None, asked: float, desk: Desk
 ) -> tuple[Any, ...]:
     "The page after a file was dropped; the drop area is emptied, so that it takes the next one."
     file = Path(path) if path else Path(os.devnull)
@@ -492,18 +497,18 @@ def _dropped(
         file.unlink()
         desk.asked, desk.seen = asked, None
         return None, sky(None), sorry("too_large"), why_later(), desk
-    return None, *_look(predictor, file.read_bytes(), "Your picture", asked, desk)
+    return None, *_look(current, file.read_bytes(), "Your picture", asked, desk)
 
 
-def _explain(predictor: Predictor | None, desk: Desk) -> Any:
+def _explain(desk: Desk) -> Any:
     "The reasons, unless the person has gone on to another picture meanwhile."
     import gradio as gr
 
-    seen = desk.seen
-    if predictor is None or seen is None:
+    seen, model = desk.seen, desk.model
+    if model is None or seen is None:
         return gr.skip()
     try:
-        reasons = why(predictor.reasons(seen))
+        reasons = why(model.reasons(seen))
     except Exception:
         log.exception("the demo found no reasons")
         reasons = why_later()
@@ -520,12 +525,13 @@ READY = """() => {
 # %% ../../nbs/serve/02_demo.ipynb #mount-demo
 def mount_demo(
     app: FastAPI,
-    predictor: Predictor | None,
+    current: Callable[[], Predictor | None],  # the model of this moment
     max_bytes: int,  # of a file
     handlers: dict[int | type[Exception], Callable[..., Any]],  # of errors, the same as the app's
+    login: Callable[[str, str], bool] | None = None,  # (name, password) → may they come in? None: everybody may
 ) -> None:
     "Let the demo answer where no route of the app does."
-    page = build_demo(predictor, max_bytes)
+    page = build_demo(current, max_bytes)
     import gradio as gr
 
     theme = gr.themes.Base(font=["ui-sans-serif", "system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -538,6 +544,7 @@ def mount_demo(
         js=READY,
         footer_links=[],
         run_history=False,
+        auth=login,
         app_kwargs={"exception_handlers": handlers},
     )
     app.router.default = app.routes.pop().app  # type: ignore[attr-defined]  # see "The app" in the notebook of the API
