@@ -90,7 +90,10 @@ async def _load(port, requests, clients, seconds, count, rate, on_answer) -> Tal
 
     interval = clients / rate if rate else 0
     await asyncio.gather(
-        *(client(port, requests, 7 * i, over, tally, on_answer, interval, i * interval / clients) for i in range(clients))
+        *(
+            client(port, requests, 7 * i, over, tally, on_answer, interval, i * interval / clients)
+            for i in range(clients)
+        )
     )
     tally.took = time.perf_counter() - began
     return tally

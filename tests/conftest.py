@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
-from celestial_ml.flow.pipeline import Plan, make_plan, run_pipeline
+from celestial_ml.flow.pipeline import Plan, make_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = (
@@ -83,10 +84,27 @@ def at_home(project: Path) -> Iterator[Path]:
     os.environ |= before
 
 
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    "A copy of the project in which the smoke pipeline has run: once, whichever process of the tests comes first."
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "smoke-run"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "output/smoke/register.json").exists():
+            copy_project(folder)
+            command = [str(Path(sys.executable).with_name("celestial")), "run", "smoke", "--json"]
+            env = {name: value for name, value in os.environ.items() if not name.startswith(("CELESTIAL_", "MLFLOW_"))}
+            env |= {"CELESTIAL_HOME": str(folder / ".celestial"), "PYTHONPATH": str(folder)}
+            result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+    return folder
+
+
 @pytest.fixture(scope="module")
-def smoke(at_home: Path) -> Plan:
-    "The pipeline, run once."
+def smoke(smoke_run: Path, at_home: Path) -> Plan:
+    "The pipeline, run once; each file of tests has a copy to change at will."
+    for name in ("output", ".celestial"):
+        shutil.copytree(smoke_run / name, at_home / name, dirs_exist_ok=True)
     plan = make_plan(at_home, "smoke")
-    assert list(plan.stale) == list(plan.tasks)
-    run_pipeline(plan, quiet=True)
+    assert not plan.stale, "a copy of a run is as fresh as the run"
     return plan

@@ -74,11 +74,15 @@ def neptune(kind: str = "PNG", **options: object) -> bytes:
 
 
 @contextmanager
-def running(model: Path | None, log: Path, demo: bool = True, **settings: object) -> Iterator[str]:
-    "A real server in a process of its own; yields its URL."
+def running(
+    model: Path | None, log: Path, demo: bool = True, serve: str | None = None, **settings: object
+) -> Iterator[str]:
+    "A real server in a process of its own, with settings from its environment; yields its URL."
     # With a model through `serve`, as a person starts it; without one, which `serve` refuses, the same by hand.
     code = f"from celestial_ml.serve.server import serve; serve({str(model)!r}, port=0, demo={demo})"
-    if model is None:
+    if serve is not None:
+        code = serve
+    elif model is None:
         code = (
             "import uvicorn; from celestial_ml.serve.api import build_app; from celestial_ml.serve.server import open_port;"
             "s = open_port('127.0.0.1', 0); print(f'http://127.0.0.1:{s.getsockname()[1]}', flush=True);"
@@ -87,9 +91,7 @@ def running(model: Path | None, log: Path, demo: bool = True, **settings: object
     env = os.environ | {"CELESTIAL_HOME": str(log.parent / "home")}
     env |= {f"CELESTIAL_SERVE_{name.upper()}": str(value) for name, value in settings.items()}
     with log.open("w") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=out, text=True, env=env
-        )
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=out, text=True, env=env)
         try:
             assert process.stdout
             found = None

@@ -372,8 +372,8 @@ def test_interrupt_ends_quietly(model):
 
 
 def test_a_missing_model_is_said(tmp_path):
-    from celestial_ml.serve.server import serve
     from celestial_ml.serve.predictor import ModelError
+    from celestial_ml.serve.server import serve
 
     with pytest.raises(ModelError, match=r"no model\.json"):
         serve(Path(tmp_path), port=0)

@@ -104,7 +104,9 @@ def test_int8_is_served_where_it_is_as_good(celestial, smoke: Plan) -> None:
     assert passes or about["compression"]["reasons"], "a refusal says why"
     assert about["sha256"] == sha256_of(Path("output/small", about["file"]))
     published = Path(".celestial/models", read_json("output/small/register.json")["model"])
-    assert {about["file"], "model.json", "reference.npz"} == {path.name for path in published.iterdir()}
+    reports = {"gate.json", "model_card.md", "model_card.html"}
+    assert {about["file"], "model.json", *about["files"]} | reports == {path.name for path in published.iterdir()}
+    assert {"reference.npz", "selftest.npz", "test_predictions.npz"} == about["files"].keys()
 
 
 def test_folds_left_out_classes_and_rare_ones(celestial, at_home: Path, three: Path) -> None:
@@ -135,22 +137,27 @@ def test_images_of_the_other_source_are_asked_about_and_never_learned_from(
     assert load_params("sim2real", folder=Path("params")).data.test_source == "guide"
 
 
-def test_a_killed_training_goes_on_to_the_same_weights(celestial, at_home: Path, smoke: Plan) -> None:
+UP_TO_TRAIN = """
+import sys
+from pathlib import Path
+from celestial_ml.flow.pipeline import make_plan, run_pipeline
+run_pipeline(make_plan(Path.cwd(), "smoke", ["train.epochs=5"], sys.argv[1], until="train"), quiet=True)
+"""
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(at_home: Path) -> None:
     "kill -9 after the first epochs; the rerun ends at the very weights of a run that wasn't disturbed."
-    epochs = ["--set", "train.epochs=5"]
-    whole = celestial("run", "smoke", "--run", "whole", *epochs)
-    assert whole.returncode == 0, whole.stderr
-    command = [str(Path(sys.executable).with_name("celestial")), "run", "smoke", "--run", "killed", *epochs]
-    env = os.environ | {"PYTHONPATH": str(at_home)}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    env, quiet = os.environ | {"PYTHONPATH": str(at_home)}, {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    whole, killed = ([sys.executable, "-c", UP_TO_TRAIN, run] for run in ("whole", "killed"))
+    process = subprocess.Popen(killed, env=env, **quiet)
     checkpoint, deadline = Path("output/killed/.checkpoint.npz"), time.monotonic() + 300
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert checkpoint.exists(), "it was killed while it trained"
-    resumed = celestial("run", "smoke", "--run", "killed", *epochs)
-    assert resumed.returncode == 0, resumed.stderr
+    others = [subprocess.Popen(command, env=env, **quiet) for command in (killed, whole)]
+    assert [other.wait(600) for other in others] == [0, 0]
     weights = [keras.saving.load_model(f"output/{run}/model.keras").get_weights() for run in ("whole", "killed")]
     assert all((a == b).all() for a, b in zip(*weights, strict=True))
     histories = [pd.read_csv(f"output/{run}/history.csv") for run in ("whole", "killed")]

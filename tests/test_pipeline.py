@@ -84,8 +84,25 @@ def test_mlflow_has_the_whole_run(smoke: Plan) -> None:
 
 def test_a_weak_model_stays_a_candidate(smoke: Plan) -> None:
     verdict = read_json("output/smoke/register.json")
-    assert not verdict["promoted"] and "is below" in verdict["reasons"][0]
+    assert not verdict["promoted"] and verdict["decision"] == "refuse" and "is below" in verdict["reasons"][0]
+    missed = [rule["name"] for rule in verdict["rules"] if not rule["passed"]]
+    assert verdict["reasons"][-1] == f"it misses {len(missed)} of {len(verdict['rules'])} rules: {', '.join(missed)}"
+    assert {rule["kind"]: rule["passed"] for rule in verdict["rules"]}["deployment"], "it could be served"
     assert not Path(os.environ["CELESTIAL_HOME"], "models/champion.json").exists()
+
+
+def test_a_version_has_a_card_with_its_figures(smoke: Plan) -> None:
+    metrics, model = read_json("output/smoke/metrics.json"), read_json("output/smoke/register.json")["model"]
+    text, page = (Path(f"output/smoke/model_card.{kind}").read_text() for kind in ("md", "html"))
+    span = metrics["intervals"]["accuracy"]
+    assert f"| accuracy | {span['value']:.3f} | {span['low']:.3f} to {span['high']:.3f} |" in text
+    for picture in re.findall(r"\]\((.+?\.png)\)", text):
+        assert Path("output/smoke", picture).is_file(), picture
+    assert text.count("![") == 6 and page.count("data:image/webp;base64") == 6 and "http" not in page
+    for name in (*metrics["per_class"], "out of scope", "lineage", "verdict of the gate", model):
+        assert name.lower() in text.lower() and name.lower() in page.lower(), name
+    published = Path(os.environ["CELESTIAL_HOME"], "models", model, "model_card.html")
+    assert published.read_text() == page
 
 
 def test_nothing_changed_nothing_runs_and_ploomber_is_not_imported(smoke: Plan, at_home: Path) -> None:

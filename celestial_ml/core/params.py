@@ -131,7 +131,26 @@ class Register(Section):
     name: str = Field("celestial", pattern=r"^[A-Za-z0-9_-]+$", description="name of the model in the registry")
     min_accuracy: float = Field(0.9, ge=0, le=1, description="accuracy on held-out images, at least")
     min_macro_f1: float = Field(0.9, ge=0, le=1, description="mean F1 of the classes, at least")
+    min_class_f1: float = Field(0.7, ge=0, le=1, description="F1 of the worst class, at least")
+    min_slice: float = Field(0.6, ge=0, le=1, description="accuracy on the worst kind of picture, at least")
     max_slice_gap: float = Field(0.25, ge=0, le=1, description="accuracy of the best slice less the worst, at most")
+    max_ece: float = Field(0.1, ge=0, le=1, description="expected calibration error, at most")
+    max_false_alarms: float = Field(0.05, ge=0, le=1, description="held-out images called unknown, as a share, at most")
+    max_ms: float = Field(25.0, gt=0, description="median time for an image in-process, in milliseconds, at most")
+    max_mb: float = Field(20.0, gt=0, description="size of the served file, in megabytes, at most")
+    must_beat: list[Literal["trivial", "guide-baseline"]] = Field(
+        ["trivial", "guide-baseline"], description="what it must be significantly better than, on the same images"
+    )
+    min_paired: int = Field(
+        20, ge=1, description="images that neither learned from, for a comparison with the champion"
+    )
+    alpha: float = Field(0.05, gt=0, lt=0.5, description="level of the paired tests: a smaller p is no chance")
+    not_worse_by: float = Field(
+        0.0, ge=0, lt=1, description="accuracy it may lose to the champion even where that's no chance"
+    )
+    promote: Literal["better", "not_worse", "by_hand"] = Field(
+        "not_worse", description="better or not_worse than the champion: it takes over; by_hand: a person decides"
+    )
 
 # %% ../../nbs/core/04_params.ipynb #span
 class Span(Section):
@@ -194,6 +213,8 @@ def allowed(
         return " or ".join(allowed(option) for option in field["anyOf"])
     if "enum" in field:
         return " or ".join(field["enum"])
+    if field.get("type") == "array":
+        return f"a list of {allowed(field['items'])}"
     words = {
         "integer": "a whole number",
         "number": "a number",
@@ -359,7 +380,7 @@ def default_yaml() -> str:  # YAML
         value = defaults[name][leaf] if name else defaults[leaf]
         indent = "  " if name else "\n"
         setting = f"{leaf}:" if isinstance(value, dict) else f"{leaf}: {json.dumps(value)}"
-        lines.append(f"{indent}{setting.ljust(26)}# {field['description']} [{allowed(field)}]")
+        lines.append(f"{indent}{setting.ljust(25)} # {field['description']} [{allowed(field)}]")
         if isinstance(value, dict):
             lines += [f"    {key}: {json.dumps(inner)}" for key, inner in value.items()]
     return "\n".join(lines) + "\n"

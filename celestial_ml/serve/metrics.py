@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SECONDS', 'ROUTES', 'Metrics']
 
-# %% ../../nbs/serve/05_metrics.ipynb #5ddcdac6
+# %% ../../nbs/serve/05_metrics.ipynb #393058f3
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -56,6 +57,7 @@ class Metrics:
             registry=registry,
         )
         ProcessCollector(registry=registry)
+        self.ask(lambda: [("gauge", "celestial_process_id", "Of the process that answers", {}, os.getpid())])
 
     def route(
         self,

@@ -31,7 +31,7 @@ from celestial_ml.serve.why import (
 )
 
 # %% auto #0
-__all__ = ['OVERLAY', 'Prediction', 'Saliency', 'Explanation', 'ModelError', 'Seen', 'Predictor', 'as_prediction',
+__all__ = ['OVERLAY', 'LARGE', 'Prediction', 'Saliency', 'Explanation', 'ModelError', 'Seen', 'Predictor', 'as_prediction',
            'models_folder', 'find_model']
 
 # %% ../../nbs/serve/01_predictor.ipynb #prediction
@@ -146,7 +146,17 @@ class Seen:
     picture: np.ndarray  # uint8 (height, width, 3), `OVERLAY` pixels along the longer edge at most
     embedding: np.ndarray | None  # float32 (d,); None where the graph doesn't give it
 
-# %% ../../nbs/serve/01_predictor.ipynb #predictor
+# %% ../../nbs/serve/01_predictor.ipynb #shrink-afterwards
+LARGE = 12_000_000  # values: four megapixels
+
+
+def _shrink_afterwards() -> onnxruntime.RunOptions:
+    "The runtime keeps the memory that it once needed; what a huge picture needed, it gives back."
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
+
+
 class Predictor:
     "Answers for pictures, by a packaged model."
 
@@ -176,7 +186,8 @@ class Predictor:
         images: np.ndarray,  # uint8 (n, height, width, 3)
     ) -> dict[str, np.ndarray]:  # probabilities (n, classes), ood_score (n,), and what else the graph gives
         "Everything that the graph says of some pictures of one size."
-        return dict(zip(self.outputs, self.session.run(self.outputs, {"image": images}), strict=True))
+        options = _shrink_afterwards() if images.size > LARGE else None
+        return dict(zip(self.outputs, self.session.run(self.outputs, {"image": images}, options), strict=True))
 
     def predict(
         self,
@@ -206,17 +217,7 @@ class Predictor:
 
     def self_test(self) -> int:  # pictures that were asked about
         "Answer the package's own pictures; `ModelError` unless the answers are those that it was packaged with."
-        arrays = _read_selftest(self.folder, self.about)
-        for image, probabilities, score in zip(*arrays, strict=True):
-            answer = self.run(image)
-            off = float(abs(answer["probabilities"] - probabilities).max())
-            far = abs(float(answer["ood_score"]) - float(score)) / max(abs(float(score)), 1e-6)
-            if not (off <= 1e-3 and far <= 1e-2):  # a NaN is no agreement
-                raise ModelError(
-                    f"{self.version} fails its self-test: probabilities differ by {off:.1e}, the score by {far:.1%}",
-                    "This runtime computes it differently than Keras did. Compare the versions of ONNX Runtime.",
-                )
-        return len(arrays[0])
+        return _self_test(self)
 
 # %% ../../nbs/serve/01_predictor.ipynb #read-selftest
 def _read_selftest(
@@ -232,6 +233,21 @@ def _read_selftest(
     if not len(known[0]):
         raise ModelError(f"{folder / 'selftest.npz'} is empty", "Package the model again.")
     return known
+
+
+def _self_test(model: Predictor) -> int:
+    "Ask a model the pictures of its package."
+    arrays = _read_selftest(model.folder, model.about)
+    for image, probabilities, score in zip(*arrays, strict=True):
+        answer = model.run(image)
+        off = float(abs(answer["probabilities"] - probabilities).max())
+        far = abs(float(answer["ood_score"]) - float(score)) / max(abs(float(score)), 1e-6)
+        if not (off <= 1e-3 and far <= 1e-2):  # a NaN is no agreement
+            raise ModelError(
+                f"{model.version} fails its self-test: probabilities differ by {off:.1e}, the score by {far:.1%}",
+                "This runtime computes it differently than Keras did. Compare the versions of ONNX Runtime.",
+            )
+    return len(arrays[0])
 
 
 def _read_picture(source: bytes | Path | str, name: str) -> tuple[bytes, np.ndarray]:

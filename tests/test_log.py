@@ -1,0 +1,1049 @@
+"""The prediction log on SQLite and on PostgreSQL: killed, locked, full, deleted, stopped, and what is known afterwards.
+
+PostgreSQL is really started, and stopped and started again, where it's installed; `pytest -m 'not postgres'` leaves
+it out.
+"""
+
+import inspect
+import json
+import logging
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sqlalchemy import create_engine, func, insert, select, text, update
+from sqlalchemy.exc import OperationalError
+from typer.testing import CliRunner
+
+from celestial_ml.cli.app import app
+from celestial_ml.core.errors import CelestialError
+from celestial_ml.monitor import migrations, records
+from celestial_ml.monitor.counters import Counters, counters_folder, living, settle
+from celestial_ml.monitor.database import (
+    LogUnavailable,
+    UnknownRequest,
+    hide_password,
+    log_tables,
+    log_url,
+    make_engine,
+    open_database,
+    writing,
+)
+from celestial_ml.monitor.log import Contradiction, ImagePolicy, PredictionLog, Store, measure_log, open_log
+from celestial_ml.monitor.records import export_days, forget, last_answers, log_status
+
+SECRET = "s3cret/&"
+BOTH = ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
+
+
+class Server:
+    "A PostgreSQL server of our own."
+
+    def __init__(self, folder: Path, programs: Path):
+        self.folder, self.programs = folder, programs
+        self.as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []  # it refuses to run as root
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        (folder / "password").write_text(SECRET)
+        if self.as_user:
+            shutil.chown(folder, "postgres")
+            shutil.chown(folder / "password", "postgres")
+        self.do("initdb", "-U", "anna", "-A", "scram-sha-256", "--pwfile", f"{folder}/password")
+
+    def do(self, program: str, *arguments: str) -> None:
+        command = [*self.as_user, str(self.programs / program), "-D", f"{self.folder}/data", *arguments]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        subprocess.run(command, cwd=self.folder, check=True, **quiet)
+
+    def start(self) -> None:
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
+        self.do("pg_ctl", "-l", f"{self.folder}/log", "-w", "-o", options, "start")
+
+    def stop(self, mode: str = "immediate") -> None:
+        self.do("pg_ctl", "-m", mode, "stop")
+
+    def url(self, database: str) -> str:
+        return f"postgresql://anna:s3cret%2F%26@127.0.0.1:{self.port}/{database}"
+
+    def empty_database(self) -> str:
+        "The URL of one without a table, and without anybody in it."
+        engine = create_engine(log_url(self.url("postgres")))
+        with engine.begin() as connection:
+            others = "FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+            connection.execute(text(f"SELECT pg_terminate_backend(pid) {others}"))
+            connection.execute(text("DROP SCHEMA public CASCADE"))
+            connection.execute(text("CREATE SCHEMA public"))
+        engine.dispose()
+        return self.url("postgres")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3]))
+    place = shutil.which("initdb") or (found[-1] if found else None)
+    if place is None:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(Path(folder), Path(place).parent)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+@pytest.fixture(autouse=True)
+def at_home_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "A state folder for each test."
+    for name in ("CELESTIAL_LOG_URL", "CELESTIAL_SERVE_LOG_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CELESTIAL_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    "An empty database, of the kind that the test is told."
+    if getattr(request, "param", "sqlite") == "sqlite":
+        return f"sqlite:///{tmp_path}/log.db"
+    return request.getfixturevalue("server").empty_database()
+
+
+both = pytest.mark.parametrize("url", BOTH, indirect=True)
+
+
+def answer(i: int = 0, **told: object) -> dict:
+    "What a server tells of an answer."
+    row = {
+        "request_id": f"r{i}", "time": time.time(), "role": "champion", "model_version": "celestial/3",
+        "sha256": f"{i:064x}", "width": 128, "height": 96, "format": "JPEG", "bytes": 4000, "brightness": 0.4,
+        "contrast": 0.2, "sharpness": 0.1, "embedding": np.arange(64, dtype="float32") + i,
+        "probabilities": np.float32([0.75, 0.25]), "classes": ("Mars", "Neptune"), "label": "Mars", "confidence": 0.75,
+        "known": True, "ood_score": 1.5, "latency_ms": 2.5, "image": None,
+    }  # fmt: skip
+    return row | told
+
+
+def rows_of(url: str, table: str = "predictions") -> list[dict]:
+    "What is in a table."
+    engine = make_engine(log_url(url))
+    with engine.connect() as connection:
+        found = [dict(row) for row in connection.execute(select(log_tables().tables[table])).mappings()]
+    engine.dispose()
+    return found
+
+
+def wait_for(met: Callable[[], bool], seconds: float = 60) -> None:
+    "Wait until something is so."
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end, "that never happened"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., PredictionLog]]:
+    "`open_log`, closed at the end."
+    logs: list[PredictionLog] = []
+
+    def open_one(*arguments: object, **options: object) -> PredictionLog:
+        logs.append(open_log(*arguments, **options))
+        return logs[-1]
+
+    yield open_one
+    for one in logs:
+        one.close(1)
+
+
+# What is written
+
+
+@both
+def test_a_row_comes_back_as_it_was_told(url: str, opened: Callable[..., PredictionLog]) -> None:
+    log = opened(url)
+    log.record(told := answer(7))
+    log.record(
+        answer(8, embedding=None, brightness=None, classes=None, probabilities=None, known=False, ood_score=None)
+    )
+    assert log.flush(30)
+    first, second = sorted(rows_of(url), key=lambda row: row["sequence"])
+    vectors = {"embedding": "<f2", "probabilities": "<f4"}
+    for name, value in told.items():
+        if name in vectors:
+            assert (np.frombuffer(first[name], vectors[name]) == value).all(), name
+        elif name not in ("image", "classes"):
+            assert first[name] == value, name
+    assert len(first["embedding"]) == 2 * 64 and first["process"] == log.status()["process"]
+    assert [(row["id"], json.loads(row["names"])) for row in rows_of(url, "classes")] == [
+        (first["classes"], ["Mars", "Neptune"])
+    ]
+    assert second["embedding"] is second["brightness"] is second["classes"] is None and second["known"] is False
+    status = log.status()
+    assert (status["answered"], status["written"], status["buffered"], status["lost"]) == (2, 2, 0, 0) and status["ok"]
+
+
+@both
+def test_threads_record_and_every_row_is_there_once(url: str, opened: Callable[..., PredictionLog]) -> None:
+    log = opened(url)
+
+    def work(thread: int) -> None:
+        for i in range(500):
+            log.record(answer(1000 * thread + i))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert log.flush(60)
+    rows = rows_of(url)
+    assert len(rows) == len({row["request_id"] for row in rows}) == 4000
+    assert sorted(row["sequence"] for row in rows) == list(range(1, 4001))
+    log.close()
+    [process] = rows_of(url, "processes")
+    assert (process["answered"], process["written"], process["lost"], process["last"]) == (4000, 4000, 0, 4000)
+    assert process["ended"] >= process["started"]
+
+
+@both
+def test_rubbish_never_raises_and_holds_up_nobody(
+    url: str, opened: Callable[..., PredictionLog], caplog: pytest.LogCaptureFixture
+) -> None:
+    log = opened(url, images="uncertain")
+    rubbish: list = [
+        None, 7, "row", {}, {"request_id": "x"}, answer(time=float("nan")), answer(time=1e300), answer(time="yesterday"),
+        answer(embedding=["a"]), answer(width=10**30), answer(width="wide"), answer(classes=7), answer(label="\ud800"),
+        {"image": b"x"}, answer(image=7, known=False), answer(image=b"x", confidence=None), answer(bytes=float("inf")),
+    ]  # fmt: skip
+    for i, row in enumerate(rubbish):
+        log.record(row)
+        log.record(answer(1000 + i, label="Ma\0rs", embedding=np.float32([1e9, -1e9, np.nan, 0.1])))
+    assert log.flush(30)
+    status = log.status()
+    assert status["ok"] and status["dropped"] == {"buffer_full": 0, "invalid": len(rubbish), "closing": 0}
+    assert status["written"] == len(rubbish) == len(rows_of(url)) and status["lost"] == 0
+    good = rows_of(url)[0]
+    assert good["label"] == "Mars" and np.isinf(np.frombuffer(good["embedding"], "<f2")[:2]).all()
+    assert len(caplog.records) <= 1, "it's said once"
+
+
+def test_after_close_nothing_raises(opened: Callable[..., PredictionLog], url: str) -> None:
+    log = opened(url)
+    log.record(answer(1))
+    log.close()
+    log.close()
+    log.record(answer(2))
+    status = log.status()
+    assert status["state"] == "closed" and status["written"] == 1 and status["dropped"]["closing"] == 1
+    with pytest.raises(LogUnavailable):
+        log.feedback("r1", True)
+
+
+def test_import_is_light_and_an_open_log_needs_no_migrations(tmp_path: Path) -> None:
+    code = (
+        "import sys, json\nimport celestial_ml.monitor.log as log\nimport celestial_ml.cli.log\n"
+        "first = sorted(sys.modules)\nlog.open_log().close()\nprint(json.dumps([first, sorted(sys.modules)]))"
+    )
+    seen = []
+    for _ in range(2):
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert run.returncode == 0, run.stderr
+        seen = json.loads(run.stdout)
+    heavy = {"sqlalchemy", "alembic", "pyarrow", "pandas", "mlflow", "tensorflow", "psycopg"}
+    assert not heavy & set(seen[0])
+    assert heavy & set(seen[1]) == {"sqlalchemy"}, "the second time there is nothing to migrate"
+
+
+def test_a_process_that_just_ends_has_written_everything(url: str) -> None:
+    run_child(url, "for i in range(500): log.record(answer(i))").wait(60)
+    assert len(rows_of(url)) == 500 and rows_of(url, "processes")[0]["lost"] == 0
+    assert not list(counters_folder().iterdir())
+
+
+def test_measuring_measures() -> None:
+    figures = measure_log(rows=300)
+    assert figures["rows"] == 300 and all(value > 0 for value in figures.values())
+
+
+# Killed
+
+
+CHILD = """
+import sys, time
+import numpy as np
+{answer}
+from celestial_ml.monitor.log import open_log
+log = open_log({url!r}, **{options!r})
+def say(*words): print(*words, flush=True)
+def wait(): sys.stdin.readline()
+{code}
+"""
+
+
+def run_child(url: str, code: str, **options: object) -> subprocess.Popen[str]:
+    "A process with a log."
+    script = CHILD.format(answer=inspect.getsource(answer), url=url, options=options, code=code)
+    return subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def kill(child: subprocess.Popen[str]) -> None:
+    child.kill()
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL
+
+
+def heard(child: subprocess.Popen[str]) -> str:
+    assert child.stdout
+    line = child.stdout.readline().strip()
+    assert line, "it ended early"
+    return line
+
+
+@both
+def test_killed_before_the_database_was_open(url: str, opened: Callable[..., PredictionLog]) -> None:
+    child = run_child(url, "for i in range(40): log.record(answer(i))\nsay('done'); wait()", delay=600.0)
+    heard(child)
+    kill(child)
+    assert opened(url).status()["lost_before"] == 40
+    dead = next(row for row in rows_of(url, "processes") if row["pid"] == child.pid)
+    assert (dead["answered"], dead["written"], dead["lost"]) == (40, 0, 40) and dead["ended"]
+
+
+@both
+def test_killed_between_two_writes(url: str, opened: Callable[..., PredictionLog]) -> None:
+    code = """
+for i in range(100): log.record(answer(i))
+log.flush(60)
+from celestial_ml.monitor import log as module
+module.INTERVAL = 600
+log._wake.set(); time.sleep(0.5)  # from here on it waits
+log._wake.wait = lambda timeout=None: time.sleep(600)
+for i in range(7): log.record(answer(100 + i))
+say(log.status()['written'], log.status()['buffered']); wait()
+"""
+    child = run_child(url, code)
+    written, buffered = map(int, heard(child).split())
+    assert written + buffered == 107
+    kill(child)
+    assert opened(url).status()["lost_before"] == 107 - len(rows_of(url)) == buffered
+
+
+def test_killed_while_it_waits_for_a_lock(url: str, opened: Callable[..., PredictionLog]) -> None:
+    child = run_child(url, "log.record(answer(0)); log.flush(60); say('go'); wait()\n"
+                           "for i in range(25): log.record(answer(1 + i))\nsay('done'); wait()")  # fmt: skip
+    heard(child)
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        child.stdin.write("\n")
+        child.stdin.flush()
+        heard(child)
+        time.sleep(0.6)
+        kill(child)
+    assert len(rows_of(url)) == 1
+    assert opened(url).status()["lost_before"] == 25
+
+
+@both
+def test_killed_in_the_middle_of_a_transaction(url: str, opened: Callable[..., PredictionLog]) -> None:
+    code = """
+log.record(answer(0)); log.flush(60)
+import celestial_ml.monitor.log as module, os
+module.Store._image = lambda self, row: (say('inside'), time.sleep(600))  # the predictions are inserted, not committed
+for i in range(9): log.record(answer(1 + i, image=b'x'))
+wait()
+"""
+    child = run_child(url, code, images="all")
+    assert heard(child) == "inside"
+    kill(child)
+    assert len(rows_of(url)) == 1, "all of a transaction or nothing"
+    assert opened(url).status()["lost_before"] == 9
+
+
+@both
+@pytest.mark.parametrize("moment", [0.4, 0.9, 1.7])
+def test_killed_under_load_and_the_loss_is_known(
+    url: str, opened: Callable[..., PredictionLog], moment: float, tmp_path: Path
+) -> None:
+    code = f"""
+say('go')
+with open({str(tmp_path / "told")!r}, 'w', buffering=1) as told:
+    for i in range(10**6):
+        row = answer(i)
+        log.record(row)
+        told.write(f"{{i}} {{row['time']}}\\n")
+        time.sleep(0.001)
+"""
+    child = run_child(url, code)
+    heard(child)
+    time.sleep(moment)
+    kill(child)
+    told = [line.split() for line in (tmp_path / "told").read_text().splitlines(keepends=True) if line.endswith("\n")]
+    there = {row["request_id"] for row in rows_of(url)}
+    missing = [float(at) for i, at in told if f"r{i}" not in there]
+    lost = opened(url).status()["lost_before"]
+    assert lost - len(missing) in (0, 1), "it may die between recording and telling us"
+    assert len(told) > 100 and all(at > float(told[-1][1]) - 1 for at in missing), "at most the last second"
+
+
+@both
+def test_the_dead_are_settled_for_once_and_the_living_are_left_alone(
+    url: str, opened: Callable[..., PredictionLog]
+) -> None:
+    child = run_child(url, "for i in range(5): log.record(answer(i))\nsay('done'); wait()", delay=600.0)
+    heard(child)
+    first = opened(url)
+    assert first.status()["lost_before"] == 0 and len(living(counters_folder())) == 2
+    kill(child)
+    assert len(living(counters_folder())) == 1
+    database = hide_password(log_url(url))
+    with ThreadPoolExecutor(4) as pool:  # whoever comes first
+        engines = [open_database(url) for _ in range(4)]
+        found = list(pool.map(lambda engine: settle(engine, database, counters_folder()), engines))
+    for engine in engines:
+        engine.dispose()
+    assert sum(found) == 5 and settle(open_database(url), database, counters_folder()) == 0
+    assert opened(url).status()["lost_before"] == 5 and log_status(url)["lost"] == 5
+    states = {row["pid"]: row["state"] for row in log_status(url)["processes"]}
+    assert states[child.pid] == "ended" and states[os.getpid()] == "running"
+
+
+def test_another_databases_dead_are_not_ours(url: str, tmp_path: Path, opened: Callable[..., PredictionLog]) -> None:
+    child = run_child(url, "log.record(answer(0)); say('done'); wait()", delay=600.0)
+    heard(child)
+    kill(child)
+    assert opened(f"sqlite:///{tmp_path}/other.db").status()["lost_before"] == 0
+    assert opened(url).status()["lost_before"] == 1
+
+
+def test_a_state_folder_that_cant_be_written_to_stops_nobody(
+    url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, opened: Callable[..., PredictionLog]
+) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/log").write_text("a file where the folder should be")
+    log = opened(url)
+    log.record(answer())
+    assert log.flush(30) and not log.status()["counted"] and log.status()["written"] == 1
+    assert "exists" in str(log.counters.problem)
+
+
+def test_a_count_file_is_found_only_when_it_is_whole(tmp_path: Path) -> None:
+    counters = Counters(tmp_path, "here")
+    [path] = tmp_path.iterdir()
+    assert path == counters.path and path.stat().st_size == 4096 and path.stat().st_blocks * 512 >= 4096
+    (tmp_path / ".killed.part").write_bytes(b"")  # left by one that was killed while it made its own
+    engine = open_database(f"sqlite:///{tmp_path}/x.db")
+    assert settle(engine, "here", tmp_path) == 0
+    assert {p.name for p in tmp_path.glob("*") if "x.db" not in p.name} == {path.name}
+
+
+# Locked, full, gone
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("celestial_ml.monitor")]
+
+
+def test_a_locked_database_is_waited_for(
+    url: str, opened: Callable[..., PredictionLog], caplog: pytest.LogCaptureFixture
+) -> None:
+    log = opened(url)
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        before = datetime.now(UTC)
+        for i in range(50):
+            log.record(answer(i))
+        wait_for(lambda: not log.status()["ok"])
+        status = log.status()
+        assert status["state"] == "failing" and "database is locked" in status["last_error"]
+        assert (datetime.fromisoformat(status["since"]) - before).total_seconds() >= -1
+        assert status["buffered"] == 50 and status["behind"] > 0 and status["lost"] == 0
+        with pytest.raises(LogUnavailable):
+            log.feedback("r1", True)
+        assert not log.flush(3), "it can't be written, through several attempts"
+        assert len(lines(caplog)) == 1 and "50 answers wait" in lines(caplog)[0]
+    assert log.flush(30)
+    wait_for(lambda: log.status()["ok"])
+    assert len(rows_of(url)) == log.status()["written"] == 50 and log.status()["behind"] == 0
+    assert len(lines(caplog)) == 2 and "works again" in lines(caplog)[1]
+    assert "locked" in log.status()["last_error"], "what was wrong can still be read"
+
+
+def test_the_buffer_has_bounds(url: str, opened: Callable[..., PredictionLog]) -> None:
+    log = opened(url, images="all", rows=20, image_bytes=1000)
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        for i in range(30):
+            log.record(answer(i, image=bytes([i]) * 300))
+        wait_for(lambda: not log.status()["ok"])
+        status = log.status()
+        assert status["dropped"]["buffer_full"] == 10 and status["buffered"] == 20 and status["images_dropped"] == 17
+    assert log.flush(30)
+    assert [row["request_id"] for row in rows_of(url)] == [f"r{i}" for i in range(20)], "the oldest are kept"
+    assert len(rows_of(url, "images")) == 3
+    log.record(answer(99, image=b"x" * 900))
+    assert log.flush(30) and len(rows_of(url, "images")) == 4, "the room for images is given back"
+    log.close()
+    [process] = rows_of(url, "processes")
+    assert (process["answered"], process["written"], process["dropped"], process["lost"]) == (31, 21, 10, 0)
+
+
+def test_a_deleted_file_is_noticed_and_begun_anew(
+    url: str, opened: Callable[..., PredictionLog], caplog: pytest.LogCaptureFixture
+) -> None:
+    log, file = opened(url), Path(url.removeprefix("sqlite:///"))
+    for i in range(30):
+        log.record(answer(i))
+    assert log.flush(30)
+    file.unlink()  # and its journal stays, as with a careless rm
+    for i in range(12):
+        log.record(answer(100 + i))
+    assert log.flush(30)
+    wait_for(lambda: log.status()["ok"] and file.exists())
+    assert sorted(row["sequence"] for row in rows_of(url)) == list(range(31, 43))
+    status = log.status()
+    assert (status["answered"], status["written"], status["lost"]) == (42, 12, 30)
+    log.feedback("r105", True)
+    with pytest.raises(UnknownRequest):
+        log.feedback("r5", True)
+    log.close()
+    assert log_status(url)["lost"] == 30 and len(lines(caplog)) == 2
+
+
+def test_a_folder_that_vanishes_is_waited_for(tmp_path: Path, opened: Callable[..., PredictionLog]) -> None:
+    (tmp_path / "mounted").mkdir()
+    url = f"sqlite:///{tmp_path}/mounted/log.db"
+    log = opened(url)
+    log.record(answer(0))
+    assert log.flush(30)
+    (tmp_path / "mounted").rename(tmp_path / "elsewhere")
+    for i in range(5):
+        log.record(answer(1 + i))
+    wait_for(lambda: not log.status()["ok"])
+    assert not (tmp_path / "mounted").exists(), "an unmounted volume isn't replaced by a folder"
+    (tmp_path / "elsewhere").rename(tmp_path / "mounted")
+    assert log.flush(30) and len(rows_of(url)) == 6 and log.status()["lost"] == 0
+
+
+def test_what_is_no_database_is_waited_for_too(url: str, opened: Callable[..., PredictionLog]) -> None:
+    file = Path(url.removeprefix("sqlite:///"))
+    file.write_bytes(b"this is no database" * 1000)
+    log = opened(url)
+    log.record(answer(0))
+    assert not log.status()["ok"] and "not a database" in log.status()["last_error"]
+    file.unlink()
+    assert log.flush(30) and len(rows_of(url)) == 1
+
+
+def test_a_full_disk_by_the_size_of_files(url: str, tmp_path: Path) -> None:
+    code = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, -1))
+for i in range(3000): log.record(answer(i))
+while log.status()['ok']: time.sleep(0.02)
+say(log.status()['last_error']); wait()
+resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+say(log.flush(60)); log.close()
+"""
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == -1
+    child = run_child(url, code)
+    assert re.search("disk I/O error|disk is full", heard(child))
+    child.stdin.write("\n")
+    child.stdin.flush()
+    assert heard(child) == "True" and child.wait(60) == 0
+    assert sorted(row["sequence"] for row in rows_of(url)) == list(range(1, 3001))
+    assert rows_of(url, "processes")[0]["lost"] == 0
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as plain:
+        assert plain.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_a_full_disk_for_real(tmp_path: Path, opened: Callable[..., PredictionLog]) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small file system can't be mounted here")
+    try:
+        log = opened(f"sqlite:///{disk}/log.db")
+        assert log.status()["ok"]
+        (disk / "ballast").write_bytes(bytes(500_000))
+        for i in range(3000):
+            log.record(answer(i))
+        wait_for(lambda: not log.status()["ok"])
+        assert "full" in log.status()["last_error"]
+        (disk / "ballast").unlink()
+        subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+        assert log.flush(30) and log.status()["lost"] == 0
+        assert sorted(row["sequence"] for row in rows_of(f"sqlite:///{disk}/log.db")) == list(range(1, 3001))
+        log.close()
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_closing_while_it_is_down_is_bounded_and_counted(url: str) -> None:
+    log = open_log(url)
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        for i in range(8):
+            log.record(answer(i))
+        log.close(0.5)
+        assert log.status()["state"] == "closed" and log.status()["dropped"]["closing"] == 8
+    assert len(list(counters_folder().iterdir())) == 1
+    status = log_status(url)
+    [process] = status["processes"]
+    assert (status["lost"], status["dropped"], process["answered"], process["written"]) == (0, 8, 8, 0)
+
+
+@both
+def test_a_commit_that_nobody_heard_of_isnt_written_twice(
+    url: str, opened: Callable[..., PredictionLog], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, real, failures = opened(url), Store._transaction, []
+
+    def committed_but_lost(store: Store, batch: list) -> None:
+        real(store, batch)
+        if len(failures) < 2:
+            failures.append(len(batch))
+            raise OperationalError("COMMIT", None, Exception("server closed the connection unexpectedly"))
+
+    monkeypatch.setattr(Store, "_transaction", committed_but_lost)
+    for i in range(300):
+        log.record(answer(i))
+        if i % 100 == 50:
+            assert log.flush(30)
+    assert log.flush(30) and len(failures) == 2
+    assert sorted(row["sequence"] for row in rows_of(url)) == list(range(1, 301))
+    assert log.status()["written"] == 300 and log.status()["lost"] == 0
+
+
+@pytest.mark.postgres
+def test_postgresql_stops_and_starts_again(
+    server: Server, opened: Callable[..., PredictionLog], caplog: pytest.LogCaptureFixture
+) -> None:
+    log = opened(url := server.empty_database())
+    for i in range(20):
+        log.record(answer(i))
+    assert log.flush(30)
+    server.stop()
+    try:
+        for i in range(20, 60):
+            log.record(answer(i))
+        wait_for(lambda: not log.status()["ok"])
+        with pytest.raises(LogUnavailable) as refused:
+            log.feedback("r1", True)
+        assert not log.flush(2)
+        late = opened(url, wait=20)  # a server that starts meanwhile runs without its log
+        late.record(answer(1000))
+        assert not late.status()["ok"] and "connection failed" in late.status()["last_error"]
+        with pytest.raises(LogUnavailable, match="connection failed") as down:
+            log_status(url)
+    finally:
+        server.start()
+    assert log.flush(60) and late.flush(60)
+    assert len(rows_of(url)) == 61 and log.status()["written"] == 60 and log.status()["lost"] == 0
+    log.feedback("r1", True)
+    said = [*lines(caplog), str(refused.value), str(down.value), json.dumps([log.status(), late.status()])]
+    assert len(lines(caplog)) == 4, "each log says when it fails and when it works again"
+    assert "s3cret" not in "".join(said) and SECRET not in "".join(said)
+
+
+@pytest.mark.postgres
+def test_postgresql_cuts_the_connection(server: Server, opened: Callable[..., PredictionLog]) -> None:
+    log = opened(url := server.empty_database())
+    for i in range(400):
+        log.record(answer(i))
+        if i % 100 == 50:
+            engine = create_engine(log_url(server.url("postgres")))
+            with engine.connect() as connection:
+                cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+                connection.execute(text(cut + " AND backend_type = 'client backend'"))
+            engine.dispose()
+        time.sleep(0.002)
+    assert log.flush(30)
+    assert sorted(row["sequence"] for row in rows_of(url)) == list(range(1, 401)) and log.status()["lost"] == 0
+
+
+# The schema
+
+
+@both
+def test_the_revisions_lead_to_the_tables_that_the_code_has(url: str) -> None:
+    from alembic.autogenerate import compare_metadata
+    from alembic.runtime.migration import MigrationContext
+
+    options = {"version_table": migrations.VERSION_TABLE, "compare_type": True}
+    with open_database(url).connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection, opts=options), log_tables()) == []
+
+
+@both
+def test_an_old_log_is_brought_up_to_date_and_keeps_its_rows(url: str, opened: Callable[..., PredictionLog]) -> None:
+    engine, rows = make_engine(log_url(url)), log_tables().tables["predictions"]
+    with writing(engine) as connection:
+        migrations.migrate(connection, to="1")
+        old = {"process": "old", "sequence": 1, "request_id": "before", "time": 1.0, "label": "Mars", "known": True}
+        connection.execute(insert(rows).values(old))
+    with engine.connect() as connection:
+        assert not engine.dialect.has_table(connection, "processes")
+    engine.dispose()
+    log = opened(url, images="all")
+    log.record(answer(1, image=b"x"))
+    assert log.flush(30) and {row["request_id"] for row in rows_of(url)} == {"before", "r1"}
+    log.feedback("before", True)
+    assert len(rows_of(url, "images")) == 1 and version(url) == "2"
+
+
+def version(url: str) -> str:
+    engine = make_engine(log_url(url))
+    with engine.connect() as connection:
+        found = migrations.schema_version(connection)
+    engine.dispose()
+    return str(found)
+
+
+@both
+def test_a_newer_log_is_refused_and_not_touched(url: str) -> None:
+    engine = open_database(url)
+    with writing(engine) as connection:
+        connection.execute(text("UPDATE celestial_version SET version_num = '99'"))
+    for use in (open_log, log_status, lambda u: forget(64 * "0", u), lambda u: export_days("nowhere", url=u)):
+        with pytest.raises(migrations.NewerSchema, match=r"schema 99.*none after 2") as refused:
+            use(url)
+        assert "update celestial-ml" in refused.value.hint and refused.value.exit_code == 2
+    with engine.connect() as connection:
+        assert connection.execute(select(func.count()).select_from(log_tables().tables["processes"])).scalar() == 0
+
+
+@both
+def test_a_migration_that_fails_leaves_what_was_there(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_database(url).dispose()
+
+    def upgrade(op: object) -> None:
+        op.execute("CREATE TABLE half (id INTEGER)")
+        op.execute("DROP TABLE feedback")
+        raise RuntimeError("the power is gone")
+
+    third = type("Third", (), {"revision": "3", "down_revision": "2", "upgrade": staticmethod(upgrade)})
+    with monkeypatch.context() as patched:
+        patched.setattr(migrations, "REVISIONS", (*migrations.REVISIONS, third))
+        engine = make_engine(log_url(url))
+        with pytest.raises(RuntimeError), writing(engine) as connection:
+            migrations.migrate(connection)
+        with engine.connect() as connection:
+            assert not engine.dialect.has_table(connection, "half")
+        engine.dispose()
+    assert version(url) == "2" and rows_of(url, "feedback") == []
+
+
+@both
+def test_many_open_a_new_database_at_once(url: str) -> None:
+    code = "log.record(answer(7)); log.flush(60); say(log.status()['ok'], log.status()['last_error'])"
+    children = [run_child(url, code, wait=60.0) for _ in range(3)]
+    said = [child.communicate(timeout=120)[0].strip() for child in children]
+    assert said == ["True None"] * 3
+    assert len(rows_of(url)) == 3 and len(rows_of(url, "processes")) == 3 and version(url) == "2"
+
+
+# Feedback
+
+
+@both
+def test_feedback_joins_by_request_and_the_last_counts(url: str, opened: Callable[..., PredictionLog]) -> None:
+    log = opened(url)
+    log.record(answer(1))
+    log.record(answer(2, known=False))
+    log.record(answer(1, role="challenger", label="Neptune", model_version="celestial/4"))
+    log.feedback("r1", True, None, None)  # it may not be written yet
+    assert log.flush(30)
+    log.feedback("r1", False, "Neptune", "it's blue\0")
+    log.feedback("r2", True)
+    for wrong in (
+        {"request_id": "r1", "correct": True, "label": "Venus"},
+        {"request_id": "r2", "correct": True, "label": "Mars"},
+    ):
+        with pytest.raises(Contradiction) as refused:
+            log.feedback(**wrong)
+        assert (refused.value.status, refused.value.code) == (422, "contradictory_feedback")
+    for unheard in ("r3", "", "r1'; DROP TABLE feedback; --", "x" * 10_000, "\0"):
+        with pytest.raises(UnknownRequest) as missing:
+            log.feedback(unheard, True)
+        assert (missing.value.status, missing.value.code) == (404, "unknown_request")
+    said = [(row["request_id"], row["correct"], row["label"], row["comment"]) for row in rows_of(url, "feedback")]
+    assert said == [("r1", True, "Mars", None), ("r1", False, "Neptune", "it's blue"), ("r2", True, "unknown", None)]
+    now = {(a["request_id"], a["role"]): a["correct"] for a in last_answers(10, url)}
+    assert now == {("r1", "champion"): False, ("r1", "challenger"): True, ("r2", "champion"): True}
+
+
+def test_feedback_finds_every_row_while_it_moves(url: str, opened: Callable[..., PredictionLog]) -> None:
+    log = opened(url)
+    done: list[str] = []
+
+    def work(thread: int) -> None:
+        for i in range(40):
+            log.record(answer(100 * thread + i))
+            log._wake.set()
+            log.feedback(f"r{100 * thread + i}", True)
+            done.append("one")
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 160 == len(rows_of(url, "feedback"))
+
+
+# Images and forgetting
+
+
+@both
+def test_images_by_policy_and_until_their_time(url: str, opened: Callable[..., PredictionLog]) -> None:
+    told = [
+        answer(1, confidence=0.99, image=b"sure"),
+        answer(2, confidence=0.41, image=b"unsure"),
+        answer(3, confidence=0.99, known=False, image=b"unknown"),
+        answer(4, confidence=0.99, sha256="00000000" + 56 * "f", image=b"drawn"),
+    ]
+    for policy, kept in {
+        "none": set(), "all": {b"sure", b"unsure", b"unknown", b"drawn"}, "uncertain:0.5": {b"unsure", b"unknown"},
+    }.items():  # fmt: skip
+        log = opened(url, images=policy)
+        for row in told:
+            log.record(row)
+            log.record(row)  # the same picture again is kept once
+        log.close()
+        assert {bytes(row["content"]) for row in rows_of(url, "images")} == kept, policy
+        engine = open_database(url)
+        with writing(engine) as connection:
+            connection.execute(update(log_tables().tables["images"]).values(kept_until=time.time() - 1))
+        engine.dispose()
+    log = opened(url, images=ImagePolicy("all", days=3))
+    assert rows_of(url, "images") == [], "what is over goes"
+    log.record(answer(5, image=b"today", time=time.time()))
+    log.record(answer(6, image=b"long ago", time=time.time() - 4 * 86400))
+    assert log.flush(30)
+    log._store.tidied -= 1000
+    log._wake.set()
+    wait_for(lambda: len(rows_of(url, "images")) == 1)
+    [image] = rows_of(url, "images")
+    assert image["content"] == b"today" and 2.9 < (image["kept_until"] - time.time()) / 86400 < 3
+
+
+def test_a_sample_is_the_share_that_was_asked_for(url: str) -> None:
+    policy, draw = ImagePolicy("sample", 0.2), np.random.default_rng(1)
+    kept = sum(policy.wants(answer(sha256=draw.bytes(32).hex())) for _ in range(5000))
+    assert 850 < kept < 1150
+
+
+@both
+def test_forgetting_a_picture_under_way(url: str, opened: Callable[..., PredictionLog]) -> None:
+    log, gone, kept = opened(url, images="all"), 64 * "a", 64 * "b"
+    for i in range(10):
+        log.record(answer(i, sha256=(gone, kept)[i % 2], image=(b"mine", b"yours")[i % 2]))
+    assert log.flush(30)
+    for i in range(10):
+        log.feedback(f"r{i}", False, "Neptune")
+    with writing(open_database(url)) as lock:  # what comes now waits in the server's memory
+        lock.execute(update(log_tables().tables["processes"]).values(host="locked"))
+        log.record(answer(99, sha256=gone, image=b"mine"))
+    assert forget(gone.upper(), url) == {"images": 1, "predictions": 6, "feedback": 5} or log.flush(30)
+    assert {row["sha256"] for row in rows_of(url)} == {kept} and len(rows_of(url)) == 5
+    assert [row["sha256"] for row in rows_of(url, "images")] == [kept] and len(rows_of(url, "feedback")) == 5
+    assert sum(row["predictions"] for row in rows_of(url, "deletions")) == 6
+    assert gone not in str(rows_of(url, "deletions"))
+    assert forget(kept, url, answers=False) == {"images": 1, "predictions": 0, "feedback": 0}
+    assert len(rows_of(url)) == 5
+    for wrong in ("a", 64 * "x", "a' OR 1=1 --"):
+        with pytest.raises(CelestialError, match="is no SHA-256"):
+            forget(wrong, url)
+    log.close()
+    assert log_status(url)["lost"] == 0, "what is forgotten isn't lost"
+
+
+# Export
+
+
+@both
+def test_days_as_parquet(url: str, opened: Callable[..., PredictionLog], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(records, "PIECE", 7)  # several pieces a day
+    log, midnight = opened(url), datetime(2026, 3, 2, tzinfo=UTC).timestamp()
+    times = [midnight - 1e-3, midnight, *(midnight + 60 * i for i in range(1, 31)), midnight + 86400]
+    for i, at in enumerate(times):
+        log.record(
+            answer(i, time=at, embedding=None if i == 3 else np.full(i % 5, i, "float32"), classes=("a", str(i % 2)))
+        )
+    log.feedback("r2", True)
+    log.feedback("r2", False, "Neptune", "no")
+    log.close()
+    days = export_days(tmp_path / "out", url=url)
+    assert [(day["day"], day["rows"]) for day in days] == [("2026-03-01", 1), ("2026-03-02", 31), ("2026-03-03", 1)]
+    table = pd.read_parquet(tmp_path / "out")
+    assert len(table) == 33 and set(table.day.astype(str)) == {"2026-03-01", "2026-03-02", "2026-03-03"}
+    table = table.set_index("request_id").loc[[f"r{i}" for i in range(33)]]
+    assert [at.timestamp() for at in table.time] == pytest.approx(times, abs=1e-6) and str(table.time.dt.tz) == "UTC"
+    assert table.embedding["r3"] is None
+    for i in (0, 4, 9, 32):
+        assert table.embedding[f"r{i}"].tolist() == [i] * (i % 5)
+        assert table.classes[f"r{i}"].tolist() == ["a", str(i % 2)]
+    assert table.probabilities["r9"].tolist() == [0.75, 0.25] and table.embedding["r9"].dtype == np.float32
+    assert table.correct["r2"] is False and table.correct.notna().sum() == 1
+    assert (table.feedback_label["r2"], table.feedback_comment["r2"]) == ("Neptune", "no")
+    assert set(records.export_schema().names) == {"request_id", *table.columns} - {"day"}
+    [one] = export_days(tmp_path / "one", "2026-03-02", "2026-03-02", url)
+    assert one["rows"] == 31 and [p.name for p in (tmp_path / "one").iterdir()] == ["day=2026-03-02"]
+    assert export_days(tmp_path / "none", "2031-01-01", url=url) == [] and not (tmp_path / "none").exists()
+    for wrong in (("2026-3-1", None), ("2026-03-02", "2026-03-01"), (None, "today")):
+        with pytest.raises(CelestialError, match=r"is no day|is after"):
+            export_days(tmp_path / "out", *wrong, url)
+
+
+def test_an_export_replaces_a_day_or_leaves_it(
+    url: str, opened: Callable[..., PredictionLog], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = opened(url)
+    at = datetime(2026, 3, 2, tzinfo=UTC).timestamp()
+    for i in range(20):
+        log.record(answer(i, time=at + i, sha256=64 * "a"))
+    log.close()
+    [day] = export_days(tmp_path / "out", url=url)
+    before = Path(day["path"]).read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(records, "PIECE", 5)
+        real, done = records._piece, []
+
+        def breaks(*arguments: object) -> object:
+            done.append(1)
+            if len(done) == 3:
+                raise OSError("No space left on device")
+            return real(*arguments)
+
+        patched.setattr(records, "_piece", breaks)
+        with pytest.raises(LogUnavailable, match="No space left"):
+            export_days(tmp_path / "out", url=url)
+    assert Path(day["path"]).read_bytes() == before and len(list(Path(day["path"]).parent.iterdir())) == 1
+    forget(64 * "a", url)
+    assert export_days(tmp_path / "out", url=url) == [] and not Path(day["path"]).exists()
+
+
+def test_an_export_needs_the_same_memory_for_any_day(url: str, tmp_path: Path) -> None:
+    engine, at = open_database(url), datetime(2026, 3, 2, tzinfo=UTC).timestamp()
+    fixed = {"process": "p", "request_id": "r", "embedding": np.zeros(256, "<f2").tobytes()}
+    rows = [fixed | {"sequence": i, "time": at + (i if i < 4000 else 86400 + i)} for i in range(30_000)]
+    with writing(engine) as connection:
+        connection.execute(insert(log_tables().tables["predictions"]), rows)
+    code = (
+        "import sys, resource; from celestial_ml.monitor import records; url, out = sys.argv[1:]\n"
+        "for day, rows in ('2026-03-02', 4000), ('2026-03-03', 26_000):\n"
+        "    [done] = records.export_days(out, day, day, url); assert done['rows'] == rows\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, url, tmp_path / "out"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    small, large = map(int, run.stdout.split())
+    assert large - small < 40_000, "kB; in one piece it takes 200,000 more"
+
+
+@pytest.mark.parametrize(
+    ("module", "code", "words"),
+    [
+        ("pyarrow", "records.export_days('out')", "an export needs PyArrow"),
+        ("psycopg", "log.open_log('postgresql://anna:s3cret@127.0.0.1/x')", "needs a driver"),
+    ],
+)
+def test_a_missing_library_is_named(module: str, code: str, words: str) -> None:
+    script = (
+        f"import sys; sys.modules[{module!r}] = None\nfrom celestial_ml.core.errors import CelestialError\n"
+        f"from celestial_ml.monitor import log, records\ntry: {code}\nexcept CelestialError as e: print(e)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert words in run.stdout and "pip install" in run.stdout and "s3cret" not in run.stdout + run.stderr
+
+
+@pytest.mark.postgres
+def test_a_wrong_password_isnt_shown(server: Server, opened: Callable[..., PredictionLog], caplog) -> None:
+    url = server.url("postgres").replace("s3cret", "wr0ng")
+    with caplog.at_level(logging.DEBUG, logger="celestial_ml"):
+        log = opened(url, wait=20)
+        log.record(answer(1))
+    assert not log.status()["ok"] and "password authentication failed" in log.status()["last_error"]
+    said = json.dumps(log.status()) + caplog.text + counters_text()
+    assert "wr0ng" not in said and "***" in said
+
+
+def counters_text() -> str:
+    return b"".join(path.read_bytes() for path in counters_folder().iterdir()).decode("latin-1")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["mysql://anna:s3cret@db/x", "sqlite://", "sqlite:///:memory:", "nonsense", "sqlite:///x.db?mode=ro"],
+    indirect=False,
+)
+def test_a_url_of_another_kind_is_refused(url: str) -> None:
+    for use in (open_log, log_status):
+        with pytest.raises(CelestialError, match="prediction log") as refused:
+            use(url)
+        assert "s3cret" not in str(refused.value) and not isinstance(refused.value, LogUnavailable)
+
+
+def test_where_the_log_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert log_url() == f"sqlite:///{tmp_path}/home/predictions.db"
+    monkeypatch.setenv("CELESTIAL_SERVE_LOG_URL", "off")
+    assert log_url() == f"sqlite:///{tmp_path}/home/predictions.db"
+    monkeypatch.setenv("CELESTIAL_SERVE_LOG_URL", f"sqlite:///{tmp_path}/served.db")
+    assert log_url() == f"sqlite:///{tmp_path}/served.db"
+    monkeypatch.setenv("CELESTIAL_LOG_URL", "postgresql://db/x")
+    assert log_url() == "postgresql+psycopg://db/x" and log_url("sqlite:////a/b.db") == "sqlite:////a/b.db"
+
+
+# The command
+
+
+def test_the_command(celestial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"sqlite:///{tmp_path}/log.db"
+    monkeypatch.setenv("CELESTIAL_LOG_URL", url)
+    log = open_log(images="all")
+    for i in range(5):
+        log.record(answer(i, image=b"x"))
+    log.close()
+
+    def run(*arguments: object, code: int = 0) -> str:
+        result = CliRunner().invoke(app, ["log", *map(str, arguments)])
+        assert result.exit_code == code, result.output
+        return result.stdout if code == 0 else result.stderr
+
+    assert run("feedback", "r3", "--wrong", "--label", "Neptune") == "noted: r3 was wrong\n"
+    assert "no answered request" in run("feedback", "r9", "--correct", code=2)
+    assert "5 answers, 1 feedback, 5 images" in run("status")
+    assert json.loads(run("status", "--json"))["predictions"] == 5
+    shown = [json.loads(line) for line in run("show", "--last", 2, "--json").splitlines()]
+    assert [row["request_id"] for row in shown] == ["r4", "r3"] and shown[1]["correct"] is False
+    assert "wrong: Neptune" in run("show")
+    today = datetime.now(UTC).date()
+    exported = json.loads(run("export", tmp_path / "out", "--json"))
+    assert sum(day["rows"] for day in exported) == 5 and Path(exported[-1]["path"]).is_file()
+    assert "no answers of that time" in run("export", tmp_path / "out", "--day", "2020-01-01")
+    assert "goes without" in run("export", tmp_path / "out", "--day", today, "--since", today, code=2)
+    assert json.loads(run("forget", f"{3:064x}", "--json")) == {"images": 1, "predictions": 1, "feedback": 1}
+    assert "is no SHA-256" in run("forget", "r3", code=2)
+    assert "there is no prediction log" in run("status", "--url", f"sqlite:///{tmp_path}/no.db", code=2)
+    assert not (tmp_path / "no.db").exists()
+    real = celestial("log", "status", "--json", CELESTIAL_LOG_URL=url)
+    assert real.returncode == 0 and json.loads(real.stdout)["predictions"] == 4
+    down = celestial("log", "status", CELESTIAL_LOG_URL="postgresql://anna:s3cret@127.0.0.1:1/x")
+    assert down.returncode == 2 and "connection failed" in down.stderr and "Traceback" not in down.stderr
+    assert "s3cret" not in down.stderr
