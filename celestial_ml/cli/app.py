@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'run', 'tune', 'predict', 'serve', 'data_get', 'data_check', 'data_show', 'main']
 
-# %% ../../nbs/cli/00_app.ipynb #f629ba09
+# %% ../../nbs/cli/00_app.ipynb #0e84cd43
 import json
 import os
 import sys
@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from .log import log_app
+from .models import models_app
 from ..core.errors import CelestialError
 from ..core.files import project_root
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="The images: fetch, validate, look at.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(log_app, name="log")
+app.add_typer(models_app, name="models")
 
 
 def _print_error(error: CelestialError) -> None:

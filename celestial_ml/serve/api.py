@@ -401,7 +401,7 @@ def as_json(content: dict[str, Any]) -> Response:
 async def predict(request: Request) -> Response:
     "Which body is this? Send a JPEG, PNG or WebP image."
     service: Service = request.app.state.service
-    service.models.current  # noqa: B018  without a model there is no need to read
+    service.models.current
     [(_, content)] = await read_files(request, "image", 1)
     return as_json(await answer_picture(service, request, request.state.request_id, content))
 
