@@ -64,7 +64,7 @@ check: $(READY)  ## format, lint, types, clean notebooks, no stale export
 	@pytest -q -n 0 tests/test_notebooks.py
 
 .PHONY: bench
-bench: $(READY)  ## the figures: notebooks against a script, ONNX against Keras, a cold predict
+bench: $(READY)  ## the figures: notebooks against a script, ONNX against Keras, the service against BentoML
 	@python -m bench
 
 .PHONY: docs

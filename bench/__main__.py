@@ -18,6 +18,7 @@ from celestial_ml.core.files import project_root
 from celestial_ml.core.params import load_params
 from celestial_ml.flow.steps import load_tasks, step_parameters
 
+Row = tuple[str, str, str, str]  # what, here, beside what, the ratio
 CELESTIAL = str(Path(sys.executable).with_name("celestial"))
 
 
@@ -58,7 +59,7 @@ def as_script(root: Path, params: str, run: str) -> str:
     return "\n\n".join(parts)
 
 
-def notebook_overhead(root: Path, params: str) -> list[tuple[str, str, str, str]]:
+def notebook_overhead(root: Path, params: str) -> list[Row]:
     "The pipeline of notebooks against the same library calls in one script; kernels and imports included."
     celestial = [CELESTIAL, "run", params, "--force"]
     with tempfile.TemporaryDirectory() as home:
@@ -86,7 +87,7 @@ def notebook_overhead(root: Path, params: str) -> list[tuple[str, str, str, str]
     ]
 
 
-def cold_predict(run: str) -> tuple[str, str, str, str]:
+def cold_predict(run: str) -> Row:
     "`celestial predict one.jpg` from a cold shell, against Python's own start."
     image = next(Path(f"output/{run}").rglob("*.jpg"))
     predict = [CELESTIAL, "predict", str(image), "--model", run]
@@ -100,7 +101,7 @@ def cold_predict(run: str) -> tuple[str, str, str, str]:
     )
 
 
-def onnx_against_keras(run: str) -> list[tuple[str, str, str, str]]:
+def onnx_against_keras(run: str) -> list[Row]:
     "One answer by the served file on one thread, against `keras.Model.predict`."
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     import keras
@@ -134,7 +135,7 @@ def onnx_against_keras(run: str) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def int8_against_float(run: str) -> list[tuple[str, str, str, str]]:
+def int8_against_float(run: str) -> list[Row]:
     "The int8 file, calibrated on training images, against the float32 one, on the measured images."
     import onnx
     import pandas as pd
@@ -178,7 +179,7 @@ run_pipeline(make_plan(Path.cwd(), "default", settings, sys.argv[2], force=True,
 """
 
 
-def scaling(per_class: int) -> tuple[str, str, str, str]:
+def scaling(per_class: int) -> Row:
     "Rendering, preparing and two epochs of training: seconds and peak memory, by the number of images."
     run, images = f"bench-{10 * per_class}", 10 * per_class
     with tempfile.TemporaryDirectory() as home:
@@ -197,24 +198,61 @@ def scaling(per_class: int) -> tuple[str, str, str, str]:
     )
 
 
+def pipeline_figures(asked: argparse.Namespace) -> list[Row]:
+    "The whole way, in notebooks and without."
+    return notebook_overhead(project_root(), asked.params)
+
+
+def model_figures(asked: argparse.Namespace) -> list[Row]:
+    "The served files of a run."
+    run = measured_run(asked)
+    return [cold_predict(run), *onnx_against_keras(run), *int8_against_float(run)]
+
+
+def service_figures(asked: argparse.Namespace) -> list[Row]:
+    "The service of a run's model."
+    from bench.serving import serving_figures
+
+    return serving_figures(measured_run(asked), asked.requests)
+
+
+def scaling_figures(asked: argparse.Namespace) -> list[Row]:
+    "More and more images."
+    return [scaling(per_class) for per_class in (150, 600, 2400)]
+
+
+SECTIONS = {
+    "pipeline": pipeline_figures,
+    "model": model_figures,
+    "serving": service_figures,
+    "scaling": scaling_figures,  # half an hour, so only when it's asked for
+}
+
+
+def measured_run(asked: argparse.Namespace) -> str:
+    "The run whose model is measured: what the pipeline's rows left, or one of that name."
+    for run in ("bench-inline", asked.params):
+        if (Path("output") / run / "model.onnx").exists():
+            return run
+    sys.exit(f"there is no run to measure: make run PARAMS={asked.params}, or python -m bench pipeline model")
+
+
 def main() -> None:
     "Measure and print."
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; all but scaling if none is named")
     parser.add_argument("--params", default="default", help="the params file that the pipeline is measured with")
-    parser.add_argument("--scaling", action="store_true", help="time and memory for 1,500, 6,000 and 24,000 images")
+    parser.add_argument("--requests", type=int, default=100_000, help="requests during which models are swapped")
     asked = parser.parse_args()
-    params, root = asked.params, project_root()
-    os.chdir(root)
-    print(f"measuring with params/{params}.yaml: some minutes", flush=True)
-    if asked.scaling:
-        rows = [scaling(per_class) for per_class in (150, 600, 2400)]
-    else:
-        rows = notebook_overhead(root, params)
-        rows += [cold_predict("bench-inline"), *onnx_against_keras("bench-inline")]
-        rows += int8_against_float("bench-inline")
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+    if unknown := set(asked.sections) - set(SECTIONS):
+        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    os.chdir(project_root())
+    for name in asked.sections or [name for name in SECTIONS if name != "scaling"]:
+        print(f"\n{name}: some minutes", flush=True)
+        rows = SECTIONS[name](asked)
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        for row in rows:
+            print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,10 +11,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 
-def as_request(content: bytes, path: str = "/predict", field: str = "image", headers: str = "") -> bytes:
+def as_request(
+    content: bytes,  # of an image file
+    path: str = "/predict",
+    field: str = "image",
+    headers: str = "",
+    kind: str = "application/octet-stream",  # what the form says that it is
+) -> bytes:
     "A whole HTTP request with a picture in a form."
-    head = f'--b\r\nContent-Disposition: form-data; name="{field}"; filename="a"\r\n\r\n'.encode()
-    body = head + content + b"\r\n--b--\r\n"
+    head = f'--b\r\nContent-Disposition: form-data; name="{field}"; filename="a"\r\nContent-Type: {kind}\r\n\r\n'
+    body = head.encode() + content + b"\r\n--b--\r\n"
     lines = f"POST {path} HTTP/1.1\r\nHost: here\r\nContent-Type: multipart/form-data; boundary=b\r\n{headers}"
     return f"{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
@@ -53,7 +58,7 @@ async def client(
     first: int,  # of the requests
     until: Callable[[], bool],  # whether to stop
     tally: Tally,
-    on_answer: Callable[[int, bytes], None] | None,
+    on_answer: Callable[[int, int, bytes], None] | None,
     interval: float,  # seconds between two requests of this client; 0: at once
     late: float,  # seconds behind the first client, so that they don't march in step
 ) -> None:
@@ -75,7 +80,7 @@ async def client(
         tally.seconds.append(time.perf_counter() - began)
         tally.statuses[status] += 1
         if on_answer:
-            on_answer(status, body)
+            on_answer(i % len(requests), status, body)
         i += 1
     writer.close()
 
@@ -106,7 +111,7 @@ def load(
     seconds: float = 5,
     count: int = 0,  # requests; 0: for so many seconds
     rate: float = 0,  # requests a second, of all clients; 0: as many as there is an answer to
-    on_answer: Callable[[int, bytes], None] | None = None,
+    on_answer: Callable[[int, int, bytes], None] | None = None,  # takes the request's place, the status, the body
 ) -> Tally:
     "Put a server under load."
     try:
@@ -116,8 +121,3 @@ def load(
     except ImportError:  # Windows
         run = asyncio.run
     return run(_load(port, requests, clients, seconds, count, rate, on_answer))
-
-
-def version_of(body: bytes) -> str:
-    "The model that answered."
-    return str(json.loads(body)["model_version"])

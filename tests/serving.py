@@ -73,13 +73,28 @@ def neptune(kind: str = "PNG", **options: object) -> bytes:
     return encoded(render("Neptune"), kind, **options)
 
 
+# As the command `celestial serve` does it, with a prediction log, but on any port that is free.
+SERVE = """
+from celestial_ml.monitor.log import service_log
+from celestial_ml.serve.server import serve
+from celestial_ml.serve.settings import serve_settings
+settings = serve_settings()
+log = service_log(settings)
+try:
+    serve({model!r}, port=0, demo={demo}, settings=settings, log=log)
+finally:
+    if log is not None:
+        log.close()
+"""
+
+
 @contextmanager
 def running(
     model: Path | None, log: Path, demo: bool = True, serve: str | None = None, **settings: object
 ) -> Iterator[str]:
     "A real server in a process of its own, with settings from its environment; yields its URL."
     # With a model through `serve`, as a person starts it; without one, which `serve` refuses, the same by hand.
-    code = f"from celestial_ml.serve.server import serve; serve({str(model)!r}, port=0, demo={demo})"
+    code = SERVE.format(model=str(model), demo=demo)
     if serve is not None:
         code = serve
     elif model is None:

@@ -21,20 +21,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pandas as pd
 import pytest
+from serving import neptune, running, tiny_model
 from sqlalchemy import create_engine, func, insert, select, text, update
 from sqlalchemy.exc import OperationalError
 from typer.testing import CliRunner
 
 from celestial_ml.cli.app import app
 from celestial_ml.core.errors import CelestialError
-from celestial_ml.monitor import migrations, records
+from celestial_ml.monitor import export, migrations, writer
+from celestial_ml.monitor.cost import measure_log
 from celestial_ml.monitor.counters import Counters, counters_folder, living, settle
 from celestial_ml.monitor.database import (
     LogUnavailable,
@@ -46,8 +49,12 @@ from celestial_ml.monitor.database import (
     open_database,
     writing,
 )
-from celestial_ml.monitor.log import Contradiction, ImagePolicy, PredictionLog, Store, measure_log, open_log
-from celestial_ml.monitor.records import export_days, forget, last_answers, log_status
+from celestial_ml.monitor.export import export_days
+from celestial_ml.monitor.feedback import Contradiction
+from celestial_ml.monitor.log import PredictionLog, open_log
+from celestial_ml.monitor.policy import ImagePolicy
+from celestial_ml.monitor.records import forget, last_answers, log_status
+from celestial_ml.monitor.window import embeddings, live_accuracy, read_answers
 
 SECRET = "s3cret/&"
 BOTH = ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
@@ -269,7 +276,7 @@ def test_import_is_light_and_an_open_log_needs_no_migrations(tmp_path: Path) -> 
 
 
 def test_a_process_that_just_ends_has_written_everything(url: str) -> None:
-    run_child(url, "for i in range(500): log.record(answer(i))").wait(60)
+    run_child(url, "for i in range(500): log.record(answer(i))", wait=60.0).wait(90)
     assert len(rows_of(url)) == 500 and rows_of(url, "processes")[0]["lost"] == 0
     assert not list(counters_folder().iterdir())
 
@@ -287,6 +294,7 @@ import sys, time
 import numpy as np
 {answer}
 from celestial_ml.monitor.log import open_log
+{before}
 log = open_log({url!r}, **{options!r})
 def say(*words): print(*words, flush=True)
 def wait(): sys.stdin.readline()
@@ -294,9 +302,12 @@ def wait(): sys.stdin.readline()
 """
 
 
-def run_child(url: str, code: str, **options: object) -> subprocess.Popen[str]:
+NEVER = "from celestial_ml.monitor.log import Worker; Worker.attempt = lambda self: time.sleep(600)"  # to open it
+
+
+def run_child(url: str, code: str, before: str = "", **options: object) -> subprocess.Popen[str]:
     "A process with a log."
-    script = CHILD.format(answer=inspect.getsource(answer), url=url, options=options, code=code)
+    script = CHILD.format(answer=inspect.getsource(answer), url=url, before=before, options=options, code=code)
     return subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -315,7 +326,7 @@ def heard(child: subprocess.Popen[str]) -> str:
 
 @both
 def test_killed_before_the_database_was_open(url: str, opened: Callable[..., PredictionLog]) -> None:
-    child = run_child(url, "for i in range(40): log.record(answer(i))\nsay('done'); wait()", delay=600.0)
+    child = run_child(url, "for i in range(40): log.record(answer(i))\nsay('done'); wait()", NEVER, delay=1.0)
     heard(child)
     kill(child)
     assert opened(url).status()["lost_before"] == 40
@@ -330,8 +341,8 @@ for i in range(100): log.record(answer(i))
 log.flush(60)
 from celestial_ml.monitor import log as module
 module.INTERVAL = 600
-log._wake.set(); time.sleep(0.5)  # from here on it waits
-log._wake.wait = lambda timeout=None: time.sleep(600)
+log.worker.wake.set(); time.sleep(0.5)  # from here on it waits
+log.worker.wake.wait = lambda timeout=None: time.sleep(600)
 for i in range(7): log.record(answer(100 + i))
 say(log.status()['written'], log.status()['buffered']); wait()
 """
@@ -361,8 +372,8 @@ def test_killed_while_it_waits_for_a_lock(url: str, opened: Callable[..., Predic
 def test_killed_in_the_middle_of_a_transaction(url: str, opened: Callable[..., PredictionLog]) -> None:
     code = """
 log.record(answer(0)); log.flush(60)
-import celestial_ml.monitor.log as module, os
-module.Store._image = lambda self, row: (say('inside'), time.sleep(600))  # the predictions are inserted, not committed
+from celestial_ml.monitor import writer
+writer.insert_images = lambda *_: (say('inside'), time.sleep(600))  # the predictions are inserted, not committed
 for i in range(9): log.record(answer(1 + i, image=b'x'))
 wait()
 """
@@ -403,7 +414,7 @@ with open({str(tmp_path / "told")!r}, 'w', buffering=1) as told:
 def test_the_dead_are_settled_for_once_and_the_living_are_left_alone(
     url: str, opened: Callable[..., PredictionLog]
 ) -> None:
-    child = run_child(url, "for i in range(5): log.record(answer(i))\nsay('done'); wait()", delay=600.0)
+    child = run_child(url, "for i in range(5): log.record(answer(i))\nsay('done'); wait()", NEVER, delay=1.0)
     heard(child)
     first = opened(url)
     assert first.status()["lost_before"] == 0 and len(living(counters_folder())) == 2
@@ -422,7 +433,7 @@ def test_the_dead_are_settled_for_once_and_the_living_are_left_alone(
 
 
 def test_another_databases_dead_are_not_ours(url: str, tmp_path: Path, opened: Callable[..., PredictionLog]) -> None:
-    child = run_child(url, "log.record(answer(0)); say('done'); wait()", delay=600.0)
+    child = run_child(url, "log.record(answer(0)); say('done'); wait()", NEVER, delay=1.0)
     heard(child)
     kill(child)
     assert opened(f"sqlite:///{tmp_path}/other.db").status()["lost_before"] == 0
@@ -611,15 +622,15 @@ def test_closing_while_it_is_down_is_bounded_and_counted(url: str) -> None:
 def test_a_commit_that_nobody_heard_of_isnt_written_twice(
     url: str, opened: Callable[..., PredictionLog], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log, real, failures = opened(url), Store._transaction, []
+    log, real, failures = opened(url), writer.write_batch, []
 
-    def committed_but_lost(store: Store, batch: list) -> None:
-        real(store, batch)
+    def committed_but_lost(*arguments: object) -> None:
+        real(*arguments)
         if len(failures) < 2:
-            failures.append(len(batch))
+            failures.append(1)
             raise OperationalError("COMMIT", None, Exception("server closed the connection unexpectedly"))
 
-    monkeypatch.setattr(Store, "_transaction", committed_but_lost)
+    monkeypatch.setattr(writer, "write_batch", committed_but_lost)
     for i in range(300):
         log.record(answer(i))
         if i % 100 == 50:
@@ -794,7 +805,7 @@ def test_feedback_finds_every_row_while_it_moves(url: str, opened: Callable[...,
     def work(thread: int) -> None:
         for i in range(40):
             log.record(answer(100 * thread + i))
-            log._wake.set()
+            log.worker.wake.set()
             log.feedback(f"r{100 * thread + i}", True)
             done.append("one")
 
@@ -835,8 +846,8 @@ def test_images_by_policy_and_until_their_time(url: str, opened: Callable[..., P
     log.record(answer(5, image=b"today", time=time.time()))
     log.record(answer(6, image=b"long ago", time=time.time() - 4 * 86400))
     assert log.flush(30)
-    log._store.tidied -= 1000
-    log._wake.set()
+    log.writer.tidied -= 1000
+    log.worker.wake.set()
     wait_for(lambda: len(rows_of(url, "images")) == 1)
     [image] = rows_of(url, "images")
     assert image["content"] == b"today" and 2.9 < (image["kept_until"] - time.time()) / 86400 < 3
@@ -878,7 +889,7 @@ def test_forgetting_a_picture_under_way(url: str, opened: Callable[..., Predicti
 
 @both
 def test_days_as_parquet(url: str, opened: Callable[..., PredictionLog], tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(records, "PIECE", 7)  # several pieces a day
+    monkeypatch.setattr(export, "PIECE", 7)  # several pieces a day
     log, midnight = opened(url), datetime(2026, 3, 2, tzinfo=UTC).timestamp()
     times = [midnight - 1e-3, midnight, *(midnight + 60 * i for i in range(1, 31)), midnight + 86400]
     for i, at in enumerate(times):
@@ -901,7 +912,7 @@ def test_days_as_parquet(url: str, opened: Callable[..., PredictionLog], tmp_pat
     assert table.probabilities["r9"].tolist() == [0.75, 0.25] and table.embedding["r9"].dtype == np.float32
     assert table.correct["r2"] is False and table.correct.notna().sum() == 1
     assert (table.feedback_label["r2"], table.feedback_comment["r2"]) == ("Neptune", "no")
-    assert set(records.export_schema().names) == {"request_id", *table.columns} - {"day"}
+    assert set(export.export_schema().names) == {"request_id", *table.columns} - {"day"}
     [one] = export_days(tmp_path / "one", "2026-03-02", "2026-03-02", url)
     assert one["rows"] == 31 and [p.name for p in (tmp_path / "one").iterdir()] == ["day=2026-03-02"]
     assert export_days(tmp_path / "none", "2031-01-01", url=url) == [] and not (tmp_path / "none").exists()
@@ -921,8 +932,8 @@ def test_an_export_replaces_a_day_or_leaves_it(
     [day] = export_days(tmp_path / "out", url=url)
     before = Path(day["path"]).read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr(records, "PIECE", 5)
-        real, done = records._piece, []
+        patched.setattr(export, "PIECE", 5)
+        real, done = export._piece, []
 
         def breaks(*arguments: object) -> object:
             done.append(1)
@@ -930,7 +941,7 @@ def test_an_export_replaces_a_day_or_leaves_it(
                 raise OSError("No space left on device")
             return real(*arguments)
 
-        patched.setattr(records, "_piece", breaks)
+        patched.setattr(export, "_piece", breaks)
         with pytest.raises(LogUnavailable, match="No space left"):
             export_days(tmp_path / "out", url=url)
     assert Path(day["path"]).read_bytes() == before and len(list(Path(day["path"]).parent.iterdir())) == 1
@@ -945,9 +956,9 @@ def test_an_export_needs_the_same_memory_for_any_day(url: str, tmp_path: Path) -
     with writing(engine) as connection:
         connection.execute(insert(log_tables().tables["predictions"]), rows)
     code = (
-        "import sys, resource; from celestial_ml.monitor import records; url, out = sys.argv[1:]\n"
+        "import sys, resource; from celestial_ml.monitor import export; url, out = sys.argv[1:]\n"
         "for day, rows in ('2026-03-02', 4000), ('2026-03-03', 26_000):\n"
-        "    [done] = records.export_days(out, day, day, url); assert done['rows'] == rows\n"
+        "    [done] = export.export_days(out, day, day, url); assert done['rows'] == rows\n"
         "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     run = subprocess.run([sys.executable, "-c", code, url, tmp_path / "out"], capture_output=True, text=True)
@@ -959,14 +970,14 @@ def test_an_export_needs_the_same_memory_for_any_day(url: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("module", "code", "words"),
     [
-        ("pyarrow", "records.export_days('out')", "an export needs PyArrow"),
+        ("pyarrow", "export.export_days('out')", "an export needs PyArrow"),
         ("psycopg", "log.open_log('postgresql://anna:s3cret@127.0.0.1/x')", "needs a driver"),
     ],
 )
 def test_a_missing_library_is_named(module: str, code: str, words: str) -> None:
     script = (
         f"import sys; sys.modules[{module!r}] = None\nfrom celestial_ml.core.errors import CelestialError\n"
-        f"from celestial_ml.monitor import log, records\ntry: {code}\nexcept CelestialError as e: print(e)"
+        f"from celestial_ml.monitor import export, log\ntry: {code}\nexcept CelestialError as e: print(e)"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
@@ -1008,6 +1019,227 @@ def test_where_the_log_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert log_url() == f"sqlite:///{tmp_path}/served.db"
     monkeypatch.setenv("CELESTIAL_LOG_URL", "postgresql://db/x")
     assert log_url() == "postgresql+psycopg://db/x" and log_url("sqlite:////a/b.db") == "sqlite:////a/b.db"
+
+
+# Between two times
+
+
+@both
+def test_what_drift_and_accuracy_read(url: str, opened: Callable[..., PredictionLog]) -> None:
+    log, begin = opened(url), datetime(2026, 3, 2, tzinfo=UTC)
+    for i in range(300):
+        role, version = (("champion", "3"), ("canary", "4"), ("challenger", "5"))[i % 3]
+        vector = None if i == 0 else np.full(4 if i % 3 else 6, i, "float32")
+        log.record(answer(i, time=begin.timestamp() + i, role=role, model_version=version, embedding=vector))
+    assert log.flush(30)
+    for i in range(60):
+        log.feedback(f"r{i}", i < 45, None if i < 45 else "Neptune")
+    read = read_answers(begin, begin.timestamp() + 150, url)
+    assert list(read.request_id) == [f"r{i}" for i in range(150) if i % 3 < 2] and read.correct.notna().sum() == 40
+    three = read_answers(begin, "2026-03-03", url, model_version="3")
+    assert embeddings(three).shape == (99, 6) and set(three.model_version) == {"3"}
+    with pytest.raises(CelestialError, match=r"lengths \[4, 6\]"):
+        embeddings(read)
+    assert 80 <= len(read_answers(begin, "2026-03-03", url, roles=None, most=100)) <= 100
+    found = {one["role"]: one for one in live_accuracy(begin, "2026-03-03", url)}
+    assert [found[role]["answers"] for role in ("champion", "canary", "challenger")] == [100] * 3
+    assert [found[role]["judged"] for role in ("champion", "canary", "challenger")] == [20, 20, 20]
+    # The challenger said Mars: right where Mars was right, wrong where it was Neptune.
+    assert [found[role]["correct"] for role in ("champion", "canary", "challenger")] == [15, 15, 15]
+    assert found["canary"]["low"] < 0.75 == found["canary"]["accuracy"] < found["canary"]["high"]
+
+
+# Behind the service
+
+
+def figure(url: str, name: str) -> float:
+    "A figure of /metrics; the sum of its labels."
+    page = httpx.get(f"{url}/metrics", timeout=30).text
+    return sum(float(line.rpartition(" ")[2]) for line in page.splitlines() if re.match(rf"{name}[ {{]", line))
+
+
+def ask(url: str) -> dict:
+    "A picture's answer."
+    answered = httpx.post(f"{url}/predict", files={"image": neptune()}, timeout=30)
+    assert answered.status_code == 200, answered.text
+    return answered.json()
+
+
+def test_from_the_picture_to_the_export(tmp_path: Path) -> None:
+    kept = f"sqlite:///{tmp_path}/home/predictions.db"
+    with running(tiny_model(tmp_path / "model"), tmp_path / "log", demo=False, log_images="all") as url:
+        ask(url)
+        wait_for(lambda: figure(url, "celestial_log_written") == 1)
+        said = ask(url)
+        time.sleep(1)
+        [row] = [row for row in rows_of(kept) if row["request_id"] == said["request_id"]]
+        assert {name: row[name] for name in ("label", "confidence", "known", "ood_score", "sha256")} == {
+            name: said[name] for name in ("label", "confidence", "known", "ood_score", "sha256")
+        }
+        assert (row["model_version"], row["role"], row["format"], row["bytes"]) == (
+            "7",
+            "champion",
+            "PNG",
+            len(neptune()),
+        )
+        assert row["width"] and row["height"] and row["brightness"] is not None and 0 < row["latency_ms"] < 10_000
+        assert np.frombuffer(row["probabilities"], "<f4") == pytest.approx(
+            list(said["probabilities"].values()), abs=1e-6
+        )
+        assert len(row["embedding"]) == 3 * 2 and abs(row["time"] - time.time()) < 60
+        assert [bytes(image["content"]) for image in rows_of(kept, "images")] == [neptune()]
+        feedback = {"request_id": said["request_id"], "correct": False, "label": "Uranus"}
+        assert httpx.post(f"{url}/feedback", json=feedback).status_code == 200
+        unheard = httpx.post(f"{url}/feedback", json=feedback | {"request_id": "nobody"})
+        assert (unheard.status_code, unheard.json()["error"]["code"]) == (404, "unknown_request")
+        exported = export_days(tmp_path / "out", url=kept)
+        table = pd.read_parquet(tmp_path / "out").set_index("request_id")
+        assert sum(day["rows"] for day in exported) == 2 and table.correct.notna().sum() == 1
+        assert table.feedback_label[said["request_id"]] == "Uranus"
+        assert forget(said["sha256"], kept) == {"images": 1, "predictions": 2, "feedback": 1}
+        assert rows_of(kept) == rows_of(kept, "images") == []
+    [process] = rows_of(kept, "processes")
+    assert process["ended"] and (process["answered"], process["written"], process["lost"]) == (2, 2, 0)
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@contextmanager
+def asked(url: str, clients: int = 4) -> Iterator[list[tuple[float, float, int, str]]]:
+    "A service under traffic: when each answer came, the seconds it took, its status and request id."
+    seen: list[tuple[float, float, int, str]] = []
+    stop = threading.Event()
+
+    def one() -> None:
+        with httpx.Client(base_url=url, timeout=30) as client:
+            while not stop.is_set():
+                began = time.time()
+                try:
+                    said = client.post("/predict", files={"image": neptune()})
+                except httpx.HTTPError:
+                    return  # it was killed
+                seen.append((time.time(), time.time() - began, said.status_code, said.json().get("request_id", "")))
+
+    threads = [threading.Thread(target=one) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def served(home: Path, model: Path) -> Iterator[tuple[subprocess.Popen, str]]:
+    "The command `celestial serve`, as a person starts it."
+    port = free_port()
+    command = [str(Path(sys.executable).with_name("celestial")), "serve", "--no-demo", "--model", str(model)]
+    env = os.environ | {"CELESTIAL_HOME": str(home)}
+    with subprocess.Popen(
+        [*command, "--port", str(port)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_for(lambda: is_ready(url))
+            yield process, url
+        finally:
+            process.terminate()
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready", timeout=30).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.4, 2.6])
+def test_a_service_killed_under_traffic_knows_what_it_lost(tmp_path: Path, seconds: float) -> None:
+    home, model = tmp_path / "home", tiny_model(tmp_path / "model")
+    with served(home, model) as (process, url):
+        if seconds > 1:  # else it dies while the log is being opened
+            ask(url)
+            wait_for(lambda: figure(url, "celestial_log_written") == 1)
+        with asked(url) as seen:
+            time.sleep(seconds)
+            process.kill()
+            killed = time.time()
+    assert process.wait() == -signal.SIGKILL and {status for *_, status, _ in seen} == {200}
+    there = {row["request_id"] for row in rows_of(f"sqlite:///{home}/predictions.db")} if seconds > 1 else set()
+    missing = [at for at, _, _, name in seen if name not in there]
+    assert all(at > killed - 1 for at in missing), "at most the last second"
+    with served(home, model) as (_, url):
+        ask(url)
+        wait_for(lambda: figure(url, "celestial_log_written") == 1)
+        lost = figure(url, "celestial_log_lost_before")
+        assert len(missing) <= lost <= len(missing) + 4, "four may have been answered and not heard it"
+        result = CliRunner().invoke(app, ["log", "status", "--json"])
+        assert json.loads(result.stdout)["lost"] == lost
+
+
+@contextmanager
+def locked(home: Path, pid: int) -> Iterator[None]:
+    with closing(sqlite3.connect(home / "predictions.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+@contextmanager
+def full(home: Path, pid: int) -> Iterator[None]:
+    "As a disk is: no file of the process may grow."
+    size = max(path.stat().st_size for path in home.glob("predictions.db*"))
+    before = resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, -1))
+    yield
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def away(home: Path, pid: int) -> Iterator[None]:
+    "The volume isn't mounted."
+    home.rename(home.with_name("elsewhere"))
+    yield
+    home.with_name("elsewhere").rename(home)
+
+
+@pytest.mark.parametrize("trouble", [locked, full, away])
+def test_the_service_goes_on_while_the_log_cannot(
+    tmp_path: Path, trouble: Callable[[Path, int], AbstractContextManager[None]]
+) -> None:
+    kept = f"sqlite:///{tmp_path}/db/predictions.db"
+    (tmp_path / "db").mkdir()
+    settings = {"log_url": kept, "access_log": False}
+    with running(tiny_model(tmp_path / "model"), tmp_path / "log", demo=False, **settings) as url:
+        first = ask(url)
+        wait_for(lambda: figure(url, "celestial_log_written") == 1)
+        with asked(url) as seen:
+            time.sleep(2)
+            with trouble(tmp_path / "db", int(figure(url, "celestial_process_id"))):
+                begin = time.time()
+                wait_for(lambda: figure(url, "celestial_log_ok") == 0)
+                feedback = httpx.post(
+                    f"{url}/feedback", json={"request_id": first["request_id"], "correct": True}, timeout=30
+                )
+                assert (feedback.status_code, feedback.json()["error"]["code"]) == (503, "log_unavailable")
+                time.sleep(2)
+                end = time.time()
+            wait_for(lambda: figure(url, "celestial_log_ok") == 1)
+        wait_for(lambda: figure(url, "celestial_log_buffered") == 0)
+        assert {status for *_, status, _ in seen} == {200}
+        before = [took for at, took, *_ in seen if at < begin]
+        during = [took for at, took, *_ in seen if begin < at < end]
+        assert len(before) > 50 < len(during) and max(during) < 1
+        assert np.median(during) < 2 * np.median(before), "nobody waits for the log"
+        assert figure(url, "celestial_log_dropped_total") == figure(url, "celestial_log_lost") == 0
+    assert {row["request_id"] for row in rows_of(kept)} == {first["request_id"], *(name for *_, name in seen)}
+    assert (tmp_path / "log").read_text().count("answers wait in memory") == 1
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 # The command

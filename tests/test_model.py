@@ -106,7 +106,8 @@ def test_int8_is_served_where_it_is_as_good(celestial, smoke: Plan) -> None:
     published = Path(".celestial/models", read_json("output/small/register.json")["model"])
     reports = {"gate.json", "model_card.md", "model_card.html"}
     assert {about["file"], "model.json", *about["files"]} | reports == {path.name for path in published.iterdir()}
-    assert {"reference.npz", "selftest.npz", "test_predictions.npz"} == about["files"].keys()
+    beside = {"reference.npz", "selftest.npz", "test_predictions.npz", "performance.json", "performance.webp"}
+    assert beside == about["files"].keys()
 
 
 def test_folds_left_out_classes_and_rare_ones(celestial, at_home: Path, three: Path) -> None:

@@ -23,15 +23,9 @@ from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.files import read_json, sha256_of, write_json
 from celestial_ml.core.params import Register, Track
 from celestial_ml.registry.audit import audit_file, read_log, verify
-from celestial_ml.registry.decisions import (
-    champion,
-    recover,
-    register_version,
-    rollback,
-    submit,
-    sync_aliases,
-)
+from celestial_ml.registry.decisions import register_version, rollback, submit
 from celestial_ml.registry.gate import judge
+from celestial_ml.registry.state import champion, recover, sync_aliases
 from celestial_ml.registry.tracking import Run, mlflow_client, open_run
 from celestial_ml.registry.versions import create_version, damage, publish, published, versions
 from celestial_ml.serve.predictor import Predictor, find_model
@@ -191,7 +185,8 @@ from pathlib import Path
 import mlflow, mlflow.store.tracking.sqlalchemy_store, mlflow.store.model_registry.sqlalchemy_store
 from celestial_ml.core.params import Register, Track
 from celestial_ml.registry import gate
-from celestial_ml.registry.decisions import register_version, rollback, submit, sync_aliases
+from celestial_ml.registry.decisions import register_version, rollback, submit
+from celestial_ml.registry.state import sync_aliases
 from celestial_ml.registry.tracking import open_run
 
 def work(packages):

@@ -21,7 +21,7 @@ from serving import encoded, neptune, running, tiny_model
 
 from celestial_ml.core.files import read_json, sha256_of, write_json
 from celestial_ml.data.render import render
-from celestial_ml.serve.settings import new_key, password_hash
+from celestial_ml.serve.settings import ServeSettings, new_key, password_hash
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -383,6 +383,29 @@ def test_several_at_once(tmp_path: Path) -> None:
         ]
         assert code(client.post("/predict/batch", files=[*files, files[0]])) == (413, "too_many_files")
         assert code(client.post("/predict/batch", files={"image": neptune()})) == (422, "no_image")
+
+
+def test_refusals_are_counted_by_their_code(tmp_path: Path) -> None:
+    with running(tiny_model(tmp_path / "m"), tmp_path / "log", demo=False) as url, httpx.Client(base_url=url) as client:
+        send(client, b"x")
+        client.post("/predict/batch", files=[("images", b"x"), ("images", neptune())])
+        client.get("/nothing")
+        assert figure(client, "celestial_refusals_total", code="not_an_image") == 2
+        assert figure(client, "celestial_refusals_total", code="not_found") == 1
+        client.post("/explain", files={"image": neptune()})
+        assert figure(client, "celestial_answers_total", label="Neptune") == 2, "an explained picture is answered too"
+
+
+def test_operations_page_names_every_figure_and_every_setting(tmp_path: Path) -> None:
+    page = (ROOT / "nbs/operations.md").read_text()
+    rows = set(re.findall(r"^\| `(\w+)`", page, re.MULTILINE))
+    with running(tiny_model(tmp_path / "m"), tmp_path / "log", demo=False) as url, httpx.Client(base_url=url) as client:
+        send(client, neptune())
+        text = client.get("/metrics").text
+    kinds = dict(re.findall(r"^# TYPE (celestial_\w+) (\w+)$", text, re.MULTILINE))
+    figures = {name for name in kinds if not name.endswith("_created")}
+    settings = {name.upper() for name in ServeSettings.model_fields}
+    assert figures | settings == rows
 
 
 def test_the_openapi_document_is_kept(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'run', 'tune', 'predict', 'serve', 'data_get', 'data_check', 'data_show', 'main']
 
-# %% ../../nbs/cli/00_app.ipynb #0e84cd43
+# %% ../../nbs/cli/00_app.ipynb #ce86153f
 import json
 import os
 import sys
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .keys import keys_app
 from .log import log_app
 from .models import models_app
 from ..core.errors import CelestialError
@@ -32,6 +33,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="The images: fetch, validate, look at.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(log_app, name="log")
+app.add_typer(keys_app, name="keys")
 app.add_typer(models_app, name="models")
 
 
@@ -198,6 +200,7 @@ def serve(
 ) -> None:
     "Serve the HTTP API and the demo."
     with _words_for_mistakes():
+        from celestial_ml.monitor.log import service_log
         from celestial_ml.serve.predictor import find_model
         from celestial_ml.serve.server import serve as serve_forever
         from celestial_ml.serve.settings import serve_settings
@@ -205,7 +208,12 @@ def serve(
         settings = serve_settings(challenger=challenger)
         # Without a name the registry's champion answers, whichever that is; with one, this model and no other.
         named = model or os.environ.get("CELESTIAL_MODEL")
-        serve_forever(find_model(named) if named else None, host, port, demo, settings)
+        folder, log = find_model(named) if named else None, service_log(settings)
+        try:
+            serve_forever(folder, host, port, demo, settings, log)
+        finally:
+            if log is not None:
+                log.close()
 
 # %% ../../nbs/cli/00_app.ipynb #catalog-of
 def _catalog_of(source: str | None, params: str) -> "tuple[object, object]":  # (catalog, params)

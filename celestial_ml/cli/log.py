@@ -84,7 +84,7 @@ def log_export(
     "Write the answers of each day as a Parquet file, with the feedback on them."
     with words_for_mistakes():
         from celestial_ml.core.errors import CelestialError
-        from celestial_ml.monitor.records import export_days
+        from celestial_ml.monitor.export import export_days
 
         if day and (since or until):
             raise CelestialError("--day goes without --since and --until", "Use one or the other.")

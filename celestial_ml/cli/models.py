@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['models_app', 'AsJson', 'Model', 'Who', 'Why', 'models_list', 'models_show', 'models_compare', 'models_promote',
-           'models_rollback', 'models_retire', 'models_audit']
+           'models_rollback', 'models_sync', 'models_retire', 'models_audit']
 
-# %% ../../nbs/cli/01_models.ipynb #11ff3a41
+# %% ../../nbs/cli/01_models.ipynb #4e17fb82
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +18,6 @@ import typer
 from .words import words_for_mistakes
 from ..core.errors import AnswerIsNo, CelestialError
 from ..core.files import find_root
-from ..core.params import Params, load_params
 
 # %% ../../nbs/cli/01_models.ipynb #named
 models_app = typer.Typer(
@@ -32,28 +33,43 @@ Why = Annotated[str, typer.Option(help="the reason, for the log")]
 
 def _named(model: str) -> str:
     "The version that is meant."
-    from celestial_ml.registry.decisions import resolve
     from celestial_ml.registry.overview import look
+    from celestial_ml.registry.state import resolve
 
     return resolve(model, look())
 
 
-def _follow_in_mlflow() -> None:
+def _follow_in_mlflow() -> str | None:  # why they don't follow yet
     "Set MLflow's aliases as the log says; what is served doesn't depend on it."
-    from celestial_ml.registry.decisions import sync_aliases
+    from celestial_ml.core.params import Params, load_params
+    from celestial_ml.registry.state import sync_aliases
     from celestial_ml.registry.tracking import mlflow_client, tracking_uri
 
     root = find_root()
     params = load_params(folder=root / "params") if root else Params()
     uri = tracking_uri(params.track)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        return  # nothing was ever recorded here, and a new database would take a while
+        return None  # nothing was ever recorded here, and a new database would take a while
     try:
         sync_aliases(mlflow_client(params.track))
     except CelestialError:
         raise
     except Exception as e:  # a server that is away must not undo a decision
-        print(f"MLflow's aliases don't follow yet ({type(e).__name__}); the next decision sets them")
+        return f"MLflow's aliases don't follow yet ({type(e).__name__}: {e})"
+    return None
+
+
+def _then_mlflow() -> None:
+    "Follow in MLflow after a decision; where that fails it's a remark, on standard error."
+    if said := _follow_in_mlflow():
+        print(f"{said}; the next decision sets them, or: celestial models sync", file=sys.stderr)
+
+
+def _follow_later() -> None:
+    "Have a process of its own do it: to import MLflow takes longer than to go back."
+    code = "from celestial_ml.cli.models import models_app; models_app(['sync'])"
+    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    subprocess.Popen([sys.executable, "-c", code], start_new_session=True, **quiet)
 
 
 def _show(value: Any) -> str:
@@ -158,6 +174,7 @@ def models_promote(
 ) -> None:
     "Ask the gate again, and make a version champion if it passes. Leaves with 1 if it doesn't."
     with words_for_mistakes():
+        from celestial_ml.core.params import load_params
         from celestial_ml.registry.decisions import gate_params, submit
 
         named, root = _named(model), find_root()
@@ -168,7 +185,7 @@ def models_promote(
             print(json.dumps(verdict.to_dict()), flush=True)
         elif verdict.promoted:
             print(f"{named} is champion: {verdict.reasons[-1]}", flush=True)
-        _follow_in_mlflow()
+        _then_mlflow()
         if not verdict.promoted:
             missed = "\n".join(rule.why for rule in verdict.rules if not rule.passed)
             raise AnswerIsNo(f"the gate refuses {named}: {verdict.reasons[-1]}", missed)
@@ -183,13 +200,21 @@ def models_rollback(who: Who = None, why: Why = "", json_: AsJson = False) -> No
         from celestial_ml.registry.decisions import rollback
 
         gone, back = rollback(why, who)
-        # Said before MLflow is imported, which takes longer than all the rest: servers have it by now.
         if json_:
             print(json.dumps({"from": gone, "champion": back}), flush=True)
         else:
             print(f"{back} is champion again, instead of {gone}; running servers take it by themselves", flush=True)
             print(f"next:  celestial models compare {gone} {back}", flush=True)
-        _follow_in_mlflow()
+        _follow_later()
+
+
+@models_app.command("sync", epilog="Example: celestial models sync")
+def models_sync() -> None:
+    "Set MLflow's aliases as the audit log says: after a rollback, or when MLflow was away. Leaves with 1 if it's still."
+    with words_for_mistakes():
+        if said := _follow_in_mlflow():
+            raise AnswerIsNo(said, "What is served doesn't depend on it. Try again when MLflow is back.")
+        print("MLflow's aliases are as the audit log says\nnext:  celestial models list")
 
 # %% ../../nbs/cli/01_models.ipynb #models-retire
 @models_app.command("retire", epilog="Example: celestial models retire celestial/1 --successor celestial/3")
@@ -211,7 +236,7 @@ def models_retire(
             print(json.dumps({"retired": named, "successor": follows, "archive": str(archive)}), flush=True)
         else:
             print(f"{named} is retired; all of it is in {archive}\nnext:  celestial models list", flush=True)
-        _follow_in_mlflow()
+        _then_mlflow()
 
 # %% ../../nbs/cli/01_models.ipynb #models-audit
 @models_app.command("audit", epilog="Example: celestial models audit --verify")
@@ -227,10 +252,11 @@ def models_audit(
     "Every decision about a version: when, who, what and why."
     with words_for_mistakes():
         from celestial_ml.registry.audit import audit_file, verify
-        from celestial_ml.registry.decisions import restart_log
+        from celestial_ml.registry.state import recover, restart_log
 
         if restart:
-            print(f"a new log begins with the champion; the one before is kept: {restart_log(who)}")
+            kept, now = restart_log(who), recover().champion
+            print(f"a new log begins {f'with {now} as champion' if now else 'without a champion'}; {kept} is kept")
             return
         audit = verify()
         if not verify_:

@@ -138,6 +138,9 @@ class Register(Section):
     max_false_alarms: float = Field(0.05, ge=0, le=1, description="held-out images called unknown, as a share, at most")
     max_ms: float = Field(25.0, gt=0, description="median time for an image in-process, in milliseconds, at most")
     max_mb: float = Field(20.0, gt=0, description="size of the served file, in megabytes, at most")
+    max_difference: float = Field(
+        1e-3, gt=0, description="difference of a logit, Keras against what is served, at most"
+    )
     must_beat: list[Literal["trivial", "guide-baseline"]] = Field(
         ["trivial", "guide-baseline"], description="what it must be significantly better than, on the same images"
     )
@@ -147,6 +150,9 @@ class Register(Section):
     alpha: float = Field(0.05, gt=0, lt=0.5, description="level of the paired tests: a smaller p is no chance")
     not_worse_by: float = Field(
         0.0, ge=0, lt=1, description="accuracy it may lose to the champion even where that's no chance"
+    )
+    max_doubt: float = Field(
+        0.05, ge=0, le=1, description="accuracy it may lose by the comparison's interval, to take over by itself"
     )
     promote: Literal["better", "not_worse", "by_hand"] = Field(
         "not_worse", description="better or not_worse than the champion: it takes over; by_hand: a person decides"

@@ -117,9 +117,9 @@ def write_selftest(
     images: np.ndarray,  # uint8 (n, h, w, 3)
     probabilities: np.ndarray,  # float (n, classes), the answers that are expected
     ood_score: np.ndarray,  # float (n,)
+    logits: np.ndarray | None = None,  # float (n, classes), for the gate's comparison
 ) -> None:
     "Pictures and the answers that a server must give for them."
+    answers = {"probabilities": probabilities, "ood_score": ood_score} | ({} if logits is None else {"logits": logits})
     with atomic(path) as f:
-        np.savez_compressed(
-            f, images=images, probabilities=probabilities.astype(np.float32), ood_score=ood_score.astype(np.float32)
-        )
+        np.savez_compressed(f, images=images, **{name: value.astype(np.float32) for name, value in answers.items()})

@@ -37,7 +37,29 @@ def counters_folder() -> Path:
     "Where the count files of this state folder are."
     return home() / "log"
 
+# %% ../../nbs/monitor/02_counters.ipynb #make-count-file
+def _make_count_file(folder: Path, name: str, about: bytes) -> tuple[Path, IO[bytes], mmap.mmap]:
+    "A new file, locked before it gets the name by which others find it."
+    import fcntl
 
+    if len(about) > SIZE - NUMBERS:
+        raise ValueError("the database's URL is too long")
+    folder.mkdir(parents=True, exist_ok=True)
+    part, final = folder / f".{name}.part", folder / f"{name}.count"
+    file = part.open("xb+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Real bytes, so that a disk that fills up later can't make a store fail.
+        file.write(bytes(NUMBERS) + about.ljust(SIZE - NUMBERS))
+        file.flush()
+        memory = mmap.mmap(file.fileno(), SIZE)
+        return part.rename(final), file, memory
+    except BaseException:
+        part.unlink(missing_ok=True)
+        file.close()
+        raise
+
+# %% ../../nbs/monitor/02_counters.ipynb #counters
 class Counters:
     "A process's numbers: `slots[ANSWERED] += 1`."
 
@@ -52,32 +74,11 @@ class Counters:
         self._file: IO[bytes] | None = None
         self.problem: str | None = None  # why the numbers will not outlive the process
         try:
-            memory = self._map(folder, json.dumps(self.about | {"database": database}).encode())
+            about = json.dumps(self.about | {"database": database}).encode()
+            self.path, self._file, memory = _make_count_file(folder, self.id, about)
         except (OSError, ImportError, ValueError) as e:  # a full disk, Windows, a very long URL
             self.problem, memory = str(e), mmap.mmap(-1, SIZE)
         self.slots = memoryview(memory)[:NUMBERS].cast("Q")
-
-    def _map(self, folder: Path, about: bytes) -> mmap.mmap:
-        "A new file, locked before it gets the name by which others find it."
-        import fcntl
-
-        if len(about) > SIZE - NUMBERS:
-            raise ValueError("the database's URL is too long")
-        folder.mkdir(parents=True, exist_ok=True)
-        part, final = folder / f".{self.id}.part", folder / f"{self.id}.count"
-        file = part.open("xb+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Real bytes, so that a disk that fills up later can't make a store fail.
-            file.write(bytes(NUMBERS) + about.ljust(SIZE - NUMBERS))
-            file.flush()
-            memory = mmap.mmap(file.fileno(), SIZE)
-            self.path, self._file = part.rename(final), file
-        except BaseException:
-            part.unlink(missing_ok=True)
-            file.close()
-            raise
-        return memory
 
     @property
     def answered(self) -> int:

@@ -23,17 +23,19 @@ from ..core.files import home, read_json, sha256_of
 # %% ../../nbs/registry/03_audit.ipynb #locked
 @contextmanager
 def locked(
+    name: str = "registry",  # what is held: the registry itself, or mlflow, which a decision never waits for
     timeout: float = 60,  # seconds to wait for somebody else
 ) -> Iterator[None]:
-    "Hold the registry's lock; who holds it already may take it again."
+    "Hold a lock of the registry's; who holds it already may take it again."
     from filelock import FileLock, Timeout
 
     home().mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(str(home() / "registry.lock"), timeout=timeout, is_singleton=True).acquire()
+        lock = FileLock(str(home() / f"{name}.lock"), is_singleton=True).acquire(timeout=timeout)
     except Timeout:
         raise CelestialError(
-            f"the registry in {home()} has been busy for {timeout:g} s", "Another command is at work: try again later."
+            f"the registry in {home()} has been busy for {timeout:g} s ({name}.lock)",
+            "Another command is at work: try again later.",
         ) from None
     with lock:
         yield

@@ -143,7 +143,8 @@ REFUSED = (
     "onnx", "tf2onnx", "jupyter",
 )  # fmt: skip
 _BARE = """
-import json, statistics, sys, time
+import json, pathlib, sys, time
+import numpy as np
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in set(sys.argv[2].split(",")):
@@ -155,6 +156,10 @@ try:
     began = time.perf_counter()
     predictor = Predictor(sys.argv[1])
     found = {"tested": predictor.self_test(), "seconds": time.perf_counter() - began}
+    with np.load(pathlib.Path(sys.argv[1], "selftest.npz")) as known:
+        if "logits" in known and "logits" in predictor.outputs:
+            said = np.stack([predictor.run(image)["logits"] for image in known["images"]])
+            found["difference"] = float(abs(said - known["logits"]).max())
 except CelestialError as e:
     found = {"error": e.message}
 print(json.dumps(found))
@@ -164,7 +169,7 @@ print(json.dumps(found))
 def load_bare(
     folder: Path,  # of a package
     timeout: float = 120,  # seconds
-) -> dict[str, Any]:  # tested and seconds, or error
+) -> dict[str, Any]:  # tested, seconds and, where the package has logits, difference; or error
     "Load a package and have it test itself where only the serving side is installed."
     import celestial_ml
 
@@ -206,7 +211,7 @@ class About(BaseModel):
     files: dict[str, str]
     ood_threshold: float = Field(allow_inf_nan=False)
     temperature: float = Field(gt=0, allow_inf_nan=False)
-    parity: float = Field(ge=0, le=0.1)  # largest difference of a logit, Keras against ONNX
+    parity: float = Field(ge=0, allow_inf_nan=False)  # largest difference of a logit, Keras against ONNX
     metrics: dict[str, Any]
     lineage: Lineage
 
@@ -221,17 +226,31 @@ def _schema(about: dict[str, Any]) -> str | None:
     return f"{repeated} classes are named twice" if repeated else None
 
 
+def _parity(about: dict[str, Any], bare: dict[str, Any], p: Register) -> Rule:
+    "Whether the logits are Keras's: those of the evaluated images when it was packaged, and its own pictures' now."
+    packaged, now = about.get("parity"), bare.get("difference")
+    if not isinstance(packaged, int | float):
+        why = "the logits weren't compared with Keras's: package the run again"
+        return Rule("parity", "deployment", None, p.max_difference, False, why)
+    largest = max(packaged, now or 0.0)
+    good = max(packaged, packaged if now is None else now) <= p.max_difference
+    again = "" if now is None else f", {now:.1e} now"
+    why = (
+        f"its logits differ from Keras's by {packaged:.1e} when it was packaged{again}; {p.max_difference:g} is allowed"
+    )
+    return Rule("parity", "deployment", largest, p.max_difference, good, why)
+
+
 def deployment_rules(
     folder: Path,  # of a package
     about: dict[str, Any],  # its model.json
+    p: Register,
 ) -> list[Rule]:
     "Whether it can be served."
     rule = partial(Rule, kind="deployment")
     broken, wrong, bare = damage(folder), _schema(about), load_bare(folder)
     files = f"{len(package_files(about))} files"
-    tested = f"{bare.get('tested', 0)} pictures answered as in Keras"
-    n, difference = bare.get("tested", 0), about.get("parity")
-    logits = "" if difference is None else f"; its logits differed by at most {difference:.1e} when it was packaged"
+    n = bare.get("tested", 0)
     return [
         rule("files whole", value="; ".join(broken) or files, limit="as packaged", passed=not broken,
              why="; ".join(broken) or f"all {files} are as they were packaged"),
@@ -239,7 +258,8 @@ def deployment_rules(
              why=f"model.json is not valid: {wrong}" if wrong else "model.json says all that it must"),
         rule("bare serving", value=bare.get("error") or f"{n} pictures", limit="answers as in Keras", passed=n > 0,
              why=f"it can't be served: {bare['error']}" if "error" in bare
-             else f"loaded in {bare['seconds']:.2f} s without the training side, {tested}{logits}"),
+             else f"loaded in {bare['seconds']:.2f} s without the training side, {n} pictures answered as in Keras"),
+        _parity(about, bare, p),
     ]  # fmt: skip
 
 # %% ../../nbs/registry/05_gate.ipynb #knows-as-much
@@ -318,8 +338,15 @@ def _conclude(
         return "challenge", f"{passes}; a person decides, as register.promote says"
     if champion is None:
         return "promote", f"{passes}, and there is no champion yet"
-    if p.promote == "better" and not asked and not (paired and paired.p < p.alpha and paired.difference > 0):
+    better = paired is not None and paired.p < p.alpha and paired.difference > 0
+    if p.promote == "better" and not asked and not better:
         return "challenge", f"{passes}, but isn't significantly better than the champion ({champion})"
+    doubt = -paired.low if paired else 0.0
+    if doubt > p.max_doubt + p.not_worse_by and not asked and not better:
+        return "challenge", (
+            f"{passes}, but by these images it may be {100 * doubt:.1f} points worse than the champion ({champion}), of "
+            f"{100 * (p.max_doubt + p.not_worse_by):g} allowed: hold out more of them, or a person decides"
+        )
     return "promote", f"{passes}; {rules[-1].why}"
 
 # %% ../../nbs/registry/05_gate.ipynb #judge
@@ -335,7 +362,11 @@ def judge(
     about, evidence = read_json(folder / "model.json"), None
     if not damage(folder):
         evidence = Evidence.load(folder)
-    rules = [*floor_rules(folder, about, evidence, p), *baseline_rules(evidence, p), *deployment_rules(folder, about)]
+    rules = [
+        *floor_rules(folder, about, evidence, p),
+        *baseline_rules(evidence, p),
+        *deployment_rules(folder, about, p),
+    ]
     paired = None
     if champion is not None and champion != model:
         more, paired = champion_rules(about, evidence, champion, p, root or find_root() or Path.cwd())

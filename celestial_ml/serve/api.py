@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['EXAMPLE', 'log', 'TheService', 'TheModel', 'api', 'NO_MODEL', 'NO_KEY', 'BUSY', 'BAD_FORM', 'BAD_IMAGE',
            'FOR_PICTURES', 'NO_LOG', 'NO_REQUEST', 'NO_CARD', 'Answer', 'SaliencyMap', 'LooksLike', 'Explained',
-           'BatchAnswer', 'Feedback', 'Thanks', 'ModelInfo', 'Status', 'Log', 'Service', 'answer_picture',
-           'note_answer', 'score_silently', 'read_files', 'cut_form', 'the_service', 'the_model', 'a_form', 'as_json',
-           'predict', 'predict_batch', 'explain', 'feedback', 'health', 'ready', 'model_info', 'model_card', 'metrics',
-           'add_docs', 'demo_login', 'App', 'predict_directly', 'build_app']
+           'BatchAnswer', 'Feedback', 'Thanks', 'ModelInfo', 'Status', 'Log', 'Service', 'score_picture',
+           'answer_picture', 'note_answer', 'score_silently', 'read_files', 'cut_form', 'the_service', 'the_model',
+           'a_form', 'as_json', 'predict', 'predict_batch', 'explain', 'feedback', 'health', 'ready', 'model_info',
+           'model_card', 'metrics', 'add_docs', 'demo_login', 'App', 'predict_directly', 'build_app']
 
-# %% ../../nbs/serve/20_api.ipynb #0f8d29ee
+# %% ../../nbs/serve/20_api.ipynb #7a8a57b3
 import asyncio
 import json
 import logging
@@ -33,7 +33,7 @@ from starlette.types import Receive, Scope, Send
 
 from .. import __version__
 from ..core.errors import CelestialError
-from ..data.images import ImageError, check_polyglot
+from ..data.images import ImageError
 from .guard import Guard
 from .metrics import Metrics
 from .models import Models
@@ -212,23 +212,33 @@ class Service:
         self.models.close()
         self.scorer.close()
 
-# %% ../../nbs/serve/20_api.ipynb #answer-picture
+# %% ../../nbs/serve/20_api.ipynb #score-picture
+async def score_picture(
+    service: Service,
+    request: Request,
+    request_id: str,
+    content: bytes,  # of an image file
+) -> tuple[Scored, Predictor]:  # the answer, and who gave it
+    "Score a picture and write it down; a challenger may have a look too."
+    model, role, silent = service.models.choose(request_id)
+    scored = await service.scorer.score(content, model)
+    note_answer(service, request, request_id, role, scored, content)
+    if silent is not None and service.scorer.under_way < service.settings.waiting // 2:
+        task = asyncio.create_task(score_silently(service, request, request_id, content, silent, scored))
+        service.shadows.add(task)
+        task.add_done_callback(service.shadows.discard)
+    return scored, model
+
+
 async def answer_picture(
     service: Service,
     request: Request,
     request_id: str,
     content: bytes,  # of an image file
 ) -> dict[str, Any]:  # an Answer
-    "Score a picture, write it down, say what it is."
-    model, role, silent = service.models.choose(request_id)
-    scored = await service.scorer.score(content, model)
-    answer = scored.prediction.to_dict() | {"request_id": request_id}
-    note_answer(service, request, request_id, role, scored, content)
-    if silent is not None and service.scorer.under_way < service.settings.waiting // 2:
-        task = asyncio.create_task(score_silently(service, request, request_id, content, silent, scored))
-        service.shadows.add(task)
-        task.add_done_callback(service.shadows.discard)
-    return answer
+    "Say what a picture shows."
+    scored, _ = await score_picture(service, request, request_id, content)
+    return scored.prediction.to_dict() | {"request_id": request_id}
 
 
 def note_answer(
@@ -429,6 +439,7 @@ async def _one_of_several(service: Service, request: Request, number: str, file:
     try:
         return {"file": file} | await answer_picture(service, request, number, content)
     except ImageError as e:
+        service.metrics.refusals.labels(e.code).inc()
         return {"file": file, "error": {"code": e.code, "message": e.message, "hint": e.hint}}
 
 # %% ../../nbs/serve/20_api.ipynb #explain
@@ -436,12 +447,12 @@ async def _one_of_several(service: Service, request: Request, number: str, file:
 async def explain(request: Request, service: TheService, model: TheModel) -> Response:
     "Why this body? The answer of /predict, what in the picture it rests on, and the training pictures it looks like."
     [(_, content)] = await read_files(request, "image", 1)
-    check_polyglot(content)
     if service.explaining >= service.settings.explaining:
         raise busy()
     service.explaining += 1
     try:
-        why = await run_in_threadpool(model.explain, content)
+        _, answered = await score_picture(service, request, request.state.request_id, content)
+        why = await run_in_threadpool(answered.explain, content)
     finally:
         service.explaining -= 1
     return as_json(why.to_dict() | {"request_id": request.state.request_id})

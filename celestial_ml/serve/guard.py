@@ -6,7 +6,7 @@
 __all__ = ['log', 'PATIENCE', 'UPLOAD', 'CLOSE', 'OPEN', 'SAME', 'FOR_PROGRAMS', 'PAGE', 'FOR_PEOPLE', 'access', 'GONE',
            'BoundedBody', 'needs_key', 'Door', 'Guard']
 
-# %% ../../nbs/serve/06_guard.ipynb #ee4fa95b
+# %% ../../nbs/serve/06_guard.ipynb #5d7e7b7c
 import asyncio
 import logging
 import time
@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .metrics import Metrics
-from .problems import Refusal, error_response
+from .problems import ErrorResponse, Refusal
 from .settings import ServeSettings, key_owner, new_key
 
 # %% ../../nbs/serve/06_guard.ipynb #boundedbody
@@ -165,7 +165,7 @@ class Guard:
             limit = self.settings.max_bytes * (PATIENCE if scope["path"] == UPLOAD else 1)
             await self.app(scope, BoundedBody(receive, headers, limit, self.settings.body_seconds), seen.send)
         except Refusal as e:
-            await error_response(e.status_code, e.code, e.message, e.hint, dict(e.headers or {}))(
+            await ErrorResponse(e.status_code, e.code, e.message, e.hint, dict(e.headers or {}))(
                 scope, receive, seen.send
             )
         except ClientDisconnect:
@@ -175,13 +175,15 @@ class Guard:
             if seen.status:  # half an answer is out; only closing the connection tells the client
                 raise
             message, hint = "the server made a mistake", f"Its log says more: look for request {seen.id}."
-            await error_response(500, "internal_error", message, hint)(scope, receive, seen.send)
+            await ErrorResponse(500, "internal_error", message, hint)(scope, receive, seen.send)
 
     def count(self, seen: "_Exchange") -> None:
         "Into the metrics and, if asked for, into the access log."
         took = time.perf_counter() - seen.began
         self.metrics.requests.labels(seen.route, seen.status).inc()
         self.metrics.seconds.labels(seen.route).observe(took)
+        if code := seen.state.get("say", {}).get("error"):
+            self.metrics.refusals.labels(code).inc()
         if access.isEnabledFor(logging.INFO):
             access.info("request", extra=seen.line(took))
 
