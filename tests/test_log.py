@@ -1226,7 +1226,8 @@ def test_the_service_goes_on_while_the_log_cannot(
                 feedback = httpx.post(
                     f"{url}/feedback", json={"request_id": first["request_id"], "correct": True}, timeout=30
                 )
-                assert (feedback.status_code, feedback.json()["error"]["code"]) == (503, "log_unavailable")
+                if trouble is not full or feedback.status_code != 200:  # a few bytes may find a place
+                    assert (feedback.status_code, feedback.json()["error"]["code"]) == (503, "log_unavailable")
                 time.sleep(2)
                 end = time.time()
             wait_for(lambda: figure(url, "celestial_log_ok") == 1)
@@ -1238,7 +1239,8 @@ def test_the_service_goes_on_while_the_log_cannot(
         assert np.median(during) < 2 * np.median(before), "nobody waits for the log"
         assert figure(url, "celestial_log_dropped_total") == figure(url, "celestial_log_lost") == 0
     assert {row["request_id"] for row in rows_of(kept)} == {first["request_id"], *(name for *_, name in seen)}
-    assert (tmp_path / "log").read_text().count("answers wait in memory") == 1
+    assert len(rows_of(kept, "feedback")) == (feedback.status_code == 200), "what is thanked for is kept"
+    assert 1 <= (tmp_path / "log").read_text().count("answers wait in memory") <= (3 if trouble is full else 1)
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,11 +25,11 @@ from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.files import read_json, sha256_of, write_json
 from celestial_ml.core.params import Register, Track
 from celestial_ml.registry.audit import audit_file, read_log, verify
-from celestial_ml.registry.decisions import register_version, rollback, submit
+from celestial_ml.registry.decisions import register_version, retire, rollback, submit
 from celestial_ml.registry.gate import judge
 from celestial_ml.registry.state import champion, recover, sync_aliases
 from celestial_ml.registry.tracking import Run, mlflow_client, open_run
-from celestial_ml.registry.versions import create_version, damage, publish, published, versions
+from celestial_ml.registry.versions import create_version, damage, publish, published, read_version, versions
 from celestial_ml.serve.predictor import Predictor, find_model
 
 Models = Callable[..., Result]
@@ -88,6 +90,9 @@ def test_the_champion_is_asked_about_the_candidates_images(home: Path, run: Run,
     assert submit(register_version(old, "celestial", run), Register()).promoted
     good = register_version(package(tmp_path / "b", np.ones(40, bool), shas, paths), "celestial", run)
     verdict = judge(good, "celestial/1", Register())
+    assert verdict.decision == "challenge", "so few images can't tell: noise neither promotes nor blocks"
+    assert "points worse than the champion (celestial/1), of 5 allowed" in verdict.reasons[-1]
+    verdict = judge(good, "celestial/1", Register(max_doubt=0.1))
     assert verdict.decision == "promote", verdict.reasons
     assert "36 asked now, 4 left out because it learned" in verdict.reasons[-1]
     assert verdict.comparison and (verdict.comparison.images, verdict.comparison.other) == (36, 1.0)
@@ -181,22 +186,29 @@ def test_no_byte_of_the_log_changes_unnoticed(home: Path, run: Run, tmp_path: Pa
 
 ZYGOTE = """
 import os, sys
+from itertools import cycle
 from pathlib import Path
 import mlflow, mlflow.store.tracking.sqlalchemy_store, mlflow.store.model_registry.sqlalchemy_store
 from celestial_ml.core.params import Register, Track
 from celestial_ml.registry import gate
 from celestial_ml.registry.decisions import register_version, rollback, submit
-from celestial_ml.registry.state import sync_aliases
+from celestial_ml.registry.state import recover, sync_aliases
 from celestial_ml.registry.tracking import open_run
 
-def work(packages):
-    run = open_run(Track(), "to be killed")
-    print("begins", flush=True)
-    while True:
-        for folder in packages:
-            model = register_version(folder, "celestial", run, "Ada")
+def work(first, packages):
+    run, model = open_run(Track(), "to be killed"), recover().candidates["celestial"]
+    steps, began = cycle(["register", "promote", "rollback"]), False
+    for step in steps:
+        began = began or step == first
+        if not began:
+            continue
+        print(step, flush=True)
+        if step == "register":
+            model = register_version(Path(packages.pop()), "celestial", run, "Ada")
+        elif step == "promote":
             submit(model, Register(), "Ada")
             sync_aliases(run.client)
+        elif recover().previous:
             rollback("a test", "Ada")
             sync_aliases(run.client)
 
@@ -204,67 +216,202 @@ print("ready", flush=True)
 for line in sys.stdin:
     child = os.fork()
     if not child:
-        work([Path(p) for p in line.split()])
-    print(child, flush=True)
-    print(os.WTERMSIG(os.waitpid(child, 0)[1]), flush=True)
+        sys.stdin.close()
+        work(line.split()[0], line.split()[1:])
+    print(f"pid {child}", flush=True)
+    print(f"ended {os.WTERMSIG(os.waitpid(child, 0)[1])}", flush=True)
 """
+STEPS = ("register", "promote", "rollback")
 
 
-def wait_for_growth(times: int, deadline: float) -> None:
-    "Until the audit log has grown so many times."
-    size = audit_file().stat().st_size
-    while times and time.monotonic() < deadline:
-        if (now := audit_file().stat().st_size) != size:
-            size, times = now, times - 1
+class Killer:
+    "A process that forks workers that have MLflow imported already."
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-c", ZYGOTE]
+        self.zygote = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.wait_for("ready")
+
+    def wait_for(self, word: str) -> str:
+        "The rest of the next line that begins with this word."
+        for line in self.zygote.stdout or ():
+            if line.startswith(word):
+                return line.removeprefix(word).strip()
+        raise AssertionError(f"the worker ended before {word!r}")
+
+    def start(self, step: str, packages: list[str]) -> int:  # its process id
+        "Have a worker register, promote and roll back in turn, beginning with one of these."
+        assert self.zygote.stdin
+        self.zygote.stdin.write(" ".join([step, *packages]) + "\n")
+        self.zygote.stdin.flush()
+        pid = int(self.wait_for("pid"))  # it has much to import yet, so this line is the first
+        self.wait_for(step)
+        return pid
+
+    def kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        assert self.wait_for("ended") == f"{signal.SIGKILL.value}", "it was at work until then"
+
+    def close(self) -> None:
+        assert self.zygote.stdin and self.zygote.stdout
+        self.zygote.stdin.close()
+        self.zygote.wait(20)
+        self.zygote.stdout.close()
+
+
+def wait_for_a_line(size: int) -> None:
+    "Until the audit log is longer than this."
+    deadline = time.monotonic() + 30
+    while audit_file().stat().st_size == size and time.monotonic() < deadline:
+        time.sleep(0.0002)
+
+
+def check_what_is_served() -> tuple[str, str, bool]:  # the champion before and after recovery; a line was torn
+    "What a server reads now works, and what the log says agrees with it after recovery."
+    served = find_model()
+    assert damage(served) == [] and Predictor(served).self_test() == 4, "before any repair"
+    audit, pointed = verify(), champion()
+    assert not audit.problems and pointed
+    state = recover()
+    assert state.champion and champion() == read_json(published(state.champion) / "model.json")
+    assert damage(find_model()) == [] and Predictor(find_model()).self_test() == 4
+    return f"{pointed['name']}/{pointed['version']}", state.champion, bool(audit.torn)
 
 
 def test_kill_9_at_20_moments_leaves_a_champion_that_works(home: Path, run: Run, tmp_path: Path) -> None:
-    "Half of the moments are random, half are just after a line of the log was written, while the rest is to follow."
+    "Half of the moments are anywhere in a step, half just after its line is in the log, while the rest is to follow."
     first, second = (package(tmp_path / name, share) for name, share in (("one", 0.95), ("two", 0.955)))
     for folder in (first, second):
-        submit(register_version(folder, "celestial", run), Register())
-    packages = [str(package(tmp_path / f"{i}", 0.9 + i / 1000)) for i in range(40, 48)]
-    dice = random.Random(4)
-    zygote = subprocess.Popen(
-        [sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
-    )
-    assert zygote.stdin and zygote.stdout and zygote.stdout.readline() == "ready\n"
-    behind, torn = 0, 0
+        assert submit(register_version(folder, "celestial", run), Register()).promoted
+    packages = [str(package(tmp_path / f"{i}", 0.94 + i / 1000)) for i in range(12)]
+    dice, killer, begun = random.Random(4), Killer(), [time.monotonic()]
+    behind, torn, taken = 0, 0, {}
     try:
+        pid = killer.start("register", list(packages))
+        for step in ("promote", "rollback", "register"):  # once undisturbed, to see how long each takes
+            begun.append(time.monotonic())
+            killer.wait_for(step)
+        killer.kill(pid)
+        ends = [*begun[2:], time.monotonic()]
+        taken = {step: end - start for step, start, end in zip(STEPS, begun[1:], ends, strict=True)}
         for moment in range(20):
-            zygote.stdin.write(" ".join(dice.sample(packages, len(packages))) + "\n")
-            zygote.stdin.flush()
-            child = [zygote.stdout.readline(), zygote.stdout.readline()]  # in either order
-            pid = int(next(line for line in child if line != "begins\n"))
+            step = STEPS[moment % 3]
+            if step == "rollback" and not recover().previous:
+                submit("celestial/1" if recover().champion == "celestial/2" else "celestial/2", Register(), asked=True)
+            size = audit_file().stat().st_size
+            pid = killer.start(step, dice.sample(packages, len(packages)))
             if moment % 2:
-                wait_for_growth(dice.randint(1, 3), time.monotonic() + 10)
-                time.sleep(dice.choice([0, 0, 0.001, 0.003, 0.01]))
+                wait_for_a_line(size)
+                time.sleep(dice.choice([0, 0, 0.0005, 0.002, 0.01]))
             else:
-                time.sleep(dice.uniform(0, 1.2))
-            os.kill(pid, signal.SIGKILL)
-            assert zygote.stdout.readline() == f"{signal.SIGKILL.value}\n", "it was at work until then"
-
-            served = find_model()
-            assert damage(served) == [] and Predictor(served).self_test() == 4, "what servers read, before any repair"
-            audit = verify()
-            assert not audit.problems
-            torn += bool(audit.torn)
-            pointed = f"{champion()['name']}/{champion()['version']}"
-            state = recover()
-            behind += pointed != state.champion
-            assert champion() == read_json(published(state.champion) / "model.json")
-            assert Predictor(find_model()).self_test() == 4
+                time.sleep(dice.uniform(0, taken[step]))
+            killer.kill(pid)
+            pointed, said, half = check_what_is_served()
+            behind, torn = behind + (pointed != said), torn + half
     finally:
-        zygote.stdin.close()
-        zygote.wait(20)
-        zygote.stdout.close()
-    print(f"the pointer was behind the log {behind} times, a line torn {torn} times, {len(read_log())} entries")
+        killer.close()
+    actions = [entry["action"] for entry in read_log()]
+    print(f"the pointer was behind the log {behind} times, a line torn {torn} times; {taken}; {actions}")
+    assert {"register", "promote", "rollback"} <= set(actions[4:]), "each was done while it was killed now and then"
     register_version(first, "celestial", run)
     sync_aliases(run.client)
     state, told = recover(), aliases(run)
-    assert f"celestial/{told['champion']}" == state.champion and f"celestial/{told['previous']}" == state.previous
+    assert f"celestial/{told['champion']}" == state.champion
+    assert (f"celestial/{told['previous']}" if "previous" in told else None) == state.previous
     assert not list((home / "models").rglob("*.part*")), "the next registration sweeps up"
     assert all(damage(published(model)) == [] for model in versions())
+
+
+# --------------------------------------------------------------------------- killed before each change of the disk
+
+
+def dies_at(point: int, action: Callable[[], object]) -> bool:
+    "Do it in a process that is killed just before its point-th change of the disk, or in it; whether there was one."
+    child = os.fork()
+    if child:
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) or not os.WEXITSTATUS(status), "the action failed by itself"
+        return os.WIFSIGNALED(status)
+    left = [point]
+
+    def mortal(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **more: Any) -> Any:
+            left[0] -= 1
+            if not left[0]:
+                if name == "write":
+                    real(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **more)
+
+        return call
+
+    try:
+        for name in ("write", "replace", "rename", "unlink", "mkdir", "rmdir", "ftruncate", "utime"):
+            setattr(os, name, mortal(name, getattr(os, name)))
+        action()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("what", ["register", "promote", "rollback", "retire"])
+def test_killed_before_any_change_of_the_disk_it_is_done_or_not_done(
+    home: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    "Each point in turn; done again afterwards it ends as if nothing had happened."
+    import celestial_ml.registry.decisions as decisions
+    import celestial_ml.registry.gate as gate
+
+    for name, share in (("a", 0.95), ("b", 0.955), ("c", 0.96)):
+        model = register_version(package(tmp_path / name, share), "celestial", run)
+        submit(model, Register(promote="by_hand" if name == "c" else "not_worse"))
+    if what == "retire":
+        submit("celestial/3", Register(), asked=True)
+    fresh = package(tmp_path / "d", 0.965)
+    numbered = create_version(fresh, "celestial", run)
+    verdict = judge("celestial/3", recover().champion, Register(), asked=True)
+    monkeypatch.setattr(gate, "judge", lambda *_: verdict)  # what it asks is on file: no process of its own, no MLflow
+    monkeypatch.setattr(decisions, "create_version", lambda *_: numbered)
+    monkeypatch.setattr(decisions, "sync_aliases", lambda _: None)
+    actions: dict[str, Callable[[], object]] = {
+        "register": lambda: register_version(fresh, "celestial", run),
+        "promote": lambda: submit("celestial/3", Register(), asked=True),
+        "rollback": lambda: rollback("a test"),
+        "retire": lambda: retire("celestial/1", "celestial/3"),
+    }
+    done: dict[str, Callable[[], bool]] = {
+        "register": lambda: recover().candidates["celestial"] == "celestial/4",
+        "promote": lambda: recover().champion == "celestial/3",
+        "rollback": lambda: recover().champion == "celestial/1",
+        "retire": lambda: "celestial/1" in recover().retired,
+    }
+    point, found = 0, []
+    while True:
+        point += 1
+        copy = tmp_path / f"home-{point}"
+        shutil.copytree(home, copy, ignore=shutil.ignore_patterns("mlflow.db", "artifacts"))
+        monkeypatch.setenv("CELESTIAL_HOME", str(copy))
+        if not dies_at(point, actions[what]):
+            break
+        pointed, said, torn = check_what_is_served()
+        found.append((done[what](), pointed != said, torn))
+        if not done[what]():
+            actions[what]()
+        assert done[what]() and not verify().problems
+        assert all(damage(published(model)) == [] or "retired" in read_version(model) for model in versions())
+        if what == "retire":
+            assert {p.name for p in published("celestial/1").iterdir()} <= {
+                "retired.json",
+                "gate.json",
+                "model_card.md",
+            }
+    print(what, found)
+    # A registration is done with its line, the last of its changes; of the others something follows.
+    assert len(found) >= 3 and {finished for finished, _, _ in found} == (
+        {False} if what == "register" else {False, True}
+    )
+    assert any(torn for _, _, torn in found), "a line was torn once"
+    assert what not in ("promote", "rollback") or any(behind for _, behind, _ in found)
 
 
 def test_a_decision_whose_line_was_torn_was_never_made(home: Path, run: Run, tmp_path: Path) -> None:
@@ -361,7 +508,11 @@ def test_the_commands_from_the_first_version_to_a_retired_one(
     back = models("rollback", "--why", "it answers Moon", "--json")
     assert json.loads(back.stdout) == {"from": "celestial/4", "champion": "celestial/1"}
     assert models("rollback").exit_code == 2
+    deadline = time.monotonic() + 60
+    while "previous" in aliases(run) and time.monotonic() < deadline:  # a process of its own tells MLflow
+        time.sleep(0.2)
     assert aliases(run) == {"candidate": 4, "champion": 1}
+    assert models("sync").exit_code == 0
 
     missing = models("retire", "celestial/1")
     assert missing.exit_code == 1 and "[ ] it has no alias: it's champion" in missing.stderr

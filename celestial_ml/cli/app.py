@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'run', 'tune', 'predict', 'serve', 'data_get', 'data_check', 'data_show', 'main']
 
-# %% ../../nbs/cli/00_app.ipynb #ce86153f
+# %% ../../nbs/cli/00_app.ipynb #62080029
 import json
 import os
 import sys
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .batch import batch_app
 from .keys import keys_app
 from .log import log_app
 from .models import models_app
@@ -31,6 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 data_app = typer.Typer(help="The images: fetch, validate, look at.", no_args_is_help=True)
+app.add_typer(batch_app)
 app.add_typer(data_app, name="data")
 app.add_typer(log_app, name="log")
 app.add_typer(keys_app, name="keys")

@@ -109,7 +109,7 @@ def _learned(
     "The images that it learned from."
     data = about["lineage"]["parameters"].get("data", {})
     found_splits = {split for row in counts.values() for split in row}
-    splits = sorted(found_splits, key=lambda s: (["train", "val", "test"] + sorted(found_splits)).index(s))
+    splits = sorted(found_splits, key=["train", "val", "test", *sorted(found_splits)].index)
     rows = [(label, *(row.get(split, 0) for split in splits)) for label, row in counts.items()]
     found = [f"{'passed' if c['status'] == 'pass' else c['status']}: {c['saw']}" for c in checks]
     return [

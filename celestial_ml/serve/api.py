@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXAMPLE', 'log', 'TheService', 'TheModel', 'api', 'NO_MODEL', 'NO_KEY', 'BUSY', 'BAD_FORM', 'BAD_IMAGE',
-           'FOR_PICTURES', 'NO_LOG', 'NO_REQUEST', 'NO_CARD', 'Answer', 'SaliencyMap', 'LooksLike', 'Explained',
-           'BatchAnswer', 'Feedback', 'Thanks', 'ModelInfo', 'Status', 'Log', 'Service', 'score_picture',
+           'FOR_PICTURES', 'NO_LOG', 'NO_REQUEST', 'NO_JSON', 'NO_CARD', 'Answer', 'SaliencyMap', 'LooksLike',
+           'Explained', 'BatchAnswer', 'Feedback', 'Thanks', 'ModelInfo', 'Status', 'Log', 'Service', 'score_picture',
            'answer_picture', 'note_answer', 'score_silently', 'read_files', 'cut_form', 'the_service', 'the_model',
            'a_form', 'as_json', 'predict', 'predict_batch', 'explain', 'feedback', 'health', 'ready', 'model_info',
            'model_card', 'metrics', 'add_docs', 'demo_login', 'App', 'predict_directly', 'build_app']
@@ -459,10 +459,13 @@ async def explain(request: Request, service: TheService, model: TheModel) -> Res
 
 # %% ../../nbs/serve/20_api.ipynb #feedback
 NO_LOG = errors(no_log=(503, "this service keeps no prediction log"), log_unavailable=(503, "the log can't be reached"))
-NO_REQUEST = errors(unknown_request=(404, "no request of that id was answered"), invalid_request=(422, "no such label"))
+NO_REQUEST = errors(
+    unknown_request=(404, "no request of that id was answered"), unknown_label=(409, "the model knows no 'Satrun'")
+)
+NO_JSON = errors(bad_request=(400, "the body is no JSON"), invalid_request=(422, "body request_id: Field required"))
 
 
-@api.post("/feedback", responses=NO_REQUEST | NO_LOG | NO_KEY)
+@api.post("/feedback", responses=NO_JSON | NO_REQUEST | NO_LOG | NO_KEY)
 async def feedback(said: Feedback, service: TheService) -> Thanks:
     "Was the answer right? Name it by its request_id and, where it was wrong, say what it should have been."
     if service.log is None:
@@ -472,7 +475,7 @@ async def feedback(said: Feedback, service: TheService) -> Thanks:
     predictor = service.models.champion.predictor
     if said.label is not None and predictor and said.label not in (*predictor.classes, "unknown"):
         hint = f"Allowed: {', '.join(predictor.classes)} and unknown."
-        raise Refusal(422, "invalid_request", f"there is no label {said.label!r}", hint)
+        raise Refusal(409, "unknown_label", f"the model knows no {said.label!r}", hint)
     try:
         await run_in_threadpool(service.log.feedback, said.request_id, said.correct, said.label, said.comment)
     except CelestialError as e:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['SHOWN', 'BANDS', 'BINS', 'BLUE', 'AMBER', 'Doubt', 'Summary', 'summarise', 'bar_chart', 'score_chart', 'class_chart',
-           'confidence_chart', 'thumbnails', 'write_page']
+           'confidence_chart', 'thumbnails', 'as_percent', 'write_page']
 
 # %% ../../nbs/serve/25_batch_summary.ipynb #doubt
 SHOWN = 24  # pictures of each kind
@@ -114,74 +114,67 @@ def summarise(
             _add(summary, batch)
     return summary
 
-# %% ../../nbs/serve/25_batch_summary.ipynb #svg
+# %% ../../nbs/serve/25_batch_summary.ipynb #bar-chart
 BLUE, AMBER = "#3987e5", "#d58a1c"  # known, unknown; told apart by all kinds of eyes, on dark and on light
-
-
-def _svg(width: int, height: int, said: str, inside: list[str]) -> str:
-    "A drawing, and what it says to those who don't see it."
-    style = "max-width:100%;height:auto;font:13px system-ui,sans-serif"
-    return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{html.escape(said)}" '
-        f'style="{style}" fill="currentColor">{"".join(inside)}</svg>'
-    )
 
 
 def bar_chart(
     rows: Sequence[tuple[str, int, int]],  # name, known, unknown
-    said: str,  # what it shows
-) -> str:  # SVG
+) -> str:  # HTML
     "A bar a row, known and unknown behind each other, with the numbers."
-    most, inside = max([known + other for _, known, other in rows] + [1]), []
-    for i, (name, known, other) in enumerate(rows):
-        y, wide, more = 26 * i, 400 * known / most, 400 * other / most
+    most, cells = max([known + other for _, known, other in rows] + [1]), []
+    for name, known, other in rows:
+        parts = "".join(
+            f'<i style="flex:none;width:{100 * n / most:.2f}%;background:{colour}"></i>'
+            for n, colour in ((known, BLUE), (other, AMBER))
+        )
         number = f"{known:,}" + (f" + {other:,} unknown" if other else "")
-        inside.append(f'<text x="92" y="{y + 17}" text-anchor="end">{html.escape(name)}</text>')
-        inside.append(f'<rect x="100" y="{y + 4}" width="{wide:.1f}" height="18" rx="2" fill="{BLUE}"/>')
-        inside.append(f'<rect x="{100 + wide:.1f}" y="{y + 4}" width="{more:.1f}" height="18" rx="2" fill="{AMBER}"/>')
-        inside.append(f'<text x="{106 + wide + more:.1f}" y="{y + 17}">{number}</text>')
-    return _svg(640, 26 * len(rows), said, inside)
+        cells.append(f"<span>{html.escape(name)}</span>")
+        cells.append(f'<span style="display:flex;height:1.1em">{parts}</span><span>{number}</span>')
+    style = "display:grid;grid-template-columns:max-content 1fr max-content;gap:.35rem .7rem;align-items:center;max-width:46rem"
+    return f'<div style="{style}">{"".join(cells)}</div>'
 
 
 def score_chart(
     summary: Summary,
-) -> str:  # SVG
+) -> str:  # HTML with SVG
     "How far the pictures are from those that the model learned from; what is right of the line is unknown."
-    highest, inside = max(int(summary.scores.max()), 1), []
+    highest, bars = max(int(summary.scores.max()), 1), []
     for i, n in enumerate(summary.scores.tolist()):
-        tall = 120 * (n / highest) ** 0.5
-        colour = BLUE if i < BINS / 2 else AMBER
-        inside.append(f'<rect x="{20 + 15 * i}" y="{140 - tall:.1f}" width="13" height="{tall:.1f}" fill="{colour}">')
-        inside.append(f"<title>{n:,} pictures</title></rect>")
-    middle = 19 + 15 * BINS / 2
-    inside.append(f'<path d="M{middle} 4V148M20 140.5H{18 + 15 * BINS}" stroke="currentColor" stroke-width="1"/>')
-    inside.append(f'<text x="{middle}" y="164" text-anchor="middle">{summary.threshold:.3g}</text>')
-    inside.append(f'<text x="{middle - 8}" y="14" text-anchor="end">known</text>')
-    inside.append(f'<text x="{middle + 8}" y="14">unknown</text>')
-    edges = summary.edges()
-    inside.append(f'<text x="20" y="164">{edges[0]:.3g}</text>')
-    inside.append(f'<text x="{18 + 15 * BINS}" y="164" text-anchor="end">{edges[-1]:.3g} and more</text>')
-    return _svg(640, 170, f"{summary.unknown.total():,} of {summary.rows:,} are unknown", inside)
+        tall, colour = 100 * (n / highest) ** 0.5, BLUE if i < BINS / 2 else AMBER
+        place = f'x="{10 * i + 1}" y="{100 - tall:.1f}" width="8" height="{tall:.1f}"'
+        bars.append(f'<rect {place} fill="{colour}"><title>{n:,} pictures</title></rect>')
+    bars.append(
+        f'<path d="M{5 * BINS} 0V100M0 100H{10 * BINS}" stroke="currentColor" vector-effect="non-scaling-stroke"/>'
+    )
+    said = f"{summary.unknown.total():,} of {summary.rows:,} are unknown"
+    shape = f'viewBox="0 0 {10 * BINS} 100" preserveAspectRatio="none" style="display:block;width:100%;height:8rem"'
+    low, high = summary.edges()[[0, -1]]
+    middle = f"<span>known | {summary.threshold:.3g} | unknown</span>"
+    ends = f'<span>{low:.3g}</span>{middle}<span style="text-align:right">{high:.3g} +</span>'
+    under = f'<div style="display:grid;grid-template-columns:1fr max-content 1fr">{ends}</div>'
+    return (
+        f'<div style="max-width:46rem"><svg role="img" aria-label="{said}" {shape}>{"".join(bars)}</svg>{under}</div>'
+    )
 
 # %% ../../nbs/serve/25_batch_summary.ipynb #class-chart
 def class_chart(
     summary: Summary,
-) -> str:  # SVG
+) -> str:  # HTML
     "How many pictures of each class, the most first."
     labels = (summary.known + summary.unknown).most_common()
     rows = [(label, summary.known[label], summary.unknown[label]) for label, _ in labels]
-    return bar_chart(rows, f"{summary.rows:,} pictures of {len(rows)} classes")
+    return bar_chart(rows)
 
 
 def confidence_chart(
     summary: Summary,
-) -> str:  # SVG
+) -> str:  # HTML
     "How sure the model is of the known ones."
     names = [f"≥ {100 * BANDS[0]:g} %"]
     names += [f"{100 * low:g} – {100 * high:g} %" for high, low in zip(BANDS[:-2], BANDS[1:-1], strict=True)]
     names.append(f"< {100 * BANDS[-2]:g} %")
-    rows = [(name, n, 0) for name, n in zip(names, summary.bands.tolist(), strict=True)]
-    return bar_chart(rows, f"{summary.bands[:2].sum():,} of {summary.known.total():,} with 99 % confidence or more")
+    return bar_chart([(name, n, 0) for name, n in zip(names, summary.bands.tolist(), strict=True)])
 
 # %% ../../nbs/serve/25_batch_summary.ipynb #thumbnails
 def thumbnails(
@@ -211,12 +204,12 @@ section,dl div{background:var(--card);border:1px solid var(--line);border-radius
 section{padding:1.1rem 1.3rem;margin-top:1rem}
 dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:.8rem;margin:1.4rem 0 0}
 dl div{padding:.8rem 1rem}dt{color:var(--soft);font-size:.9rem}dd{margin:0;font-size:1.5rem;font-weight:600}
-.sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(7rem,1fr));gap:.8rem}
-figure{margin:0;font-size:.85rem;line-height:1.35}figcaption span{color:var(--soft)}
+.sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(5.9rem,1fr));gap:.8rem}
+figure{margin:0;overflow-wrap:anywhere;font-size:.85rem;line-height:1.35}figcaption span{color:var(--soft)}
 figure img{width:100%;aspect-ratio:1;object-fit:contain;background:#000;border-radius:8px}
 .gone{aspect-ratio:1;border-radius:8px;background:var(--line);display:grid;place-items:center;color:var(--soft)}
 table{border-collapse:collapse;width:100%;font-size:.9rem}th,td{text-align:left;padding:.3rem .8rem .3rem 0}
-th{font-weight:600}td{border-top:1px solid var(--line);overflow-wrap:anywhere}td:nth-child(2){white-space:nowrap}
+th{font-weight:600}td{border-top:1px solid var(--line);overflow-wrap:anywhere}td:last-child{white-space:nowrap}
 code{font:.9em ui-monospace,monospace;overflow-wrap:anywhere}
 """
 
@@ -228,29 +221,31 @@ def _section(title: str, words: str, inside: str) -> str:
 
 def _figure(doubt: Doubt, image: np.ndarray | None, said: str) -> str:
     "A picture with what was answered."
-    name = html.escape(doubt.path)
+    name, short = html.escape(doubt.path), html.escape(doubt.path.split("::")[0].rpartition("/")[2])
     shown = '<div class="gone">not there</div>'
     if image is not None:
-        shown = (
-            f'<img src="{data_uri(encode_webp(image, 80))}" alt="{html.escape(doubt.label)}, {said}" title="{name}">'
-        )
-    short = html.escape(doubt.path.split("::")[0].rpartition("/")[2])
-    return f"<figure>{shown}<figcaption>{html.escape(doubt.label)} {said}<br><span>{short}</span></figcaption></figure>"
+        shown = f'<img src="{data_uri(encode_webp(image, 80))}" alt="{html.escape(said)}" title="{name}">'
+    return f"<figure>{shown}<figcaption>{html.escape(said)}<br><span>{short}</span></figcaption></figure>"
 
 
-def _sheet(doubts: Sequence[Doubt], images: dict[str, np.ndarray]) -> str:
-    "Pictures in a grid."
-    figures = [_figure(d, images.get(d.path), f"{np.floor(1000 * d.confidence) / 10:.1f} %") for d in doubts]
+def _sheet(doubts: Sequence[Doubt], images: dict[str, np.ndarray], sure: bool) -> str:
+    "Pictures in a grid, with or without the confidence."
+    words = [f"{d.label}{f' {as_percent(d.confidence)}' if sure else '?'}" for d in doubts]
+    figures = [_figure(d, images.get(d.path), said) for d, said in zip(doubts, words, strict=True)]
     return f'<div class="sheet">{"".join(figures)}</div>'
+
+
+def as_percent(share: float) -> str:
+    "A share in words; nearly all is not all."
+    return "> 99.9\N{NO-BREAK SPACE}%" if share > 0.999 else f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 # %% ../../nbs/serve/25_batch_summary.ipynb #bad-table
 def _bad_table(bad: Iterator[str]) -> str:
     "The first of the bad pictures."
     cells = "".join(
-        f"<tr><td>{html.escape(b['path'])}</td><td>{b['code']}</td><td>{html.escape(b['reason'])}</td></tr>"
-        for b in map(json.loads, islice(bad, 50))
+        f"<tr><td>{html.escape(b['reason'])}</td><td>{b['code']}</td></tr>" for b in map(json.loads, islice(bad, 50))
     )
-    return f"<table><thead><tr><th>picture</th><th>code</th><th>reason</th></tr></thead><tbody>{cells}</tbody></table>"
+    return f"<table><thead><tr><th>reason</th><th>code</th></tr></thead><tbody>{cells}</tbody></table>"
 
 
 def _tiles(figures: dict[str, str]) -> str:
@@ -266,10 +261,10 @@ def _sections(where: Places, summary: Summary, images: dict[str, np.ndarray], ba
     yield _section("How far from what it knows", words, score_chart(summary))
     if summary.unsure:
         words = "The known pictures with the least confidence: look at these first."
-        yield _section("Doubtful", words, _sheet(summary.unsure, images))
+        yield _section("Doubtful", words, _sheet(summary.unsure, images, sure=True))
     if summary.strange:
         words = "Those that were nearly known first, with the class that they look most like."
-        yield _section("Unknown", words, _sheet(summary.strange, images))
+        yield _section("Unknown", words, _sheet(summary.strange, images, sure=False))
     if bad:
         with where.bad.open(encoding="utf-8") as lines:
             words = f"{bad:,} in all; <code>{html.escape(where.bad.name)}</code> beside this page has every one."

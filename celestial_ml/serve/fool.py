@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['KNOBS', 'Setting', 'REST', 'SIDE', 'MAP', 'STEPS', 'HALVINGS', 'SECONDS', 'Knob', 'grain', 'disturbed', 'ask',
            'is_fooled', 'Way', 'mixed', 'change_of', 'first_place', 'turned_alone', 'turned_together',
-           'smallest_changes', 'in_words', 'fool_says', 'live_picture', 'frame', 'ways_card', 'search_card', 'warm',
-           'build_fool']
+           'smallest_changes', 'in_words', 'fool_says', 'live_picture', 'frame', 'ways_card', 'search_card',
+           'likeness_card', 'warm', 'build_fool']
 
-# %% ../../nbs/serve/14_fool.ipynb #f669918f
+# %% ../../nbs/serve/14_fool.ipynb #d66acb76
 import math
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -157,11 +157,12 @@ def smallest_changes(
     "Changes after which `does` holds; as many as are found in time."
     until, ways = time.monotonic() + seconds, []
 
+    def holds(goal: Setting, share: float) -> bool:
+        return does(says(mixed(start, goal, share)))
+
     def go(goals: list[Setting]) -> list[Way]:
-        places = [
-            (goal, first_place(lambda share, goal=goal: does(says(mixed(start, goal, share))), until)) for goal in goals
-        ]
-        found = [mixed(start, goal, place) for goal, place in places if place is not None]
+        places = [first_place(partial(holds, goal), until) for goal in goals]
+        found = [mixed(start, goal, share) for goal, share in zip(goals, places, strict=True) if share is not None]
         return [Way(setting, change_of(start, setting), says(setting)) for setting in found]
 
     ways = sorted(go(turned_alone(start)), key=lambda way: way.cost)
@@ -214,7 +215,8 @@ def ways_card(
     "The smallest changes, as pictures and sentences."
     items = []
     for way in ways[:most]:
-        said = f"“{way.said.label}”, {percent(way.said.confidence)} sure" if way.said.known else "“nothing I know”"
+        unknown = f"“nothing I know”, likest to {named(way.said.label)}"
+        said = f"“{way.said.label}”, {percent(way.said.confidence)} sure" if way.said.known else unknown
         words = f"{named(body)[0].upper()}{named(body)[1:]}, {in_words(start, way.setting)}: the model says {said}."
         items.append(f"<li>{live_picture(body, way.setting)}<p class=plain>{text(words)}</p></li>")
     return f'<ol class="ways">{"".join(items)}</ol>'
@@ -225,19 +227,24 @@ def search_card(model: Predictor | None, body: str, start: Setting, seconds: flo
     if model is None:
         return sorry("no_model")
     says = lru_cache(maxsize=None)(lambda setting: ask(model, body, setting))
-    now = says(start)
+    now, began = says(start), time.monotonic()
     if is_fooled(body, now):
         return f"<p class=plain>Nothing: it's fooled already, and says “{text(now.label)}”.</p>"
-    began = time.monotonic()
+    if not now.known:
+        return likeness_card(body, start, smallest_changes(says, lambda said: said.label != body, start, seconds))
     if ways := smallest_changes(says, lambda said: is_fooled(body, said), start, seconds):
         return f"<p class=plain>The smallest change that I found:</p>{ways_card(body, start, ways)}"
-    said = "<p class=plain>I found no single knob, and no two of them, that make it give a wrong name."
     left = max(1.0, seconds - (time.monotonic() - began))
-    shy = smallest_changes(says, lambda said: not said.known, start, left) if now.known else []
-    more = (
-        " This is where it begins to say that it doesn't know:</p>" + ways_card(body, start, shy, 1) if shy else "</p>"
-    )
-    return said + more
+    shy = smallest_changes(says, lambda said: not said.known, start, left)
+    more = " This is where it begins to say that it doesn't know:" if shy else ""
+    return f"<p class=plain>Turning one knob or two, I found no wrong name.{more}</p>{ways_card(body, start, shy)}"
+
+
+def likeness_card(body: str, start: Setting, ways: list[Way]) -> str:
+    "For a picture that the model doesn't know to begin with: what makes it look like another body."
+    said = "It doesn't know this picture to begin with, so it gives no name that could be wrong."
+    more = " What it's likest to turns wrong here:" if ways else ""
+    return f"<p class=plain>{text(said)}{more}</p>{ways_card(body, start, ways)}"
 
 # %% ../../nbs/serve/14_fool.ipynb #warm
 def warm(bodies: tuple[str, ...] = tuple(BODIES)) -> None:
@@ -250,7 +257,8 @@ def build_fool(host: Host, tab: Any) -> None:
     "The tab, inside of a `gr.Blocks`."
     import gradio as gr
 
-    slots, block = threading.BoundedSemaphore(2), {"apply_default_css": False}
+    slots = threading.BoundedSemaphore(2)
+    block: dict[str, Any] = {"apply_default_css": False}
     with gr.Row(elem_id="fool"):
         with gr.Column(elem_id="knobs"):
             body = gr.Dropdown(list(BODIES), value="Mars", label="World", elem_id="body")
