@@ -1168,6 +1168,7 @@ def test_a_service_killed_under_traffic_knows_what_it_lost(tmp_path: Path, secon
             ask(url)
             wait_for(lambda: figure(url, "celestial_log_written") == 1)
         with asked(url) as seen:
+            wait_for(lambda: len(seen) > 5)
             time.sleep(seconds)
             process.kill()
             killed = time.time()
@@ -1235,7 +1236,7 @@ def test_the_service_goes_on_while_the_log_cannot(
         assert {status for *_, status, _ in seen} == {200}
         before = [took for at, took, *_ in seen if at < begin]
         during = [took for at, took, *_ in seen if begin < at < end]
-        assert len(before) > 50 < len(during) and max(during) < 1
+        assert len(before) > 20 < len(during) and np.max(during) < 2 * np.max(before) + 0.5
         assert np.median(during) < 2 * np.median(before), "nobody waits for the log"
         assert figure(url, "celestial_log_dropped_total") == figure(url, "celestial_log_lost") == 0
     assert {row["request_id"] for row in rows_of(kept)} == {first["request_id"], *(name for *_, name in seen)}

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['batch_app', 'batch']
 
-# %% ../../nbs/cli/04_batch.ipynb #be5f2f15
+# %% ../../nbs/cli/04_batch.ipynb #ec654ba2
 import json
 import os
-import signal
 import sys
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -62,7 +61,6 @@ def batch(
     Leaves with 0 when every picture has a row or a line in bad.jsonl, and with 1 when no picture could be read, or
     more than --max-bad of them.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: write what is scored, then stop
     os.environ["CELESTIAL_TERMINAL"] = "1"
     with words_for_mistakes():
         from celestial_ml.serve.batch import batch as score

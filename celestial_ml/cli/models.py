@@ -38,7 +38,7 @@ def _named(model: str) -> str:
 
     return resolve(model, look())
 
-
+# %% ../../nbs/cli/01_models.ipynb #follow-in-mlflow
 def _follow_in_mlflow() -> str | None:  # why they don't follow yet
     "Set MLflow's aliases as the log says; what is served doesn't depend on it."
     from celestial_ml.core.params import Params, load_params
@@ -59,19 +59,13 @@ def _follow_in_mlflow() -> str | None:  # why they don't follow yet
     return None
 
 
-def _then_mlflow() -> None:
-    "Follow in MLflow after a decision; where that fails it's a remark, on standard error."
-    if said := _follow_in_mlflow():
-        print(f"{said}; the next decision sets them, or: celestial models sync", file=sys.stderr)
-
-
 def _follow_later() -> None:
     "Have a process of its own do it: to import MLflow takes longer than to go back."
     code = "from celestial_ml.cli.models import models_app; models_app(['sync'])"
     quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     subprocess.Popen([sys.executable, "-c", code], start_new_session=True, **quiet)
 
-
+# %% ../../nbs/cli/01_models.ipynb #show
 def _show(value: Any) -> str:
     "A figure, short."
     if isinstance(value, float):
@@ -84,8 +78,9 @@ def models_list(json_: AsJson = False) -> None:
     "All versions, and what each is."
     with words_for_mistakes():
         from celestial_ml.registry.overview import list_versions
+        from celestial_ml.registry.state import aliases_behind
 
-        rows = list_versions()
+        rows, behind = list_versions(), aliases_behind()
     if json_:
         print(json.dumps(rows))
         return
@@ -96,6 +91,10 @@ def models_list(json_: AsJson = False) -> None:
     for row in rows:
         print(_line(row))
     champion = next((row["model"] for row in rows if "champion" in row["aliases"]), None)
+    if behind:
+        print(
+            "\nMLflow's aliases don't follow yet: they do within seconds of a decision, or with celestial models sync"
+        )
     print(f"\nnext:  celestial models {'show champion' if champion else 'promote ' + rows[-1]['model']}")
 
 
@@ -185,14 +184,14 @@ def models_promote(
             print(json.dumps(verdict.to_dict()), flush=True)
         elif verdict.promoted:
             print(f"{named} is champion: {verdict.reasons[-1]}", flush=True)
-        _then_mlflow()
+        _follow_later()
         if not verdict.promoted:
             missed = "\n".join(rule.why for rule in verdict.rules if not rule.passed)
             raise AnswerIsNo(f"the gate refuses {named}: {verdict.reasons[-1]}", missed)
         if not json_:
             print("next:  running servers take it by themselves; to go back: celestial models rollback")
 
-
+# %% ../../nbs/cli/01_models.ipynb #models-rollback
 @models_app.command("rollback", epilog="Example: celestial models rollback --why 'too many unknowns since noon'")
 def models_rollback(who: Who = None, why: Why = "", json_: AsJson = False) -> None:
     "Make the champion before this one champion again, at once and without asking the gate."
@@ -236,7 +235,7 @@ def models_retire(
             print(json.dumps({"retired": named, "successor": follows, "archive": str(archive)}), flush=True)
         else:
             print(f"{named} is retired; all of it is in {archive}\nnext:  celestial models list", flush=True)
-        _then_mlflow()
+        _follow_later()
 
 # %% ../../nbs/cli/01_models.ipynb #models-audit
 @models_app.command("audit", epilog="Example: celestial models audit --verify")

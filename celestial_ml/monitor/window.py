@@ -78,7 +78,8 @@ def read_answers(
         columns = [column.name for column in query.selected_columns]
     table = pd.DataFrame([tuple(row) for row in found], columns=columns).drop(columns=["id", "classes"])
     for name, kind in (("embedding", "<f2"), ("probabilities", "<f4")):
-        table[name] = [None if v is None else np.frombuffer(v, kind).astype("float32") for v in table[name]]
+        vectors = [None if v is None else np.frombuffer(v, kind).astype("float32") for v in table[name]]
+        table[name] = pd.Series(vectors, index=table.index, dtype=object)
     for name in ("time", "feedback_time"):
         table[name] = pd.to_datetime(table[name].astype(float), unit="s", utc=True)
     table["correct"] = [is_correct(row) for row in found]
@@ -127,8 +128,8 @@ def live_accuracy(
         judged = connection.execute(joined_answers().where(*where, said.id.is_not(None))).all()
     result = []
     for role, version, answers, strange in groups:
-        votes = [is_correct(row) for row in judged if (row.role, row.model_version) == (role, version)]
-        votes = [vote for vote in votes if vote is not None]
+        said_of = [is_correct(row) for row in judged if (row.role, row.model_version) == (role, version)]
+        votes = [vote for vote in said_of if vote is not None]
         right, (low, high) = sum(votes), wilson(sum(votes), len(votes))
         one = {"role": role, "model_version": version, "answers": answers, "unknown": int(strange)}
         one |= {"judged": len(votes), "correct": right, "accuracy": right / len(votes) if votes else None}

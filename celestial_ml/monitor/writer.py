@@ -183,7 +183,8 @@ def batch_values(
     batch: Batch,
 ) -> tuple[list[tuple[Any, ...]], set[tuple[str, ...]]]:  # of `row_values` for each row; all lists of classes
     "What is written of rows, without keeping the requests from going on."
-    values, keys = [], {}
+    values: list[tuple[Any, ...]] = []
+    keys: dict[tuple[str, ...], str] = {}
     with np.errstate(over="ignore"):  # what float16 can't hold is infinite
         for i, (number, row) in enumerate(batch):
             key = None

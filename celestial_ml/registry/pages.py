@@ -95,7 +95,7 @@ def card_markdown(
         parts += [f"## {title}", *(_markdown(block, plots) for block in blocks)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
-# %% ../../nbs/registry/06_pages.ipynb #data-uri
+# %% ../../nbs/registry/06_pages.ipynb #e6809647
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1b2436;--soft:#5d6880;--line:#dfe4ee;--paper:#fff;--back:#f3f5fa;--accent:#3f5bd9;
 --bar:#cfd8fb;--good:#17804b;--bad:#c2343c;--wait:#a86500}
@@ -132,7 +132,7 @@ figure img{max-width:100%;max-height:46rem;height:auto}figcaption{color:#5d6880;
 @media print{body{background:#fff}section,.tile{box-shadow:none;break-inside:avoid}nav{display:none}}
 """
 
-
+# %% ../../nbs/registry/06_pages.ipynb #data-uri
 def _data_uri(path: Path, side: int = 1500) -> str:
     "A picture as it can stand in a page: smaller, as WebP."
     image = Image.open(path).convert("RGB")

@@ -157,9 +157,8 @@ def _aliases_file() -> Path:
 
 
 def aliases_behind() -> bool:
-    "Whether MLflow's aliases don't follow the log yet."
-    done = read_json(_aliases_file())["n"] if _aliases_file().is_file() else 0
-    return done < state_of(read_log()).n
+    "Whether MLflow's aliases don't follow the log yet; where MLflow was never told of any they needn't."
+    return _aliases_file().is_file() and read_json(_aliases_file())["n"] < state_of(verify().entries).n
 
 
 def _wanted(state: State, name: str) -> dict[str, str]:  # alias → number

@@ -8,17 +8,18 @@ __all__ = ['EXAMPLE', 'log', 'TheService', 'TheModel', 'api', 'NO_MODEL', 'NO_KE
            'Explained', 'BatchAnswer', 'Feedback', 'Thanks', 'ModelInfo', 'Status', 'Log', 'Service', 'score_picture',
            'answer_picture', 'note_answer', 'score_silently', 'read_files', 'cut_form', 'the_service', 'the_model',
            'a_form', 'as_json', 'predict', 'predict_batch', 'explain', 'feedback', 'health', 'ready', 'model_info',
-           'model_card', 'metrics', 'add_docs', 'demo_login', 'App', 'predict_directly', 'build_app']
+           'model_card', 'metrics', 'add_docs', 'demo_login', 'demo_host', 'App', 'predict_directly', 'build_app']
 
-# %% ../../nbs/serve/20_api.ipynb #7a8a57b3
+# %% ../../nbs/serve/20_api.ipynb #09f19bfe
 import asyncio
 import json
 import logging
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -41,6 +42,9 @@ from .predictor import Predictor
 from .problems import HANDLERS, Refusal, errors, refuse_http, refuse_image
 from .scorer import Scored, Scorer, busy
 from .settings import ServeSettings, is_password
+
+if TYPE_CHECKING:
+    from celestial_ml.serve.identify import Host
 
 # %% ../../nbs/serve/20_api.ipynb #d17dc4dc
 EXAMPLE: dict[str, Any] = {
@@ -551,6 +555,17 @@ def demo_login(
     kept = settings.demo_login
     return (lambda name, password: name in kept and is_password(password, kept[name])) if kept else None
 
+# %% ../../nbs/serve/20_api.ipynb #demo-host
+def demo_host(service: Service) -> "Host":
+    "What the demo asks of the service: the same as the API's clients."
+    from celestial_ml.serve.identify import Host
+
+    async def take_feedback(**said: Any) -> Thanks:
+        return await feedback(Feedback(**said), service)
+
+    limits = service.settings
+    return Host(service.models.now, partial(score_picture, service), take_feedback, limits.max_bytes, limits.max_pixels)
+
 # %% ../../nbs/serve/20_api.ipynb #app
 class App(FastAPI):
     "FastAPI, with a short way to /predict."
@@ -601,5 +616,5 @@ def build_app(
     if demo:
         from celestial_ml.serve.demo import mount_demo  # here, because Gradio takes seconds to import
 
-        mount_demo(app, service.models.now, settings.max_bytes, HANDLERS, demo_login(settings))
+        mount_demo(app, demo_host(service), HANDLERS, demo_login(settings))
     return app

@@ -243,7 +243,7 @@ def _in_parquet(name: str, wanted: Wanted, first: int, column: str | None) -> It
     pq = require_parquet()
     mark, row = mark_of(name), 0
     try:
-        with opened(name) as source:
+        with _seekable(name) as source:
             file = pq.ParquetFile(source, buffer_size=1 << 20)
             held, named = _columns(file, name, column)
             for batch in file.iter_batches(64, columns=[c for c in (held, named) if c]):
@@ -252,6 +252,13 @@ def _in_parquet(name: str, wanted: Wanted, first: int, column: str | None) -> It
                     row += 1
     except (pyarrow_error(), OSError) as e:
         raise CelestialError(f"{name} is no Parquet file that can be read: {e}", "Write it again.") from None
+
+
+@contextmanager
+def _seekable(name: str) -> Iterator[Any]:
+    "A file that can be read from anywhere, which few web servers allow."
+    with _on_disk(name) if name.startswith("http") else opened(name) as file:
+        yield file
 
 
 def _of_row(

@@ -110,7 +110,8 @@ def summarise(
     "Count what is in the answers of a job."
     pq, summary = require_parquet(), Summary(threshold)
     for path in answer_files(where):
-        for batch in pq.ParquetFile(path).iter_batches(8192, columns=["known", *Doubt.__dataclass_fields__]):
+        columns = ["known", *Doubt.__dataclass_fields__]
+        for batch in pq.ParquetFile(path).iter_batches(2048, columns=columns, use_threads=False):
             _add(summary, batch)
     return summary
 

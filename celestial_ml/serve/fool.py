@@ -261,7 +261,7 @@ def build_fool(host: Host, tab: Any) -> None:
     block: dict[str, Any] = {"apply_default_css": False}
     with gr.Row(elem_id="fool"):
         with gr.Column(elem_id="knobs"):
-            body = gr.Dropdown(list(BODIES), value="Mars", label="World", elem_id="body")
+            body = gr.Dropdown(list(BODIES), value="Moon", label="World", elem_id="body")
             sliders = [gr.Slider(k.low, k.high, k.rest, step=k.step, label=k.label, elem_id=k.name) for k in KNOBS]
             with gr.Row(elem_id="fool-buttons"):
                 search, reset = gr.Button("What would it take to fool it?", variant="primary"), gr.Button("Start over")

@@ -141,8 +141,9 @@ def table_row(row: Row) -> str:
         return f"<tr class=bad><td></td>{name}<td colspan=2>{text(row.problem)}</td></tr>"
     label = row.said.label if row.said.known else f"Nothing I know (likest: {row.said.label})"
     kind = "sure" if row.said.known and row.said.confidence >= 0.9 else "doubt"
+    sure = share_text(row.said.confidence) if row.said.known else "–"
     picture = f'<td><img src="{row.thumbnail}" alt=""></td>'
-    return f"<tr class={kind}>{picture}{name}<td>{text(label)}</td><td class=number>{share_text(row.said.confidence)}</td></tr>"
+    return f"<tr class={kind}>{picture}{name}<td>{text(label)}</td><td class=number>{sure}</td></tr>"
 
 
 def counts(rows: Sequence[Row], left_out: int) -> str:
@@ -166,8 +167,8 @@ def many_table(rows: Sequence[Row], left_out: int = 0) -> str:
     )
     body = "".join(map(table_row, ordered))
     return (
-        f"<div class=sum><p class=plain>{text(counts(rows, left_out))}. The most doubtful come first.</p>{link}</div>"
-        f"<table class=many>{head}<tbody>{body}</tbody></table>"
+        f"<section class=panel><div class=sum><p class=plain>{text(counts(rows, left_out))}. The most doubtful come first.</p>{link}</div>"
+        f"<table class=many>{head}<tbody>{body}</tbody></table></section>"
     )
 
 # %% ../../nbs/serve/17_many.ipynb #working

@@ -108,7 +108,7 @@ def cell_pictures(sheet: dict[str, Any], key: str) -> str:  # "Mars/Moon": Mars,
         f'style="--x:{p["at"] % columns};--y:{p["at"] // columns}"></i><span>{share(p["confidence"])}</span></li>'
         for p in one["pictures"]
     )
-    return f"<h3>{text(title)}</h3><ul class=thumbs>{items}</ul>"
+    return f"<section class=panel><h3>{text(title)}</h3><ul class=thumbs>{items}</ul></section>"
 
 # %% ../../nbs/serve/16_performance.ipynb #slice-row
 def slice_row(one: dict[str, Any]) -> str:
@@ -179,14 +179,13 @@ def performance_page(model: Predictor | None) -> tuple[str, str]:  # above and b
     table = dots = ""
     if found:
         sheet, strip = found
-        sizes = (
-            f"--strip:url({strip});--side:{sheet['thumbnails']['side']}px;--columns:{sheet['thumbnails']['columns']}"
-        )
-        table = f'<div class=strip style="{sizes}"></div>' + confusion_table(sheet["classes"], sheet["confusion"])
+        sizes = f"--strip:url({strip});--side:{sheet['thumbnails']['side']}px"
+        # the pictures of a cell come later; what they are cut from comes once
+        table = f"<style>#cell{{{sizes}}}</style>" + confusion_table(sheet["classes"], sheet["confusion"])
         dots = reliability_chart(sheet["reliability"], sheet["images"])
     head = panel(f"How good is model {model.version}?", headline_figures(metrics), "wide")
     robust = metrics.get("robustness", {}).get("per_corruption", {})
-    below = panel("By kind of picture", slices_list(metrics.get("slices", [])))
+    below = panel("By kind of picture", slices_list(metrics.get("slices", [])), "tall")
     below += panel("When the picture is disturbed", robustness_table(robust) if robust else "")
     below += panel("Can its confidence be trusted?", dots)
     below += panel("In full", card_frame(model.folder), "wide")
@@ -215,13 +214,7 @@ def build_performance(host: Host, tab: Any) -> None:
     def pressed(event: gr.EventData) -> str:
         model = host.current()
         found = performance_files(model.folder) if model else None
-        if found is None:
-            return ""
-        sheet, strip = found
-        sizes = (
-            f"--strip:url({strip});--side:{sheet['thumbnails']['side']}px;--columns:{sheet['thumbnails']['columns']}"
-        )
-        return f'<div class=strip style="{sizes}">{cell_pictures(sheet, str(event.cell))}</div>'
+        return cell_pictures(found[0], str(event.cell)) if found else ""
 
     tab.select(lambda: (*performance_page(host.current()), ""), None, [above, below, pictures], **QUIET)
     above.click(pressed, None, pictures, **QUIET)
