@@ -15,6 +15,7 @@ from celestial_ml.flow.pipeline import Plan, make_plan
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = (
     "pipeline.yaml",
+    "pipeline.score.yaml",
     "pipeline.tune.yaml",
     "dvc.yaml",
     "params",

@@ -127,6 +127,7 @@ def url(home):
 
 @pytest.fixture(scope="module")
 def browser():
+    playwright.expect.set_options(timeout=20_000)
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
         yield browser
@@ -382,8 +383,7 @@ class TestIdentify:
         for _ in range(6):
             page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.closest('#drop') !== null")
-        page.get_by_role("tab", name="Identify").focus()
-        page.keyboard.press("ArrowRight")
+        page.get_by_role("tab", name="Try to fool it").focus()
         page.keyboard.press("Enter")
         page.locator("#fool-answer h2").wait_for()
 
@@ -401,7 +401,7 @@ def kept_feedback(home, count):
         " on p.request_id = f.request_id order by f.time"
     )
     for _ in range(100):
-        with sqlite3.connect(next(home.glob("*.db*"))) as database:
+        with sqlite3.connect(home / "predictions.db") as database:
             database.row_factory = sqlite3.Row
             rows = [dict(row) for row in database.execute(query)]
         if len(rows) >= count:

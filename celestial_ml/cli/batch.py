@@ -5,39 +5,21 @@
 # %% auto #0
 __all__ = ['batch_app', 'batch']
 
-# %% ../../nbs/cli/04_batch.ipynb #ec654ba2
+# %% ../../nbs/cli/04_batch.ipynb #4fe81d6a
 import json
 import os
 import sys
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .words import words_for_mistakes
-from ..core.errors import AnswerIsNo, CelestialError
+from ..core.errors import AnswerIsNo
 
 if TYPE_CHECKING:
     from celestial_ml.serve.batch import Result
     from celestial_ml.serve.batch_summary import Summary
     from celestial_ml.serve.predictor import Predictor
-
-# %% ../../nbs/cli/04_batch.ipynb #engine
-def _engine(name: str, scheduler: str | None, workers: int | None, model: "Predictor") -> AbstractContextManager[Any]:
-    "Where the pictures are scored; `CelestialError` for a place that there isn't."
-    if name not in ("threads", "dask"):
-        raise CelestialError(f"--engine can't be {name!r}", "Allowed: threads or dask.")
-    if scheduler and name != "dask":
-        raise CelestialError("--scheduler is for --engine dask", "Add --engine dask, or leave it out.")
-    if name == "threads":
-        from celestial_ml.serve.batch_score import threads
-
-        return threads(model, workers)
-    try:
-        from celestial_ml.serve.batch_dask import dask_cluster
-    except ImportError:
-        raise CelestialError("Dask isn't installed", "pip install 'celestial-ml[cluster]'") from None
-    return dask_cluster(model, scheduler, workers)
 
 # %% ../../nbs/cli/04_batch.ipynb #batch
 batch_app = typer.Typer(rich_markup_mode=None)
@@ -64,10 +46,12 @@ def batch(
     os.environ["CELESTIAL_TERMINAL"] = "1"
     with words_for_mistakes():
         from celestial_ml.serve.batch import batch as score
+        from celestial_ml.serve.batch import engine_named
         from celestial_ml.serve.predictor import Predictor, find_model
 
         predictor = Predictor(find_model(model))
-        result = score(given, out, predictor, _engine(engine, scheduler, workers, predictor), column, restart)
+        where = engine_named(engine, predictor, scheduler, workers)
+        result = score(given, out, predictor, where, column, restart)
         summary = _summary(result, predictor, given, column)
         _print_result(result, summary, json_)
         if result.bad == result.items or result.bad / result.items > max_bad:

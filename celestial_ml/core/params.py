@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'ParamsError', 'Section', 'Data', 'Check', 'Prepare', 'Model', 'Train', 'Evaluate', 'Explain', 'Package',
-           'Register', 'Span', 'Tune', 'Track', 'Params', 'allowed', 'known_keys', 'params_error', 'parse_yaml',
-           'params_path', 'load_params', 'default_yaml']
+           'Register', 'Span', 'Tune', 'Score', 'Track', 'Params', 'allowed', 'known_keys', 'params_error',
+           'parse_yaml', 'params_path', 'load_params', 'default_yaml']
 
 # %% ../../nbs/core/04_params.ipynb #feca52bd
 import json
@@ -187,6 +187,16 @@ class Tune(Section):
     )
 
 
+class Score(Section):
+    "What the step `score` scores, beside the chain."
+
+    images: str | None = Field(None, description="a folder, list, Parquet, tar, ZIP or URL; null: the run's own images")
+    engine: Literal["threads", "dask"] = Field("threads", description="threads: this machine; dask: a cluster")
+    scheduler: str | None = Field(None, description="Dask's, as tcp://HOST:8786; null: processes on this machine")
+    workers: int | None = Field(None, ge=1, description="threads or processes; null: as many as cores")
+    max_bad: float = Field(0.05, ge=0, le=1, description="share of the images that may be unreadable")
+
+
 class Track(Section):
     "Where experiments are tracked."
 
@@ -207,6 +217,7 @@ class Params(Section):
     explain: Explain = Explain()
     package: Package = Package()
     register_: Register = Field(Register(), alias="register")  # BaseModel has a method of that name
+    score: Score = Score()
     tune: Tune = Tune()
     track: Track = Track()
 

@@ -136,7 +136,7 @@ def _report_progress(dag: DAG, plan: Plan, quiet: bool) -> None:
 def params_file(
     run: str,
 ) -> Path:
-    "Where all parameters of a run are written down; `tune`'s are no part of what a run makes."
+    "Where all parameters of a run are written down; `tune`'s and `score`'s are no part of what a run makes."
     return run_folder(run) / ".inputs" / "params.json"
 
 
@@ -146,7 +146,7 @@ def run_pipeline(
     quiet: bool = False,  # print no line a step
 ) -> None:
     "Bring a run up to date; `StepFailed` if a step fails."
-    write_json(params_file(plan.run), plan.params.model_dump(by_alias=True, exclude={"tune"}))
+    write_json(params_file(plan.run), plan.params.model_dump(by_alias=True, exclude={"score", "tune"}))
     if not plan.stale:
         return
     write_inputs(plan.tasks, plan.inputs)

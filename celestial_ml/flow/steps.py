@@ -126,7 +126,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "explain": ("explain",),
     "package": ("package",),
     "register": ("register", "track"),
-    "tune": ("seed", "model", "train", "tune", "track"),  # beside the chain
+    "score": ("score",),  # beside the chain, as the next one
+    "tune": ("seed", "model", "train", "tune", "track"),
 }
 
 

@@ -264,6 +264,7 @@ def note_answer(
         row |= {"request_id": request_id, "time": time.time(), "model_version": said.model_version, "role": role}
         row |= {"width": scored.width, "height": scored.height, "format": scored.format, "bytes": len(content)}
         row |= {"embedding": scored.embedding, "probabilities": scored.probabilities, "latency_ms": ms}
+        row["classes"] = tuple(said.probabilities)
         service.log.record(row | scored.statistics | {"image": content})
 
 
@@ -483,8 +484,7 @@ async def feedback(said: Feedback, service: TheService) -> Thanks:
     try:
         await run_in_threadpool(service.log.feedback, said.request_id, said.correct, said.label, said.comment)
     except CelestialError as e:
-        status = getattr(e, "status", 503)
-        code = "unknown_request" if status == 404 else "log_unavailable"
+        status, code = getattr(e, "status", 503), getattr(e, "code", "log_unavailable")
         raise Refusal(status, code, e.message, e.hint or "Try again later.") from None
     return Thanks(request_id=said.request_id)
 

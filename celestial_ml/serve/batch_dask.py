@@ -56,7 +56,8 @@ def score_there(
     base: str,  # the folder that paths are relative to
 ) -> Answers:
     "Score a unit, in a worker."
-    return score_unit(get_worker().plugins[name].model, unit, base)
+    plugin: Any = get_worker().plugins[name]
+    return score_unit(plugin.model, unit, base)
 
 # %% ../../nbs/serve/26_batch_dask.ipynb #dask
 PATIENCE = 60  # seconds without any worker, after which the job ends

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['KEY', 'GROUP_ROWS', 'Places', 'places', 'as_table', 'Part', 'Digest', 'part_files', 'AnswerFile', 'close_part',
-           'part_file', 'read_footer', 'read_part', 'Job', 'locked', 'check_out', 'open_job', 'forget', 'known_parts',
-           'answer_files', 'rewrite_bad', 'finish']
+           'part_file', 'read_footer', 'read_part', 'Job', 'OtherJob', 'locked', 'check_out', 'open_job', 'forget',
+           'known_parts', 'answer_files', 'rewrite_bad', 'finish']
 
 # %% ../../nbs/serve/24_batch_parts.ipynb #places
 @dataclass(frozen=True)
@@ -156,7 +156,8 @@ class AnswerFile:
     def __init__(self, path: Path):
         self.stack = ExitStack()
         self.beside = self.stack.enter_context(atomic(path))
-        self.rows, self.writer = 0, None
+        self.rows = 0
+        self.writer: Any = None
         self.waiting: list[pa.Table] = []
 
     def add(self, table: pa.Table) -> None:
@@ -242,6 +243,10 @@ class Job:
     finished: dict[str, int] | None = None  # items, rows and bad, when all is done
 
 
+class OtherJob(CelestialError):
+    "What is there is of another model, or of other pictures."
+
+
 @contextmanager
 def locked(
     where: Places,
@@ -306,13 +311,13 @@ def _require_same(where: Places, there: Job, asked: Job) -> None:
     told = "Name another OUT, or throw the old answers away: --restart"
     models = [(job.model_sha256, job.model_version, job.ood_threshold) for job in (there, asked)]
     if models[0] != models[1]:
-        raise CelestialError(
+        raise OtherJob(
             f"{where.out} holds answers of {there.model_version} ({there.model_sha256[:8]}…), "
             f"not of {asked.model_version} ({asked.model_sha256[:8]}…)",
             told,
         )
     if (there.input, there.column) != (asked.input, asked.column):
-        raise CelestialError(f"{where.out} holds answers for {there.input}, not for {asked.input}", told)
+        raise OtherJob(f"{where.out} holds answers for {there.input}, not for {asked.input}", told)
 
 
 def forget(

@@ -103,6 +103,8 @@ class Server(uvicorn.Server):
         leave = asyncio.create_task(self.leave_pages())
         await super().shutdown(sockets)
         leave.cancel()
+        if self.force_exit:  # a page was left; Uvicorn then forgets to tell the app
+            await self.lifespan.shutdown()
 
     async def leave_pages(self) -> None:
         "Once all answers are out, whatever else is open is a page."
