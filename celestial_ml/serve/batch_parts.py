@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # %% auto #0
-__all__ = ['KEY', 'GROUP_ROWS', 'Places', 'places', 'as_table', 'Part', 'Digest', 'part_files', 'AnswerFile', 'close_part',
-           'part_file', 'read_footer', 'read_part', 'Job', 'OtherJob', 'locked', 'check_out', 'open_job', 'forget',
-           'known_parts', 'answer_files', 'rewrite_bad', 'finish']
+__all__ = ['KEY', 'GROUP_ROWS', 'Places', 'places', 'joined', 'as_table', 'Part', 'Digest', 'part_files', 'AnswerFile',
+           'close_part', 'part_file', 'read_footer', 'read_part', 'Job', 'OtherJob', 'locked', 'check_out', 'open_job',
+           'forget', 'known_parts', 'answer_files', 'rewrite_bad', 'finish']
 
 # %% ../../nbs/serve/24_batch_parts.ipynb #places
 @dataclass(frozen=True)
@@ -90,6 +90,22 @@ def _flags(values: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(pa.bool_(), len(values), [None, pa.py_buffer(np.packbits(values, bitorder="little"))])
 
 
+def joined(
+    several: Sequence[Answers],  # at least one
+) -> Answers:
+    "Answers behind each other."
+    return Answers(
+        several[0].model_version,
+        several[0].classes,
+        [path for some in several for path in some.paths],
+        [sha for some in several for sha in some.sha256],
+        np.concatenate([some.probabilities for some in several]),
+        np.concatenate([some.ood_score for some in several]),
+        np.concatenate([some.known for some in several]),
+        [bad for some in several for bad in some.bad],
+    )
+
+
 def as_table(
     answers: Answers,
 ) -> pa.Table:  # path, label, confidence, known, ood_score, probabilities, model_version, sha256
@@ -149,7 +165,7 @@ def part_files(
     "The parts that there are, in their order."
     return sorted(where.parts.glob("part-*.parquet"))
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #answerfile
 class AnswerFile:
     "A file of answers that is being written, whole or not at all; rows leave the memory group by group."
 
@@ -187,7 +203,7 @@ class AnswerFile:
         self.writer.close()
         self.stack.close()
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #close-part
 def close_part(
     where: Places,
     file: AnswerFile,
@@ -265,7 +281,7 @@ def locked(
             raise CelestialError(f"another process is writing {where.out}", "Wait for it, or stop it.") from None
         yield
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #check-out
 def check_out(
     where: Places,
 ) -> None:
@@ -305,7 +321,7 @@ def open_job(
         left.unlink()
     return there
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #require-same
 def _require_same(where: Places, there: Job, asked: Job) -> None:
     "`CelestialError` unless the job that is there is the one that was asked for."
     told = "Name another OUT, or throw the old answers away: --restart"

@@ -109,7 +109,7 @@ def _decode(name: str, content: bytes | Exception, bad: list[Bad]) -> np.ndarray
         bad.append(Bad(name, "too_large", f"{name} doesn't fit into memory"))
     return None
 
-
+# %% ../../nbs/serve/23_batch_score.ipynb #words
 def _words(name: str, error: Exception) -> str:
     "Why a file couldn't be read."
     if isinstance(error, FileNotFoundError):
@@ -167,7 +167,7 @@ class Threads:
         "The answers for a unit."
         return begun.result()
 
-
+# %% ../../nbs/serve/23_batch_score.ipynb #threads
 @contextmanager
 def threads(
     model: Predictor,  # with one thread of its own: the runtime's are slower than as many of ours

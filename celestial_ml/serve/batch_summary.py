@@ -238,7 +238,7 @@ def _sheet(doubts: Sequence[Doubt], images: dict[str, np.ndarray], sure: bool) -
 
 def as_percent(share: float) -> str:
     "A share in words; nearly all is not all."
-    return "> 99.9\N{NO-BREAK SPACE}%" if share > 0.999 else f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+    return ">99.9%" if share > 0.999 else f"{100 * share:.1f}%"
 
 # %% ../../nbs/serve/25_batch_summary.ipynb #bad-table
 def _bad_table(bad: Iterator[str]) -> str:
@@ -273,7 +273,7 @@ def _sections(where: Places, summary: Summary, images: dict[str, np.ndarray], ba
     read = f'<code>pandas.read_parquet("{html.escape(str(where.out))}")</code>'
     yield _section("The answers", "A row a picture: path, label, confidence, known, ood_score, …", read)
 
-
+# %% ../../nbs/serve/25_batch_summary.ipynb #write-page
 def write_page(
     where: Places,
     summary: Summary,

@@ -279,13 +279,15 @@ async def show(
     import gradio as gr
 
     desk.asked = max(desk.asked, asked)
+    if desk.asked == asked:
+        desk.seen = None  # reasons that are still being looked for are those of another picture
     view = await look(host, request, content, mine := Desk(), shown)
     if desk.asked != asked:
         return [gr.skip(), gr.skip(), gr.skip(), gr.skip(), desk, *(gr.skip() for _ in range(VERDICT))]
     desk.request_id, desk.seen, desk.model = mine.request_id, mine.seen, mine.model
     return changes(view, desk)
 
-
+# %% ../../nbs/serve/13_identify.ipynb #show-upload
 async def show_upload(host: Host, request: Request, path: str | None, asked: float, desk: Desk) -> list[Any]:
     "As `show`, for a file that was dropped."
     try:
@@ -332,7 +334,7 @@ def build_verdict(host: Host, desk: "gr.State") -> list[Any]:  # as many as `VER
     send.click(said_wrong, [desk, label, comment], [correction, thanks], **QUIET)
     return [verdict, correction, label, comment, thanks]
 
-
+# %% ../../nbs/serve/13_identify.ipynb #build-identify
 def build_identify(
     host: Host,
     footer: "gr.HTML",  # says which model answered

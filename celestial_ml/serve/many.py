@@ -6,15 +6,14 @@
 __all__ = ['MOST', 'TOGETHER', 'COLUMNS', 'Found', 'limits', 'find_pictures', 'Row', 'one_row', 'answer_all', 'as_csv',
            'table_row', 'counts', 'many_table', 'working', 'tables', 'build_many']
 
-# %% ../../nbs/serve/17_many.ipynb #77654cc3
+# %% ../../nbs/serve/17_many.ipynb #09bf1b0b
 import asyncio
 import base64
 import csv
-import html
 import io
 import time
 import zipfile
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +132,7 @@ def as_csv(rows: Sequence[Row]) -> str:
         writer.writerow([name, *found, *more, row.request_id, row.problem])
     return file.getvalue()
 
-
+# %% ../../nbs/serve/17_many.ipynb #table-row
 def table_row(row: Row) -> str:
     "A row of the table."
     name = f"<td class=file>{text(row.name)}</td>"
@@ -195,7 +194,7 @@ async def tables(host: Host, request: Request, paths: Sequence[str]) -> AsyncIte
         nothing = "<p class=plain>There is no picture among these files. I read JPEG, PNG and WebP.</p>"
         yield many_table(rows, left_out) if rows else nothing
 
-
+# %% ../../nbs/serve/17_many.ipynb #build-many
 def build_many(host: Host) -> None:
     "The tab, inside of a `gr.Blocks`."
     import gradio as gr
