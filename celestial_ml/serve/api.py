@@ -244,7 +244,7 @@ async def answer_picture(
     scored, _ = await score_picture(service, request, request_id, content)
     return scored.prediction.to_dict() | {"request_id": request_id}
 
-
+# %% ../../nbs/serve/20_api.ipynb #note-answer
 def note_answer(
     service: Service,
     request: Request,
@@ -267,7 +267,7 @@ def note_answer(
         row["classes"] = tuple(said.probabilities)
         service.log.record(row | scored.statistics | {"image": content})
 
-
+# %% ../../nbs/serve/20_api.ipynb #score-silently
 async def score_silently(
     service: Service,
     request: Request,
@@ -310,7 +310,7 @@ async def read_files(
         raise Refusal(413, "too_many_files", message, "Send several requests.")
     return files
 
-
+# %% ../../nbs/serve/20_api.ipynb #cut-form
 def cut_form(body: bytes, boundary: bytes) -> list[tuple[str, str, bytes]]:
     "The files of a form's body: field, file name, content. `Refusal` with 400 where it is broken."
     parts: list[tuple[str, str, bytes]] = []

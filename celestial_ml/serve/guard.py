@@ -165,9 +165,7 @@ class Guard:
             limit = self.settings.max_bytes * (PATIENCE if scope["path"] == UPLOAD else 1)
             await self.app(scope, BoundedBody(receive, headers, limit, self.settings.body_seconds), seen.send)
         except Refusal as e:
-            await ErrorResponse(e.status_code, e.code, e.message, e.hint, dict(e.headers or {}))(
-                scope, receive, seen.send
-            )
+            await e.response()(scope, receive, seen.send)
         except ClientDisconnect:
             seen.status = GONE  # nobody is there to hear it; for the counters and the log
         except Exception:

@@ -31,8 +31,8 @@ from celestial_ml.serve.why import (
 )
 
 # %% auto #0
-__all__ = ['OVERLAY', 'LARGE', 'Prediction', 'Saliency', 'Explanation', 'ModelError', 'Seen', 'Predictor', 'as_prediction',
-           'models_folder', 'find_model']
+__all__ = ['OVERLAY', 'LARGE', 'Prediction', 'Saliency', 'Explanation', 'ModelError', 'Seen', 'Graph', 'Predictor',
+           'as_prediction', 'models_folder', 'find_model']
 
 # %% ../../nbs/serve/01_predictor.ipynb #prediction
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ def _shrink_afterwards() -> onnxruntime.RunOptions:
     return options
 
 
-class Predictor:
-    "Answers for pictures, by a packaged model."
+class Graph:
+    "A packaged model: what it says of itself, and its ONNX graph."
 
     def __init__(
         self,
@@ -188,6 +188,10 @@ class Predictor:
         "Everything that the graph says of some pictures of one size."
         options = _shrink_afterwards() if images.size > LARGE else None
         return dict(zip(self.outputs, self.session.run(self.outputs, {"image": images}, options), strict=True))
+
+# %% ../../nbs/serve/01_predictor.ipynb #predictor
+class Predictor(Graph):
+    "Answers for pictures, by a packaged model."
 
     def predict(
         self,

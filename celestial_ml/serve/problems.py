@@ -62,6 +62,10 @@ class Refusal(HTTPException):
         self.code, self.message, self.hint = code, message, hint
         super().__init__(status, message, headers)
 
+    def response(self) -> ErrorResponse:
+        "The same as an answer."
+        return ErrorResponse(self.status_code, self.code, self.message, self.hint, dict(self.headers or {}))
+
 # %% ../../nbs/serve/03_problems.ipynb #4479ff57
 IMAGE_STATUS = {"not_an_image": 415, "polyglot": 415, "too_large": 413}  # every other code of ImageError is 400
 
@@ -82,7 +86,7 @@ async def refuse_http(request: Request, e: Exception) -> JSONResponse:
         405: ("method_not_allowed", f"{path} doesn't answer {method}", f"Use {allowed}."),
     }
     if isinstance(e, Refusal):
-        return ErrorResponse(e.status_code, e.code, e.message, e.hint, headers)
+        return e.response()
     code, message, hint = says.get(e.status_code, ("bad_request", str(e.detail), "GET /docs shows what is expected."))
     return ErrorResponse(e.status_code, code, message, hint, headers)
 
