@@ -30,6 +30,7 @@ from celestial_ml.cli.app import app
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.files import read_json
 from celestial_ml.data.render import render
+from celestial_ml.flow.pipeline import Plan, make_plan, run_pipeline
 from celestial_ml.serve.batch import batch
 from celestial_ml.serve.batch_parts import part_files, places
 from celestial_ml.serve.predictor import Predictor
@@ -153,6 +154,15 @@ def test_another_model_or_changed_pictures_are_refused(photos: Path, model: Path
         batch(str(mine), out, Predictor(model))
     assert batch(str(mine), out, Predictor(other), restart=True).rows == 41
     assert set(pd.read_parquet(out).model_version) == {"8"}
+
+
+def test_the_step_beside_the_chain(smoke: Plan) -> None:
+    plan = make_plan(smoke.root, "smoke", until="score")
+    assert list(plan.stale) == ["score"]
+    run_pipeline(plan, quiet=True)
+    assert not make_plan(smoke.root, "smoke", until="score").stale
+    scores, catalog = (pd.read_parquet(f"output/smoke/{name}.parquet") for name in ("scores", "catalog"))
+    assert scores.path.tolist() == catalog.path.tolist() and Path("output/smoke/scores.batch/summary.html").is_file()
 
 
 # -- killed -------------------------------------------------------------------------------------------------------

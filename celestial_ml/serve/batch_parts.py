@@ -105,7 +105,7 @@ def joined(
         [bad for some in several for bad in some.bad],
     )
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #as-table
 def as_table(
     answers: Answers,
 ) -> pa.Table:  # path, label, confidence, known, ood_score, probabilities, model_version, sha256

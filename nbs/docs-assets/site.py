@@ -33,6 +33,7 @@ def on_config(config: MkDocsConfig) -> None:
     for folder in filter(there.__contains__, (*TITLES, *ROOMS)):
         files = sorted((Path(config.docs_dir) / folder).glob("*.ipynb"))
         config.nav.append({TITLES.get(folder, folder): [f"{folder}/{file.name}" for file in files]})
+    config.nav.append({"Operations": "operations.md"})
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
