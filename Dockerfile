@@ -49,9 +49,9 @@ ENV PATH=/opt/celestial/bin:$PATH \
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin celestial
 COPY --from=build /opt/celestial /opt/celestial
 
-# Last, because it changes most often.
+# Last, because it changes most often. Of a run, .dockerignore lets only the packaged model pass.
 ARG MODEL=output/default
-COPY ${MODEL}/model.onnx ${MODEL}/model.json /model/
+COPY ${MODEL} /model
 
 # By number, so that an orchestrator can see that it isn't root.
 USER 10001:10001

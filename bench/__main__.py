@@ -216,6 +216,14 @@ def service_figures(asked: argparse.Namespace) -> list[Row]:
     return serving_figures(measured_run(asked), asked.requests)
 
 
+def batch_figures(asked: argparse.Namespace) -> list[Row]:
+    "Many pictures, by the model of a run."
+    from bench.batch import batch_rows
+
+    run = measured_run(asked)
+    return batch_rows(Path("output") / run, Path("output") / run / "images" if run != "guide" else Path("data/raw"))
+
+
 def scaling_figures(asked: argparse.Namespace) -> list[Row]:
     "More and more images."
     return [scaling(per_class) for per_class in (150, 600, 2400)]
@@ -225,6 +233,7 @@ SECTIONS = {
     "pipeline": pipeline_figures,
     "model": model_figures,
     "serving": service_figures,
+    "batch": batch_figures,
     "scaling": scaling_figures,  # half an hour, so only when it's asked for
 }
 

@@ -18,9 +18,22 @@ import pytest
 import yaml
 from serving import neptune, tiny_model
 
+from celestial_ml.core.files import read_json
+from celestial_ml.flow.pipeline import Plan
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 COPIED = ("LICENSE", "README.md", "pyproject.toml", "requirements.lock", "celestial_ml")  # into the builder
+PACKAGE = (  # what of a run is served
+    "model.json",
+    "model.onnx",
+    "model.int8.onnx",
+    "model_card.html",
+    "reference.npz",
+    "selftest.npz",
+    "performance.*",
+)
+NOT_SERVED = {"test_predictions.npz"}  # what the gate compares versions by
 HEAVY = r"tensorflow|keras|mlflow|ploomber|jupyter|ipykernel|ipython|papermill|nbdev|dvc|pytest|scikit-learn|pip$"
 
 
@@ -74,8 +87,16 @@ def test_context_is_a_list_of_what_is_allowed():
     rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     assert rules[0] == "*"
     allowed = {rule[1:] for rule in rules if rule.startswith("!")}
-    assert allowed == {*COPIED, "output", "output/*/model.onnx", "output/*/model.json"}
-    assert rules.index("!output") < rules.index("output/*/*") < rules.index("!output/*/model.onnx")
+    assert allowed == {*COPIED, "output", *(f"output/*/{name}" for name in PACKAGE)}
+    assert (
+        rules.index("!output") < rules.index("output/*/*") < min(rules.index(f"!output/*/{name}") for name in PACKAGE)
+    )
+
+
+def test_context_has_the_whole_package(smoke: Plan) -> None:
+    "Every file that a packaged model.json names, and nothing that training left beside it."
+    files = read_json(Path("output/smoke/model.json"))["files"]
+    assert set(files) <= {path.name for name in PACKAGE for path in Path("output/smoke").glob(name)} | NOT_SERVED
 
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
@@ -227,7 +248,7 @@ def test_builder_gets_only_what_is_allowed(context: Path, tmp_path: Path):
     podman("rmi", "--force", name, check=False)
     got = {path.relative_to(tmp_path / "got").as_posix() for path in (tmp_path / "got").rglob("*") if path.is_file()}
     wanted = {name for name in COPIED if (ROOT / name).is_file()} | {
-        f"output/tiny/model.{end}" for end in ("onnx", "json")
+        f"output/tiny/{name}" for name in ("model.onnx", "model.json", "reference.npz")
     }
     assert {name for name in got if not name.startswith("celestial_ml/")} == wanted
     assert not [name for name in got if name.endswith(".pyc")] and "celestial_ml/serve/api.py" in got
