@@ -94,22 +94,21 @@ def test_small_files_lie_beside_the_served_one(smoke: Plan) -> None:
 
 
 def test_int8_is_served_where_it_is_as_good(celestial, smoke: Plan) -> None:
-    result = celestial(
-        "run", "smoke", "--run", "small", "--set", "package.serve=int8", "--set", "package.int8_loss=0.5"
-    )
+    result = celestial("run", "smoke", "--set", "package.serve=int8", "--set", "package.int8_loss=0.5")
     assert result.returncode == 0, result.stderr
-    about = read_json("output/small/model.json")
+    about = read_json("output/smoke/model.json")
     passes = about["compression"]["passes"]
     assert about["file"] == ("model.int8.onnx" if passes else "model.onnx")
     assert passes or about["compression"]["reasons"], "a refusal says why"
-    assert about["sha256"] == sha256_of(Path("output/small", about["file"]))
-    published = Path(".celestial/models", read_json("output/small/register.json")["model"])
+    assert about["sha256"] == sha256_of(Path("output/smoke", about["file"]))
+    published = Path(".celestial/models", read_json("output/smoke/register.json")["model"])
     reports = {"gate.json", "model_card.md", "model_card.html"}
     assert {about["file"], "model.json", *about["files"]} | reports == {path.name for path in published.iterdir()}
     beside = {"reference.npz", "selftest.npz", "test_predictions.npz", "performance.json", "performance.webp"}
     assert beside == about["files"].keys()
 
 
+@pytest.mark.slow
 def test_folds_left_out_classes_and_rare_ones(celestial, at_home: Path, three: Path) -> None:
     asked = ["evaluate.folds=2", "evaluate.leave_one_out=true", "train.class_weights=balanced", "train.patience=1"]
     result = celestial(
@@ -122,6 +121,7 @@ def test_folds_left_out_classes_and_rare_ones(celestial, at_home: Path, three: P
     assert metrics["left_out"]["worst"]["auroc"] == min(row["auroc"] for row in metrics["left_out"]["classes"])
 
 
+@pytest.mark.slow
 def test_images_of_the_other_source_are_asked_about_and_never_learned_from(
     celestial, at_home: Path, tmp_path: Path
 ) -> None:
@@ -146,6 +146,7 @@ run_pipeline(make_plan(Path.cwd(), "smoke", ["train.epochs=5"], sys.argv[1], unt
 """
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_weights(at_home: Path) -> None:
     "kill -9 after the first epochs; the rerun ends at the very weights of a run that wasn't disturbed."
     env, quiet = os.environ | {"PYTHONPATH": str(at_home)}, {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

@@ -62,6 +62,7 @@ def test_papermill_alone_makes_the_same(smoke: Plan, at_home: Path) -> None:
     same_products(Path("output/smoke"), Path("output/by-papermill"))
 
 
+@pytest.mark.slow
 def test_each_step_opened_on_its_own_makes_the_same(smoke: Plan, at_home: Path) -> None:
     "As in JupyterLab: a kernel that starts in the notebook's own folder, the parameters cell edited by hand."
     steps = at_home / "nbs/steps"

@@ -198,7 +198,7 @@ def test_a_killed_workers_trial_blocks_nobody(tuned: dict, at_home: Path) -> Non
     with ThreadPoolExecutor() as pool:
         working = pool.submit(run_workers, job, shared, quiet=True)
         wait_for(lambda: begun("killed") or working.done())
-        found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
+        found = subprocess.run(["ps", "-wwo", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
         [worker] = [int(line.split()[0]) for line in found.stdout.splitlines() if "flow.tuning import worker" in line]
         os.kill(worker, signal.SIGKILL)
         with pytest.raises(StepFailed, match="1 trials are missing; a worker stopped: it was killed by signal 9"):
@@ -274,6 +274,7 @@ def postgres() -> Iterator[str]:
             do("pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
 
 
+@pytest.mark.slow
 @pytest.mark.postgres
 def test_two_machines_share_a_study_on_postgresql(
     tuned: dict, postgres: str, celestial, at_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
