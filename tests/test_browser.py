@@ -150,7 +150,8 @@ def open_page(browser, url):
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: message.type == "error" and complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
+        # Leaving the page cuts Gradio's stream of events, which is no mistake.
+        page.on("pageerror", lambda error: "AbortError" in str(error) or complaints.append(str(error)))
         page.on("response", lambda r: r.status >= 400 and complaints.append(f"{r.status} {r.url}"))
         page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
         page.goto(url)
