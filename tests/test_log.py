@@ -245,7 +245,8 @@ def test_rubbish_never_raises_and_holds_up_nobody(
     assert status["written"] == len(rubbish) == len(rows_of(url)) and status["lost"] == 0
     good = rows_of(url)[0]
     assert good["label"] == "Mars" and np.isinf(np.frombuffer(good["embedding"], "<f2")[:2]).all()
-    assert len(caplog.records) <= 1, "it's said once"
+    said = [record for record in caplog.records if not record.name.startswith("psycopg")]  # the driver's own words
+    assert len(said) <= 1, "it's said once"
 
 
 def test_after_close_nothing_raises(opened: Callable[..., PredictionLog], url: str) -> None:

@@ -176,6 +176,14 @@ def test_keys_rates_and_logins(tmp_path: Path) -> None:
     assert key not in (tmp_path / "log").read_text() and other not in (tmp_path / "log").read_text()
 
 
+def test_one_rate_for_all_routes(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    with running(model, tmp_path / "log", demo=False, rate_limit="3/hour") as url, httpx.Client(base_url=url) as client:
+        asked = [send(client, neptune()), client.get("/model"), send(client, neptune())]
+        assert [answer.status_code for answer in asked] == [200] * 3
+        assert code(client.get("/model")) == code(send(client, neptune())) == (429, "too_many_requests")
+
+
 def test_the_demo_asks_for_its_login(tmp_path: Path) -> None:
     kept = password_hash("per aspera")
     with running(tiny_model(tmp_path / "model"), tmp_path / "log", demo_login=f"anna:{kept}") as url:

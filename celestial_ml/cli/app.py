@@ -5,12 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'run', 'tune', 'predict', 'serve', 'data_get', 'data_check', 'data_show', 'main']
 
-# %% ../../nbs/cli/09_app.ipynb #62080029
+# %% ../../nbs/cli/09_app.ipynb #62b67da1
 import json
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,10 +17,11 @@ from .batch import batch_app
 from .keys import keys_app
 from .log import log_app
 from .models import models_app
+from .words import print_error, words_for_mistakes
 from ..core.errors import CelestialError
 from ..core.files import project_root
 
-# %% ../../nbs/cli/09_app.ipynb #print-error
+# %% ../../nbs/cli/09_app.ipynb #dd7ef495
 app = typer.Typer(
     help="From a notebook to a served, monitored, retrained image classifier.",
     no_args_is_help=True,
@@ -38,26 +36,6 @@ app.add_typer(log_app, name="log")
 app.add_typer(keys_app, name="keys")
 app.add_typer(models_app, name="models")
 
-
-def _print_error(error: CelestialError) -> None:
-    "What went wrong and how to mend it, on standard error."
-    print(f"error: {error.message}", file=sys.stderr)
-    for line in filter(None, error.hint.splitlines()):
-        print(f"  {line}", file=sys.stderr)
-
-
-@contextmanager
-def _words_for_mistakes() -> Iterator[None]:
-    "Turn a `CelestialError`, or Ctrl-C, into words and an exit code."
-    try:
-        yield
-    except CelestialError as e:
-        _print_error(e)
-        raise typer.Exit(e.exit_code) from None
-    except KeyboardInterrupt:
-        print("stopped; what was finished is kept", file=sys.stderr)
-        raise typer.Exit(130) from None
-
 # %% ../../nbs/cli/09_app.ipynb #run
 @app.command(epilog="Example: celestial run guide --set train.lr=0.001 --run lower-lr")
 def run(
@@ -70,7 +48,7 @@ def run(
     json_: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     "Run the pipeline: only the steps that something changed for."
-    with _words_for_mistakes():
+    with words_for_mistakes():
         from celestial_ml.flow.pipeline import _ENGINES, make_plan, run_pipeline
 
         if executor not in _ENGINES:
@@ -115,7 +93,7 @@ def tune(
     json_: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     "Search better parameters; the same command elsewhere joins in, or goes on later."
-    with _words_for_mistakes():
+    with words_for_mistakes():
         from celestial_ml.flow.pipeline import _ENGINES
         from celestial_ml.flow.tuning import tune_run
 
@@ -169,7 +147,7 @@ def predict(
     json_: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
 ) -> None:
     "Say what is in a picture."
-    with _words_for_mistakes():
+    with words_for_mistakes():
         from celestial_ml.serve.predictor import Predictor, find_model
 
         images = _images_in(paths)
@@ -179,7 +157,7 @@ def predict(
         try:
             answer = predictor.predict(path)
         except CelestialError as e:
-            _print_error(e)
+            print_error(e)
             failed += 1
             continue
         if json_:
@@ -201,7 +179,7 @@ def serve(
     challenger: Annotated[str | None, typer.Option(help="off, shadow:SHARE or canary:SHARE of the traffic")] = None,
 ) -> None:
     "Serve the HTTP API and the demo."
-    with _words_for_mistakes():
+    with words_for_mistakes():
         from celestial_ml.monitor.log import service_log
         from celestial_ml.serve.predictor import find_model
         from celestial_ml.serve.server import serve as serve_forever
@@ -239,7 +217,7 @@ def data_get(
     from_: Annotated[Path | None, typer.Option("--from", help="a local copy; it must match the checksum")] = None,
 ) -> None:
     "Fetch a data set, by DVC or from a copy, and verify it."
-    with _words_for_mistakes():
+    with words_for_mistakes():
         if name != "guide":
             raise CelestialError(f"{name!r} can't be fetched", "Allowed: guide. Rendered images are made by the run.")
         from celestial_ml.data.guide import get_guide
@@ -255,7 +233,7 @@ def data_check(
     json_: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
 ) -> None:
     "Is the data good enough to learn from? Leaves with 1 if it isn't."
-    with _words_for_mistakes():
+    with words_for_mistakes():
         from dataclasses import asdict
 
         from celestial_ml.data.checks import require_pass, run_checks
@@ -277,7 +255,7 @@ def data_show(
     out: Annotated[Path, typer.Option(help="the picture to write")] = Path("contact_sheet.png"),
 ) -> None:
     "Write a contact sheet of the images."
-    with _words_for_mistakes():
+    with words_for_mistakes():
         from celestial_ml.core.files import atomic
         from celestial_ml.data.images import decode_image
         from celestial_ml.data.sheet import contact_sheet

@@ -142,8 +142,8 @@ GONE = 499  # the client went before the answer; nginx counts it so
 class Guard:
     "The outermost layer of the service. Written for ASGI itself: a middleware of Starlette's costs more than a picture."
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics):
-        self.app, self.settings, self.metrics, self.door = app, settings, metrics, Door(settings)
+    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics, door: Door):
+        self.app, self.settings, self.metrics, self.door = app, settings, metrics, door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

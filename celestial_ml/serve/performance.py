@@ -7,8 +7,7 @@ __all__ = ['PRESSED', 'performance_files', 'share', 'figure', 'headline_figures'
            'cell_pictures', 'slice_row', 'slices_list', 'robustness_table', 'reliability_chart', 'card_frame', 'panel',
            'performance_page', 'build_performance']
 
-# %% ../../nbs/serve/16_performance.ipynb #fba3008b
-import base64
+# %% ../../nbs/serve/16_performance.ipynb #ac4d6209
 import html
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,6 +18,7 @@ from typing import Any
 from ..core.files import read_json
 from .identify import QUIET, Host, sorry
 from .predictor import Predictor
+from .why import data_uri
 from .words import text
 
 # %% ../../nbs/serve/16_performance.ipynb #performance-files
@@ -28,7 +28,7 @@ def performance_files(folder: Path) -> tuple[dict[str, Any], str] | None:  # the
     sheet, thumbnails = folder / "performance.json", folder / "performance.webp"
     if not (sheet.is_file() and thumbnails.is_file()):
         return None
-    return read_json(sheet), "data:image/webp;base64," + base64.b64encode(thumbnails.read_bytes()).decode()
+    return read_json(sheet), data_uri(thumbnails.read_bytes())
 
 # %% ../../nbs/serve/16_performance.ipynb #share
 def share(value: float) -> str:
