@@ -26,12 +26,14 @@ from celestial_ml.data.bodies import BODIES
 from celestial_ml.data.render import render
 from celestial_ml.model.performance import write_performance
 from celestial_ml.serve.predictor import find_model, models_folder
+from celestial_ml.serve.settings import password_hash
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
     " --use-fake-device-for-media-stream --use-fake-ui-for-media-stream"
-)
+).split()
+FLAGS.append("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")  # the network is cut off
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
 pytestmark = [
@@ -41,6 +43,10 @@ pytestmark = [
 
 SCREENSHOTS = Path(__file__).parents[1] / "nbs" / "images" if os.environ.get("CELESTIAL_SCREENSHOTS") else None
 SERVE = (
+    # and it is for the server: whom else it asks stands in its log
+    "import sys; away = lambda at: isinstance(at, tuple) and at[0] not in ('127.0.0.1', '::1', 'localhost');"
+    "sys.addaudithook(lambda event, told: event in ('socket.connect', 'socket.getaddrinfo') and"
+    " away(told[1] if event == 'socket.connect' else told) and print('asked elsewhere', told, file=sys.stderr));"
     "from celestial_ml.monitor.log import open_log; from celestial_ml.serve.server import serve;"
     "log = open_log(); serve({model}, port=0, log=log); log.close()"
 )
@@ -127,14 +133,15 @@ def url(home):
         None, home.parent / "log", serve=SERVE.format(model=model), reload_seconds=0.2, max_bytes=3_000_000
     ) as url:
         yield url
-    assert "Traceback" not in (home.parent / "log").read_text()
+    said = (home.parent / "log").read_text()
+    assert "Traceback" not in said and "asked elsewhere" not in said
 
 
 @pytest.fixture(scope="module")
 def browser():
     playwright.expect.set_options(timeout=20_000)
     with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()
 
@@ -496,6 +503,31 @@ def test_folder(open_page, tmp_path):
         (tmp_path / f"{body}.png").write_bytes(encoded(render(body)))
     page.locator("#folder-drop input[type=file]").set_input_files(tmp_path)
     playwright.expect(page.locator(".sum")).to_contain_text("2 pictures, 0 unknown")
+
+
+@only_tiny
+def test_a_login_and_a_rate(browser, tmp_path):
+    "A stranger sees nothing; somebody with a login is answered at once, told of the rate, and told if the server is gone."
+    settings = {"demo_login": f"anna:{password_hash('per aspera')}", "rate_limit": "12/minute"}
+    page = browser.new_page(viewport=DESK)
+    with running(tiny_model(tmp_path / "model"), tmp_path / "log", **settings) as url:
+        page.goto(url)
+        page.get_by_label("username").fill("anna")
+        page.get_by_label("password").fill("per aspera")
+        assert page.get_by_role("button", name="Saturn").count() == 0
+        page.get_by_role("button", name="Login").click()
+        page.get_by_role("button", name="Saturn").wait_for()
+        first = page.evaluate(CLICK, [list(BODIES).index("Mars"), "Mars"])
+        print(f"the page is there, to the first answer: {first:.0f} ms")
+        assert first < 2000
+        notice = page.get_by_role("alert")
+        for _ in range(8):
+            page.get_by_role("button", name="Neptune").click()
+            page.wait_for_timeout(150)
+        playwright.expect(notice).to_have_text(re.compile(r"No answer: more than 12 requests a minute\. Wait \d+ s\."))
+    page.get_by_role("button", name="Mars").click()
+    playwright.expect(notice).to_contain_text("The server doesn't answer")
+    page.close()
 
 
 @only_tiny

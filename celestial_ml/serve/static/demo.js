@@ -1,4 +1,5 @@
-// What the page needs beside Gradio: names for screen readers, a paste that finds the open tab, and the camera.
+// What the page needs beside Gradio: names for screen readers, a word where no answer comes, a paste that finds the
+// open tab, and the camera.
 () => {
   const $ = (selector, root = document) => root.querySelector(selector);
   document.documentElement.lang = "en";
@@ -16,6 +17,28 @@
   };
   label();
   new MutationObserver(label).observe(document.body, {subtree: true, childList: true});
+
+  const notice = document.createElement("p");
+  notice.id = "notice";
+  notice.setAttribute("role", "alert");
+  document.body.append(notice);
+  const refusal = async answer => {
+    if (answer.status === 401) return "Your login has ended. Load the page again.";
+    const said = (await answer.json().catch(() => ({}))).error;
+    return said?.message ? `No answer: ${said.message}. ${said.hint ?? ""}` : "No answer: the server made a mistake. Try again.";
+  };
+  const fetched = window.fetch.bind(window);
+  window.fetch = async (...asked) => {
+    const question = String(asked[0]?.url ?? asked[0]).includes("/gradio_api/run");
+    try {
+      const answer = await fetched(...asked);
+      if (question) notice.textContent = answer.ok ? "" : await refusal(answer.clone());
+      return answer;
+    } catch (mistake) {
+      if (question && mistake.name !== "AbortError") notice.textContent = "The server doesn't answer. Is it still running?";
+      throw mistake;
+    }
+  };
 
   const give = file => {
     const input = [...document.querySelectorAll(".drop input[type=file]")].find(one => one.closest(".drop").offsetParent);
