@@ -5,7 +5,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -119,3 +120,11 @@ def running(
             process.wait(20)
             if process.stdout:
                 process.stdout.close()
+
+
+def until(met: Callable[[], object], seconds: float = 60, pause: float = 0.02) -> None:
+    "Wait until something is so."
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end, "that never happened"
+        time.sleep(pause)

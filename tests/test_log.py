@@ -29,7 +29,7 @@ import httpx
 import numpy as np
 import pandas as pd
 import pytest
-from serving import neptune, running, tiny_model
+from serving import neptune, running, tiny_model, until
 from sqlalchemy import create_engine, func, insert, select, text, update
 from sqlalchemy.exc import OperationalError
 from typer.testing import CliRunner
@@ -155,14 +155,6 @@ def rows_of(url: str, table: str = "predictions") -> list[dict]:
         found = [dict(row) for row in connection.execute(select(log_tables().tables[table])).mappings()]
     engine.dispose()
     return found
-
-
-def wait_for(met: Callable[[], bool], seconds: float = 60) -> None:
-    "Wait until something is so."
-    end = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < end, "that never happened"
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -480,7 +472,7 @@ def test_a_locked_database_is_waited_for(
         before = datetime.now(UTC)
         for i in range(50):
             log.record(answer(i))
-        wait_for(lambda: not log.status()["ok"])
+        until(lambda: not log.status()["ok"])
         status = log.status()
         assert status["state"] == "failing" and "database is locked" in status["last_error"]
         assert (datetime.fromisoformat(status["since"]) - before).total_seconds() >= -1
@@ -490,7 +482,7 @@ def test_a_locked_database_is_waited_for(
         assert not log.flush(3), "it can't be written, through several attempts"
         assert len(lines(caplog)) == 1 and "50 answers wait" in lines(caplog)[0]
     assert log.flush(30)
-    wait_for(lambda: log.status()["ok"])
+    until(lambda: log.status()["ok"])
     assert len(rows_of(url)) == log.status()["written"] == 50 and log.status()["behind"] == 0
     assert len(lines(caplog)) == 2 and "works again" in lines(caplog)[1]
     assert "locked" in log.status()["last_error"], "what was wrong can still be read"
@@ -502,7 +494,7 @@ def test_the_buffer_has_bounds(url: str, opened: Callable[..., PredictionLog]) -
         other.execute("BEGIN EXCLUSIVE")
         for i in range(30):
             log.record(answer(i, image=bytes([i]) * 300))
-        wait_for(lambda: not log.status()["ok"])
+        until(lambda: not log.status()["ok"])
         status = log.status()
         assert status["dropped"]["buffer_full"] == 10 and status["buffered"] == 20 and status["images_dropped"] == 17
     assert log.flush(30)
@@ -526,7 +518,7 @@ def test_a_deleted_file_is_noticed_and_begun_anew(
     for i in range(12):
         log.record(answer(100 + i))
     assert log.flush(30)
-    wait_for(lambda: log.status()["ok"] and file.exists())
+    until(lambda: log.status()["ok"] and file.exists())
     assert sorted(row["sequence"] for row in rows_of(url)) == list(range(31, 43))
     status = log.status()
     assert (status["answered"], status["written"], status["lost"]) == (42, 12, 30)
@@ -546,7 +538,7 @@ def test_a_folder_that_vanishes_is_waited_for(tmp_path: Path, opened: Callable[.
     (tmp_path / "mounted").rename(tmp_path / "elsewhere")
     for i in range(5):
         log.record(answer(1 + i))
-    wait_for(lambda: not log.status()["ok"])
+    until(lambda: not log.status()["ok"])
     assert not (tmp_path / "mounted").exists(), "an unmounted volume isn't replaced by a folder"
     (tmp_path / "elsewhere").rename(tmp_path / "mounted")
     assert log.flush(30) and len(rows_of(url)) == 6 and log.status()["lost"] == 0
@@ -596,7 +588,7 @@ def test_a_full_disk_for_real(tmp_path: Path, opened: Callable[..., PredictionLo
         (disk / "ballast").write_bytes(bytes(500_000))
         for i in range(3000):
             log.record(answer(i))
-        wait_for(lambda: not log.status()["ok"])
+        until(lambda: not log.status()["ok"])
         assert "full" in log.status()["last_error"]
         (disk / "ballast").unlink()
         subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
@@ -655,7 +647,7 @@ def test_postgresql_stops_and_starts_again(
     try:
         for i in range(20, 60):
             log.record(answer(i))
-        wait_for(lambda: not log.status()["ok"])
+        until(lambda: not log.status()["ok"])
         with pytest.raises(LogUnavailable) as refused:
             log.feedback("r1", True)
         assert not log.flush(2)
@@ -851,7 +843,7 @@ def test_images_by_policy_and_until_their_time(url: str, opened: Callable[..., P
     assert log.flush(30)
     log.writer.tidied -= 1000
     log.worker.wake.set()
-    wait_for(lambda: len(rows_of(url, "images")) == 1)
+    until(lambda: len(rows_of(url, "images")) == 1)
     [image] = rows_of(url, "images")
     assert image["content"] == b"today" and 2.9 < (image["kept_until"] - time.time()) / 86400 < 3
 
@@ -1072,7 +1064,7 @@ def test_from_the_picture_to_the_export(tmp_path: Path) -> None:
     kept = f"sqlite:///{tmp_path}/home/predictions.db"
     with running(tiny_model(tmp_path / "model"), tmp_path / "log", demo=False, log_images="all") as url:
         ask(url)
-        wait_for(lambda: figure(url, "celestial_log_written") == 1)
+        until(lambda: figure(url, "celestial_log_written") == 1)
         said = ask(url)
         time.sleep(1)
         [row] = [row for row in rows_of(kept) if row["request_id"] == said["request_id"]]
@@ -1150,7 +1142,7 @@ def served(home: Path, model: Path) -> Iterator[tuple[subprocess.Popen, str]]:
     ) as process:
         try:
             url = f"http://127.0.0.1:{port}"
-            wait_for(lambda: is_ready(url))
+            until(lambda: is_ready(url))
             yield process, url
         finally:
             process.terminate()
@@ -1169,9 +1161,9 @@ def test_a_service_killed_under_traffic_knows_what_it_lost(tmp_path: Path, secon
     with served(home, model) as (process, url):
         if seconds > 1:  # else it dies while the log is being opened
             ask(url)
-            wait_for(lambda: figure(url, "celestial_log_written") == 1)
+            until(lambda: figure(url, "celestial_log_written") == 1)
         with asked(url) as seen:
-            wait_for(lambda: len(seen) > 5)
+            until(lambda: len(seen) > 5)
             time.sleep(seconds)
             process.kill()
             killed = time.time()
@@ -1182,7 +1174,7 @@ def test_a_service_killed_under_traffic_knows_what_it_lost(tmp_path: Path, secon
     assert all(at > killed - 1 - stalled for at in missing), "at most the last second"
     with served(home, model) as (_, url):
         ask(url)
-        wait_for(lambda: figure(url, "celestial_log_written") == 1)
+        until(lambda: figure(url, "celestial_log_written") == 1)
         lost = figure(url, "celestial_log_lost_before")
         assert len(missing) <= lost <= len(missing) + 4, "four may have been answered and not heard it"
         result = CliRunner().invoke(app, ["log", "status", "--json"])
@@ -1222,12 +1214,12 @@ def test_the_service_goes_on_while_the_log_cannot(
     settings = {"log_url": kept, "access_log": False}
     with running(tiny_model(tmp_path / "model"), tmp_path / "log", demo=False, **settings) as url:
         first = ask(url)
-        wait_for(lambda: figure(url, "celestial_log_written") == 1)
+        until(lambda: figure(url, "celestial_log_written") == 1)
         with asked(url) as seen:
             time.sleep(2)
             with trouble(tmp_path / "db", int(figure(url, "celestial_process_id"))):
                 begin = time.time()
-                wait_for(lambda: figure(url, "celestial_log_ok") == 0)
+                until(lambda: figure(url, "celestial_log_ok") == 0)
                 feedback = httpx.post(
                     f"{url}/feedback", json={"request_id": first["request_id"], "correct": True}, timeout=30
                 )
@@ -1235,8 +1227,8 @@ def test_the_service_goes_on_while_the_log_cannot(
                     assert (feedback.status_code, feedback.json()["error"]["code"]) == (503, "log_unavailable")
                 time.sleep(2)
                 end = time.time()
-            wait_for(lambda: figure(url, "celestial_log_ok") == 1)
-        wait_for(lambda: figure(url, "celestial_log_buffered") == 0)
+            until(lambda: figure(url, "celestial_log_ok") == 1)
+        until(lambda: figure(url, "celestial_log_buffered") == 0)
         assert {status for *_, status, _ in seen} == {200}
         before = [took for at, took, *_ in seen if at < begin]
         during = [took for at, took, *_ in seen if begin < at < end]

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,41 @@ def test_library_notebook_asserts_what_it_shows(notebook: Path) -> None:
 def test_exported_cells_are_small(notebook: Path) -> None:
     lengths = [len(source(cell).splitlines()) for cell in cells(notebook) if source(cell).startswith("#| export")]
     assert max(lengths) <= 51, "an exported cell has at most 50 lines"
+
+
+def test_exported_cells_are_short() -> None:
+    exported = [source(cell) for nb in LIBRARY for cell in cells(nb) if source(cell).startswith("#| export")]
+    assert statistics.median(sum(bool(line.strip()) for line in code.splitlines()[1:]) for code in exported) <= 12
+
+
+def defined(code: str) -> list[str]:
+    "The public names that a cell defines."
+    names: list[str] = []
+    for node in ast.parse(code).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return [name for name in names if not name.startswith("_")]
+
+
+def mentioned(code: str) -> set[str]:
+    "The names in a cell, bare or behind a dot; magics aren't Python."
+    python = "\n".join(line for line in code.splitlines() if not line.lstrip().startswith(("%", "!")))
+    tree = compile(python, "cell", "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    return {
+        n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(tree) if isinstance(n, ast.Name | ast.Attribute)
+    }
+
+
+@pytest.mark.parametrize("notebook", LIBRARY, ids=name)
+def test_every_public_symbol_is_shown_and_asserted(notebook: Path) -> None:
+    "What a module offers to others is used in a cell that asserts; what it keeps to itself is exported by `exporti`."
+    codes = [source(cell) for cell in cells(notebook)]
+    public = [name for code in codes if code.startswith("#| export\n") for name in defined(code)]
+    shown = [mentioned(code) for code in codes if not code.startswith("#|") and "assert" in code.lower()]
+    assert not [name for name in public if not any(name in names for names in shown)]
 
 
 def test_rooms_import_only_from_below() -> None:

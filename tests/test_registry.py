@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from click.testing import Result
 from packages import package, photographs
+from serving import until
 from typer.testing import CliRunner
 
 from celestial_ml.cli.models import models_app
@@ -82,10 +83,7 @@ def aliases(run: Run) -> dict[str, int]:
 
 def wait_for_aliases(run: Run, wanted: dict[str, int]) -> None:
     "A process of its own tells MLflow."
-    deadline = time.monotonic() + 90
-    while aliases(run) != wanted and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert aliases(run) == wanted
+    until(lambda: aliases(run) == wanted, 90, 0.2)
 
 
 # ---------------------------------------------------------------------------------------------------- the gate

@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from serving import encoded, neptune, running, tiny_model
+from serving import encoded, neptune, running, tiny_model, until
 
 from celestial_ml.core.files import read_json, sha256_of, write_json
 from celestial_ml.data.render import render
@@ -61,13 +61,6 @@ def publish(home: Path, version: str) -> Path:
 
 def point(home: Path, role: str, version: str) -> None:
     write_json(home / "models" / f"{role}.json", {"model": f"tiny/{version}"})
-
-
-def until(met, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < end, "that never happened"
-        time.sleep(0.05)
 
 
 SERVE = "from celestial_ml.serve.server import serve; serve(None, port=0, demo=False)"

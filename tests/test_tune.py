@@ -8,8 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import pytest
 from mlflow import MlflowClient
 from optuna import load_study
 from PIL import Image
+from serving import until
 from sqlalchemy import create_engine, text
 
 from celestial_ml.core.errors import CelestialError
@@ -49,14 +49,6 @@ def study(name: str, storage: str | None = None):
 
 def states(name: str, storage: str | None = None) -> list[str]:
     return [trial.state.name for trial in study(name, storage).trials]
-
-
-def wait_for(met: Callable[[], bool], seconds: float = 300) -> None:
-    "Wait until something is so."
-    end = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < end, "that never happened"
-        time.sleep(0.3)
 
 
 def test_two_workers_make_a_study(tuned: dict) -> None:
@@ -164,7 +156,7 @@ def test_a_stopped_command_stops_its_workers(tuned: dict, project: Path) -> None
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        wait_for(lambda: begun("stopped"))
+        until(lambda: begun("stopped"), 300, 0.3)
         found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
         [worker] = map(int, found.stdout.split())
         process.send_signal(signal.SIGINT)
@@ -184,7 +176,7 @@ def endless_job(name: str) -> TuneJob:
 def test_a_worker_stops_when_its_command_is_gone(tuned: dict, project: Path, tmp_path: Path) -> None:
     process = _start_worker(endless_job("left-alone"), 1, tmp_path / "log")
     try:
-        wait_for(lambda: begun("left-alone") or process.poll() is not None)
+        until(lambda: begun("left-alone") or process.poll() is not None, 300, 0.3)
         assert process.poll() is None, (tmp_path / "log").read_text()
         process.stdin.close()  # as the system does when the command is killed
         assert process.wait(300) == 130 and states("left-alone") == ["FAIL"]
@@ -197,7 +189,7 @@ def test_a_killed_workers_trial_blocks_nobody(tuned: dict, at_home: Path) -> Non
     shared = join_study(job, {name: task.product for name, task in load_tasks(at_home, "smoke").items()})
     with ThreadPoolExecutor() as pool:
         working = pool.submit(run_workers, job, shared, quiet=True)
-        wait_for(lambda: begun("killed") or working.done())
+        until(lambda: begun("killed") or working.done(), 300, 0.3)
         found = subprocess.run(["ps", "-wwo", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
         [worker] = [int(line.split()[0]) for line in found.stdout.splitlines() if "flow.tuning import worker" in line]
         os.kill(worker, signal.SIGKILL)

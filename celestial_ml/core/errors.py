@@ -23,7 +23,7 @@ class CelestialError(Exception):
         self.message, self.hint = message, hint
         super().__init__(f"{message}\n{hint}" if hint else message)
 
-
+# %% ../../nbs/core/00_errors.ipynb #answerisno
 class AnswerIsNo(CelestialError):
     "The job ran to its end and the answer is no: a check failed, the gate refused."
 

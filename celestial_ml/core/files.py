@@ -25,7 +25,7 @@ def find_root(
     here = Path(start).resolve()
     return next((p for p in (here, *here.parents) if (p / "pipeline.yaml").is_file()), None)
 
-
+# %% ../../nbs/core/01_files.ipynb #project-root
 def project_root(
     start: Path | str = ".",  # where to begin; its parents are tried in turn
 ) -> Path:  # absolute

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'ParamsError', 'Section', 'Data', 'Check', 'Prepare', 'Model', 'Train', 'Evaluate', 'Explain', 'Package',
-           'Register', 'Span', 'Tune', 'Score', 'Track', 'Params', 'allowed', 'known_keys', 'params_error',
-           'parse_yaml', 'params_path', 'load_params', 'default_yaml']
+           'Register', 'Span', 'Tune', 'Score', 'Track', 'Params', 'allowed', 'known_keys', 'parse_yaml', 'params_path',
+           'load_params', 'default_yaml']
 
 # %% ../../nbs/core/04_params.ipynb #feca52bd
 import json
@@ -45,7 +45,7 @@ class Data(Section):
 
     source: str = Field("render", description="where the images come from: render, guide, folder, or your own")
     folder: str | None = Field(None, description="for source folder: a folder with a folder of images a class")
-    per_class: int = Field(150, ge=1, le=1_000_000, description="for source render: images of each body")
+    per_class: int = Field(150, ge=1, le=1_000_000, description="for source render: images of each class")
     image_px: int = Field(128, ge=16, le=1024, description="for source render: side of an image, in pixels")
     split: Literal["stratified", "guide"] = Field(
         "stratified", description="stratified: val and test from every class; guide: the guide's, val only"
@@ -100,10 +100,10 @@ class Evaluate(Section):
     "What the model is measured on."
 
     on: Literal["val", "test"] = Field("test", description="the split that is measured")
-    false_alarms: float = Field(0.01, gt=0, lt=0.5, description="share of known bodies that may be called unknown")
+    false_alarms: float = Field(0.01, gt=0, lt=0.5, description="share of known pictures that may be called unknown")
     bootstrap: int = Field(1000, ge=100, le=100_000, description="resamples behind each 95 % interval")
     min_slice: int = Field(15, ge=1, description="images that a slice needs to be judged")
-    strangers: int = Field(60, ge=4, le=10_000, description="pictures of each kind of thing that is no known body")
+    strangers: int = Field(60, ge=4, le=10_000, description="pictures of each kind of thing that is no known class")
     corrupted: int = Field(60, ge=1, le=10_000, description="test images behind the robustness table")
     folds: int = Field(0, ge=0, le=20, description="folds of a cross-validation, a training each; 0: none")
     leave_one_out: bool = Field(False, description="train once more without each class, to see if it is unknown then")

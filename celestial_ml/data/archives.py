@@ -94,12 +94,12 @@ def open_zip(
         raise
     return archive
 
-
+# %% ../../nbs/data/13_archives.ipynb #too-many
 def _too_many(name: str, limits: Limits) -> CelestialError:
     "The error for too many members."
     return CelestialError(f"{name} holds more than the {limits.files:,} files that are allowed", "Send it in parts.")
 
-
+# %% ../../nbs/data/13_archives.ipynb #check
 def _check(archive: zipfile.ZipFile, limits: Limits, name: str) -> None:
     "`CelestialError` unless all members are fine, and all of them together."
     members = [info for info in archive.infolist() if not info.is_dir()]
@@ -145,7 +145,7 @@ def read_member(
         raise CelestialError(f"{info.filename} in the ZIP isn't as long as it says", "Pack it again.")
     return content
 
-
+# %% ../../nbs/data/13_archives.ipynb #iter-pictures
 def iter_pictures(
     source: Path | str | bytes,  # a ZIP file, or its content
     limits: Limits = Limits(),

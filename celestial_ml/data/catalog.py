@@ -34,7 +34,7 @@ def image_files(
     if not any(classes.values()):
         raise CelestialError(
             f"{folder} holds no class folder with images ({', '.join(SUFFIXES)})",
-            f"Put the images of each class into a folder of its own, as in {folder.name}/Mars/one.jpg",
+            f"Put the images of each class into a folder of its own, as in {folder.name}/{next(iter(classes), 'cat')}/one.jpg",
         )
     return classes
 

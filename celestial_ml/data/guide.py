@@ -41,7 +41,7 @@ def expected(
     repo = content["deps"][0]["repo"]
     return {"checksum": content["outs"][0]["md5"], "url": repo["url"], "rev": repo["rev_lock"]}
 
-
+# %% ../../nbs/data/05_guide.ipynb #verify-copy
 def verify_copy(
     folder: Path,  # that claims to be the data set
     pointer: Path,  # the .dvc file
@@ -79,7 +79,7 @@ def get_guide(
     verify_copy(raw, pointer)
     return raw
 
-
+# %% ../../nbs/data/05_guide.ipynb #dvc-pull
 def _dvc_pull(pointer: Path) -> None:
     "Let DVC fetch what the pointer points to."
     command = [sys.executable, "-m", "dvc", "pull", "--quiet", str(pointer)]

@@ -31,7 +31,7 @@ def calibration_error(
     gap = (probabilities.argmax(axis=1) == labels) - confidence
     return float(abs(np.bincount(bin_of, weights=gap)).sum() / len(labels))
 
-
+# %% ../../nbs/model/08_calibrate.ipynb #confidence-bins
 def confidence_bins(
     probabilities: np.ndarray,  # float (n, classes)
     bins: int = 15,
@@ -40,7 +40,7 @@ def confidence_bins(
     confidence = probabilities.max(axis=1)
     return confidence, np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
 
-
+# %% ../../nbs/model/08_calibrate.ipynb #brier-score
 def brier_score(
     probabilities: np.ndarray,  # float (n, classes)
     labels: np.ndarray,  # int (n,), columns of `probabilities`
@@ -57,7 +57,7 @@ def _log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
     "The mean log-probability of the labels."
     return float(log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels].mean())
 
-
+# %% ../../nbs/model/08_calibrate.ipynb #coldest
 def _coldest(logits: np.ndarray) -> float:
     "The log-temperature at which the mean confidence is what n right answers in a row allow for."
     limit = (len(logits) + 1) / (len(logits) + 2)
@@ -70,7 +70,7 @@ def _coldest(logits: np.ndarray) -> float:
         return float(low)
     return float(high) if excess(high) >= 0 else float(brentq(excess, low, high))
 
-
+# %% ../../nbs/model/08_calibrate.ipynb #fit-temperature
 def fit_temperature(
     logits: np.ndarray,  # float (n, classes), of images that the network hasn't learned from
     labels: np.ndarray,  # int (n,)
@@ -128,7 +128,7 @@ def _reliability(over: plt.Axes, under: plt.Axes, probabilities: np.ndarray, lab
     under.bar(middle, count[some], width=0.9 / bins, color="#9a9a9a", log=True)
     under.set(xlim=(0, 1), ylim=(0.5, 2 * len(labels)), xlabel="confidence")
 
-
+# %% ../../nbs/model/08_calibrate.ipynb #plot-reliability
 def plot_reliability(
     before_probabilities: np.ndarray,  # float (n, classes)
     after_probabilities: np.ndarray,  # float (n, classes)

@@ -39,7 +39,7 @@ def _copied(graph: onnx.ModelProto) -> onnx.ModelProto:
     copy.opset_import.extend(helper.make_opsetid(name, versions[name]) for name in sorted(used))
     return copy
 
-
+# %% ../../nbs/model/14_compress.ipynb #merge-constants
 def _merge_constants(graph: onnx.GraphProto) -> None:
     "Drop constants that nothing reads, and all but the first of equal ones."
     used = {name for node in graph.node for name in node.input}
@@ -82,7 +82,7 @@ def strip_graph(
 # %% ../../nbs/model/14_compress.ipynb #weights
 _NETWORK = "network/"  # the prefix that `serving_graph` gives the network's part
 
-
+# %% ../../nbs/model/14_compress.ipynb #weights-x
 def _weights(graph: onnx.ModelProto) -> dict[str, int]:  # name → axis of the output channels
     "The float weights of the network's convolutions and dense layers; `ValueError` for a graph without."
     axes = {"Conv": 0, "MatMul": 1, "Gemm": 1}
@@ -97,7 +97,7 @@ def _weights(graph: onnx.ModelProto) -> dict[str, int]:  # name → axis of the 
         raise ValueError(f"no float weights named {_NETWORK}…: the graph is no unstripped one of serving_graph")
     return found
 
-
+# %% ../../nbs/model/14_compress.ipynb #as-int8
 def _as_int8(
     weights: np.ndarray,  # float
     axis: int,  # of the output channels
@@ -126,7 +126,7 @@ def _packed(
     cast = helper.make_node("Cast", [kept[0].name], [f"{name}/float"], to=onnx.TensorProto.FLOAT)
     return kept, [cast, helper.make_node("Mul", [f"{name}/float", kept[1].name], [name])]
 
-
+# %% ../../nbs/model/14_compress.ipynb #pack-weights
 def pack_weights(
     graph: onnx.ModelProto,  # of `serving_graph`
     smallest: int = 256,  # weights of a layer; below, the two operations are larger than what they save
@@ -149,7 +149,7 @@ def _channels(node: onnx.NodeProto, shapes: Mapping[str, Sequence[int]]) -> int:
     groups = next((a.i for a in node.attribute if a.name == "group"), 1)
     return shapes[node.input[1]][1] * groups
 
-
+# %% ../../nbs/model/14_compress.ipynb #quantised-nodes
 def _quantised_nodes(graph: onnx.ModelProto, min_channels: int) -> list[str]:
     "The convolutions that read so many channels, and the operations between them that int8 can pass through."
     shapes = {c.name: c.dims for c in graph.graph.initializer}
@@ -162,7 +162,7 @@ def _quantised_nodes(graph: onnx.ModelProto, min_channels: int) -> list[str]:
             inside.update(node.output)
     return names
 
-
+# %% ../../nbs/model/14_compress.ipynb #session
 def _session(content: Path | bytes) -> onnxruntime.InferenceSession:
     "A file on one thread."
     options = onnxruntime.SessionOptions()
@@ -181,7 +181,7 @@ class _Calibration:
         "The next one; None at the end."
         return next(({"image": image[None]} for image in self.images), None)
 
-
+# %% ../../nbs/model/14_compress.ipynb #static
 def _static(graph: onnx.ModelProto, images: Sequence[np.ndarray], nodes: list[str]) -> onnx.ModelProto:
     "These operations in int8, on scales that are read off the images. Source: ONNX Runtime, Quantize ONNX models."
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
@@ -209,7 +209,7 @@ def _mean_embedding(graph: onnx.ModelProto, images: Sequence[np.ndarray]) -> np.
     session = _session(graph.SerializeToString())
     return np.mean([session.run(["embedding"], {"image": image[None]})[0][0] for image in images], axis=0)
 
-
+# %% ../../nbs/model/14_compress.ipynb #corrected
 def _corrected(small: onnx.ModelProto, graph: onnx.ModelProto, images: Sequence[np.ndarray]) -> onnx.ModelProto:
     "With the mean embedding that `graph` has. Source: Nagel et al. 2019, arXiv:1906.04721, bias correction."
     missing = _mean_embedding(graph, images) - _mean_embedding(small, images)
@@ -219,7 +219,7 @@ def _corrected(small: onnx.ModelProto, graph: onnx.ModelProto, images: Sequence[
     small.graph.node.insert(at + 1, helper.make_node("Add", ["rounded", "missing"], ["embedding"]))
     return strip_graph(small)
 
-
+# %% ../../nbs/model/14_compress.ipynb #quantize
 def quantize(
     graph: onnx.ModelProto,  # of `serving_graph`
     images: Sequence[np.ndarray],  # uint8 (h, w, 3) each: training images, a hundred will do
@@ -272,7 +272,7 @@ def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     "Spearman's; 0 where all values are the same."
     return float(np.nan_to_num(pd.Series(a).corr(pd.Series(b), method="spearman")))
 
-
+# %% ../../nbs/model/14_compress.ipynb #compare-files
 def compare_files(
     files: Mapping[str, Path | bytes],  # ONNX files by name; the first is what the others are compared with
     images: Sequence[np.ndarray],  # uint8 (h, w, 3) each
@@ -353,7 +353,7 @@ def edge_build(
     finally:
         logger.setLevel(level)
 
-
+# %% ../../nbs/model/14_compress.ipynb #edge-logits
 def edge_logits(
     path: Path | str,  # of `edge_build`
     pixels: np.ndarray,  # uint8 (n, size, size, channels)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['BASELINE', 'train_network', 'cross_validate', 'fold_summary', 'left_out', 'leave_one_out', 'fit_baseline']
+__all__ = ['BASELINE', 'cross_validate', 'fold_summary', 'leave_one_out', 'fit_baseline']
 
 # %% ../../nbs/model/13_cross_validate.ipynb #train-network
 def train_network(
@@ -61,7 +61,7 @@ def cross_validate(
         fold[held_out] = i
     return logits, fold
 
-
+# %% ../../nbs/model/13_cross_validate.ipynb #fold-summary
 def fold_summary(
     logits: np.ndarray,  # of `cross_validate`
     fold: np.ndarray,
@@ -99,7 +99,7 @@ def left_out(
         "accuracy": float((outputs.logits[asked].argmax(axis=1) == labels[asked]).mean()),
     }
 
-
+# %% ../../nbs/model/13_cross_validate.ipynb #leave-one-out
 def leave_one_out(
     pixels: np.ndarray,  # uint8 (n, size, size, channels)
     about: pd.DataFrame,  # label and split of each image
@@ -120,7 +120,7 @@ BASELINE = (
     Train(epochs=5, lr=1e-4, schedule="constant", augment=False, label_smoothing=0.0),
 )
 
-
+# %% ../../nbs/model/13_cross_validate.ipynb #fit-baseline-x
 def fit_baseline(
     images: Iterable[np.ndarray],  # uint8 (height, width, 3) each: the training images
     labels: np.ndarray,  # int (n,), 0 … classes - 1

@@ -25,7 +25,7 @@ def softmax(
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True).astype(np.float64))
     return shifted / shifted.sum(axis=1, keepdims=True)
 
-
+# %% ../../nbs/model/03_evaluate.ipynb #predictions-table
 def predictions_table(
     about: pd.DataFrame,  # path and label of each image
     logits: np.ndarray,  # float (n, classes)
@@ -49,7 +49,7 @@ def _scores(label: Any, predicted: Any, **options: Any) -> dict[str, float]:
     scores = precision_recall_fscore_support(label, predicted, zero_division=0, **options)
     return dict(zip(("precision", "recall", "f1"), (float(np.squeeze(s)) for s in scores[:3]), strict=True))
 
-
+# %% ../../nbs/model/03_evaluate.ipynb #compute-metrics
 def compute_metrics(
     table: pd.DataFrame,  # of `predictions_table`
     classes: list[str],
@@ -77,7 +77,7 @@ def with_embedding(
 
     return keras.Model(model.input, [model.output, model.get_layer("embedding").output])
 
-
+# %% ../../nbs/model/03_evaluate.ipynb #logits-and-embeddings
 def logits_and_embeddings(
     both: keras.Model,  # of `with_embedding`
     pixels: np.ndarray,  # uint8 (n, size, size, channels)

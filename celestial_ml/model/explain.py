@@ -31,7 +31,7 @@ def _margin(logits: np.ndarray, target: int) -> np.ndarray:  # (n,)
     others = np.delete(logits, target, axis=1)
     return logits[:, target] - others.max(axis=1)
 
-
+# %% ../../nbs/model/05_explain.ipynb #occlusion-map
 def occlusion_map(
     logits_of: Callable[[np.ndarray], np.ndarray],  # uint8 (n, size, size, channels) → logits (n, classes)
     pixels: np.ndarray,  # uint8 (size, size, channels)
@@ -59,7 +59,8 @@ def share_on_body(
 ) -> float:  # 0 … 1
     "The share of a map's positive part that lies on lit pixels."
     positive = saliency.clip(min=0)
-    return float(positive[pixels.max(axis=-1) >= 16].sum() / max(positive.sum(), 1e-9))
+    lit, everywhere = positive[pixels.max(axis=-1) >= 16].sum(dtype=float), positive.sum(dtype=float)
+    return float(min(lit / max(everywhere, 1e-9), 1))  # two sums in other orders differ in the last bit
 
 # %% ../../nbs/model/05_explain.ipynb #grad-cam
 def grad_cam(
@@ -87,7 +88,7 @@ def weighted_layers(
     "The layers that have learned something, in the order in which `randomised` breaks them."
     return [layer.name for layer in reversed(model.layers) if layer.weights]
 
-
+# %% ../../nbs/model/05_explain.ipynb #randomised
 def randomised(
     model: keras.Model,  # stays as it is
     seed: int,
@@ -123,7 +124,7 @@ def map_similarity(
 # %% ../../nbs/model/05_explain.ipynb #sanity-check
 SANITY_LIMIT = 0.5  # mean rank correlation with the maps of a network of which nothing is left
 
-
+# %% ../../nbs/model/05_explain.ipynb #sanity-check-x
 def sanity_check(
     model: keras.Model,  # of `build_network`, or `with_embedding` of one
     pixels: np.ndarray,  # uint8 (n, size, size, channels)

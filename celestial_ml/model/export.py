@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['network_graph', 'answer_graph', 'serving_graph', 'same_size', 'write_selftest']
+__all__ = ['answer_graph', 'serving_graph', 'same_size', 'write_selftest']
 
 # %% ../../nbs/model/07_export.ipynb #network-graph
 def network_graph(
@@ -63,7 +63,7 @@ answer (float[n, k] logits, float[n, d] embedding) => (float[n, k] probabilities
 }}
 """
 
-
+# %% ../../nbs/model/07_export.ipynb #answer-graph-x
 def answer_graph(
     distance: Distance,
     temperature: float = 1.0,  # that the logits are divided by
@@ -111,7 +111,7 @@ def same_size(
         return np.stack(images)
     return np.stack([np.asarray(Image.fromarray(image).resize((side, side))) for image in images])
 
-
+# %% ../../nbs/model/07_export.ipynb #write-selftest
 def write_selftest(
     path: Path | str,  # ends in .npz
     images: np.ndarray,  # uint8 (n, h, w, 3)

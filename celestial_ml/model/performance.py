@@ -59,7 +59,7 @@ def reliability(
 # %% ../../nbs/model/16_performance.ipynb #contact-strip
 SIDE, COLUMNS = 72, 20  # pixels of a thumbnail; thumbnails in a row
 
-
+# %% ../../nbs/model/16_performance.ipynb #contact-strip-x
 def contact_strip(
     pictures: Sequence[np.ndarray],  # uint8 (height, width, 3) each, of any size
     side: int = SIDE,
@@ -77,7 +77,7 @@ def contact_strip(
 # %% ../../nbs/model/16_performance.ipynb #save-strip
 LARGEST = 1_000_000  # bytes of the thumbnails
 
-
+# %% ../../nbs/model/16_performance.ipynb #save-strip-x
 def save_strip(
     strip: Image.Image,
     path: Path,  # a WebP file
@@ -91,7 +91,7 @@ def save_strip(
             break
     return path.stat().st_size
 
-
+# %% ../../nbs/model/16_performance.ipynb #write-performance
 def write_performance(
     path: Path,  # performance.json
     thumbnails: Path,  # performance.webp

@@ -60,7 +60,7 @@ def show_prediction(ax: Any, pixels: np.ndarray, row: Any) -> None:
     said = row.predicted if row.correct else f"{row.label}, not {row.predicted}"
     ax.set_title(f"{said}\n{row.confidence:.0%}", fontsize=8, color=colour)
 
-
+# %% ../../nbs/model/04_plots.ipynb #plot-preview
 def plot_preview(
     table: pd.DataFrame,  # of `predictions_table`
     pixels: np.ndarray,  # uint8 (n, size, size, channels), row by row

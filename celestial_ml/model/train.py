@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['epoch_batches', 'learning_rate', 'class_weights', 'compile_model', 'batches_ahead', 'train_epoch', 'Course',
-           'training_key', 'save_checkpoint', 'load_checkpoint', 'epochs_since_best', 'rough_share', 'epoch_function',
-           'fit']
+__all__ = ['epoch_batches', 'learning_rate', 'class_weights', 'fit']
 
 # %% ../../nbs/model/02_train.ipynb #epoch-batches
 def epoch_batches(
@@ -83,7 +81,7 @@ def compile_model(
     )
     model.optimizer.build(model.trainable_variables)
 
-
+# %% ../../nbs/model/02_train.ipynb #batches-ahead
 def batches_ahead(
     change: Callable[[np.ndarray, int], Any],  # (row numbers, step) → a batch as the network sees it
     batches: np.ndarray,  # of `epoch_batches`
@@ -96,7 +94,7 @@ def batches_ahead(
             yield ready
         yield coming.result()
 
-
+# %% ../../nbs/model/02_train.ipynb #train-epoch
 def train_epoch(
     model: keras.Model,  # compiled; its weights are changed
     pixels: np.ndarray,  # uint8 (n, size, size, channels)
@@ -122,7 +120,7 @@ class Course:
     rows: list[dict[str, float]] = field(default_factory=list)  # an epoch each
     best: list[np.ndarray] | None = None  # the weights of the epoch with the lowest val_loss, while anybody waits
 
-
+# %% ../../nbs/model/02_train.ipynb #training-key
 def training_key(
     model: keras.Model,
     train: tuple[np.ndarray, np.ndarray],  # pixels, labels
@@ -133,7 +131,7 @@ def training_key(
     parts = (model.to_json(), p.model_dump_json(), str(seed))
     return sha256_of("".join([*parts, *(sha256_of(np.ascontiguousarray(a).tobytes()) for a in train)]).encode())
 
-
+# %% ../../nbs/model/02_train.ipynb #save-checkpoint
 def save_checkpoint(
     path: Path,  # a .npz
     key: str,  # of `training_key`
@@ -147,7 +145,7 @@ def save_checkpoint(
     with atomic(path) as f:
         np.savez(f, key=np.array(key), rows=np.array(json.dumps(course.rows)), **arrays)
 
-
+# %% ../../nbs/model/02_train.ipynb #load-checkpoint
 def load_checkpoint(
     path: Path,
     key: str,  # of `training_key`
@@ -172,7 +170,7 @@ def epochs_since_best(
     losses = [row["val_loss"] for row in course.rows]
     return len(losses) - 1 - int(np.argmin(losses))
 
-
+# %% ../../nbs/model/02_train.ipynb #rough-share
 def rough_share(
     epoch: int,  # from 0
     epochs: int,
@@ -180,7 +178,7 @@ def rough_share(
     "The share of roughly changed pictures: less at the end. Source: He et al. 2019, arXiv:1909.09148."
     return 0.75 if epoch < 0.8 * epochs else 0.4
 
-
+# %% ../../nbs/model/02_train.ipynb #epoch-function
 def epoch_function(
     model: keras.Model,
     train: tuple[np.ndarray, np.ndarray],

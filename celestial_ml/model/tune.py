@@ -34,16 +34,15 @@ if TYPE_CHECKING:
     from optuna.storages import RDBStorage
 
 # %% auto #0
-__all__ = ['Space', 'HEARTBEAT', 'SILENCE', 'Watch', 'check_space', 'suggest', 'rounded', 'with_values', 'storage_url',
-           'storage_errors', 'open_storage', 'seeded_sampler', 'open_study', 'count_trials', 'trials_left',
-           'run_trials', 'cross_entropy', 'training_objective', 'trials_table', 'best_trial', 'importances',
-           'plot_trials', 'plot_parallel', 'plot_importances']
+__all__ = ['HEARTBEAT', 'SILENCE', 'check_space', 'suggest', 'rounded', 'with_values', 'storage_url', 'storage_errors',
+           'open_storage', 'open_study', 'count_trials', 'trials_left', 'run_trials', 'training_objective',
+           'trials_table', 'best_trial', 'importances', 'plot_trials', 'plot_parallel', 'plot_importances']
 
-# %% ../../nbs/model/15_tune.ipynb #check-space
+# %% ../../nbs/model/15_tune.ipynb #919d8450
 Space = dict[str, Span | list[Any]]
 _SECTIONS: dict[str, type[Model] | type[Train]] = {"model": Model, "train": Train}
 
-
+# %% ../../nbs/model/15_tune.ipynb #check-space
 def check_space(
     space: Space,  # of the parameter tune.space
     model: Model,  # the run's own
@@ -84,7 +83,7 @@ def _ends(key: str, choice: Span | list[Any]) -> list[Any]:
     ends = [choice.low, choice.high]
     return [int(end) if kind is int and end == int(end) else end for end in ends]
 
-
+# %% ../../nbs/model/15_tune.ipynb #check-value
 def _check_value(key: str, value: Any, sections: dict[str, Model | Train]) -> None:
     "`ParamsError` unless the schema allows the value."
     section, _, name = key.partition(".")
@@ -113,14 +112,14 @@ def suggest(
             values[key] = trial.suggest_float(key, choice.low, choice.high, log=choice.log)
     return rounded(values)
 
-
+# %% ../../nbs/model/15_tune.ipynb #rounded
 def rounded(
     values: dict[str, Any],  # a trial's, as the study has them
 ) -> dict[str, Any]:
     "The same, as they were trained with."
     return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in values.items()}
 
-
+# %% ../../nbs/model/15_tune.ipynb #with-values
 def with_values(
     values: dict[str, Any],  # {"train.lr": 0.004, …}
     model: Model,
@@ -160,10 +159,10 @@ def storage_url(
     query = url.difference_update_query(["password"]).query  # it may stand there too
     return str(URL.create(driver, url.username, None, url.host, url.port, url.database, query))
 
-# %% ../../nbs/model/15_tune.ipynb #storage-errors
+# %% ../../nbs/model/15_tune.ipynb #9b34c02e
 HEARTBEAT, SILENCE = 5, 30  # seconds between two signs of life, and without one until a trial counts as failed
 
-
+# %% ../../nbs/model/15_tune.ipynb #storage-errors
 @contextmanager
 def storage_errors(
     url: str,  # of `storage_url`
@@ -183,7 +182,7 @@ def storage_errors(
             hint = "Check that the folder exists and may be written to."
         raise CelestialError(f"{url} can't be used: {words[:300]}", hint) from None
 
-
+# %% ../../nbs/model/15_tune.ipynb #open-storage
 def open_storage(
     url: str,  # of `storage_url`
 ) -> RDBStorage:
@@ -262,17 +261,17 @@ def open_study(
         _require_same(p.study, study.user_attrs["same"], same)
     return study
 
-
+# %% ../../nbs/model/15_tune.ipynb #jsonable
 def _jsonable(choice: Span | list[Any]) -> Any:
     "A range as a mapping."
     return choice.model_dump() if isinstance(choice, Span) else choice
 
-
+# %% ../../nbs/model/15_tune.ipynb #is-in
 def _is_in(value: Any, choice: Span | list[Any]) -> bool:
     "Whether a search could come upon the value."
     return choice.low <= value <= choice.high if isinstance(choice, Span) else value in choice
 
-
+# %% ../../nbs/model/15_tune.ipynb #require-same
 def _require_same(name: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     "`CelestialError` if the trials of a study can't be compared with those that would be added."
     differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
@@ -293,7 +292,7 @@ def count_trials(
     counts = Counter(trial.state for trial in study.get_trials(deepcopy=False))
     return {state.name.lower(): counts[state] for state in TrialState}
 
-
+# %% ../../nbs/model/15_tune.ipynb #trials-left
 def trials_left(
     study: Study,
     trials: int,  # that it shall have
@@ -302,7 +301,7 @@ def trials_left(
     counts = count_trials(study)
     return max(0, trials - counts["complete"] - counts["pruned"])
 
-
+# %% ../../nbs/model/15_tune.ipynb #run-trials
 def run_trials(
     study: Study,  # of `open_study`
     trials: int,  # finished ones that the study shall have, of all workers together
@@ -376,7 +375,7 @@ def training_objective(
 
     return objective
 
-
+# %% ../../nbs/model/15_tune.ipynb #report
 def _report(trial: Trial, network: keras.Model, val: Any, tell: Callable) -> Callable[[int, dict[str, float]], None]:
     "What is done after each epoch: measure, tell, and stop what is hopeless."
 
@@ -412,7 +411,7 @@ def trials_table(
             rows.append(row | rounded(trial.params))
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/model/15_tune.ipynb #best-trial
 def best_trial(
     table: pd.DataFrame,  # of `trials_table`
 ) -> Any:  # its row
@@ -422,7 +421,7 @@ def best_trial(
         raise CelestialError("no trial came to its end", "Allow more trials: --trials 20")
     return whole.sort_values("loss", kind="stable").iloc[0]
 
-
+# %% ../../nbs/model/15_tune.ipynb #importances
 def importances(
     study: Study,
 ) -> dict[str, float]:  # of each parameter, together 1; empty where the trials don't say

@@ -15,7 +15,7 @@ import numpy as np
 from .log import open_log
 
 # %% auto #0
-__all__ = ['typical_rows', 'measure_log']
+__all__ = ['measure_log']
 
 # %% ../../nbs/monitor/11_cost.ipynb #typical-rows
 def typical_rows(
@@ -32,7 +32,7 @@ def typical_rows(
     ids = [((f"{i:012x}" if ordered else "") + uuid.uuid4().hex)[:32] for i in range(count)]
     return [fixed | {"request_id": name, "sha256": random.bytes(32).hex()} for name in ids]
 
-
+# %% ../../nbs/monitor/11_cost.ipynb #measure-log
 def measure_log(
     url: str | None = None,  # None: SQLite in a folder of its own
     rows: int = 5000,

@@ -111,7 +111,7 @@ def _read_counters(path: Path) -> dict[str, Any]:
     dropped = sum(numbers[place] for place in REASONS.values())
     return json.loads(content[NUMBERS:]) | {"answered": numbers[ANSWERED], "dropped": dropped}
 
-
+# %% ../../nbs/monitor/02_counters.ipynb #held
 @contextmanager
 def _held(path: Path) -> Iterator[bool]:
     "Whether nobody else holds the file; held meanwhile, so that one process alone deals with it."
@@ -128,7 +128,7 @@ def _held(path: Path) -> Iterator[bool]:
     except FileNotFoundError:
         yield False
 
-
+# %% ../../nbs/monitor/02_counters.ipynb #living
 def living(folder: Path) -> set[str]:
     "The ids of the processes that count in this folder and are alive."
     alive = set()
@@ -160,7 +160,7 @@ def settle(
                     path.unlink(missing_ok=True)
     return lost
 
-
+# %% ../../nbs/monitor/02_counters.ipynb #end-process
 def end_process(
     engine: Engine,
     facts: dict[str, Any],  # id, host, pid, started, answered, dropped

@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine, MetaData
 
 # %% auto #0
-__all__ = ['ADVISORY_LOCK', 'UPDATE_PATIENCE', 'LogUnavailable', 'UnknownRequest', 'hide_password', 'log_url', 'sqlite_file',
-           'database_error', 'database_errors', 'log_tables', 'utc', 'plain_text', 'make_engine', 'writing',
-           'bring_up_to_date', 'open_database']
+__all__ = ['LogUnavailable', 'UnknownRequest', 'hide_password', 'log_url', 'sqlite_file', 'database_error', 'database_errors',
+           'log_tables', 'utc', 'plain_text', 'make_engine', 'writing', 'open_database']
 
 # %% ../../nbs/monitor/01_database.ipynb #logunavailable
 class LogUnavailable(CelestialError):
@@ -49,7 +48,7 @@ def hide_password(
     "The text with *** for every password of a URL."
     return _QUERY.sub(r"\1***", _LOGIN.sub(r"\1:***@", text))
 
-
+# %% ../../nbs/monitor/01_database.ipynb #log-url
 def log_url(
     url: str | None = None,  # None: CELESTIAL_LOG_URL, else SQLite in the state folder
 ) -> str:  # with its driver named, a file's path absolute; it may hold a password
@@ -69,7 +68,7 @@ def log_url(
         raise CelestialError("the prediction log needs a file: sqlite:///FILE", allowed)
     return f"sqlite:///{Path(rest[1:]).expanduser().resolve()}"
 
-
+# %% ../../nbs/monitor/01_database.ipynb #sqlite-file
 def sqlite_file(
     url: str,  # of `log_url`
 ) -> Path | None:  # None: it isn't SQLite
@@ -95,7 +94,7 @@ def database_error(
         hint = f"Check that {file.parent} exists, may be written to and has room, and who else has the file open."
     return LogUnavailable(f"the prediction log {shown} can't be used: {words[:300] or type(error).__name__}", hint)
 
-
+# %% ../../nbs/monitor/01_database.ipynb #database-errors
 @contextmanager
 def database_errors(
     url: str,  # of `log_url`
@@ -139,10 +138,10 @@ def plain_text(
     "As text that every database takes: PostgreSQL refuses a zero byte."
     return None if value is None else str(value).replace("\0", "")
 
-# %% ../../nbs/monitor/01_database.ipynb #make-engine
+# %% ../../nbs/monitor/01_database.ipynb #a183aad8
 ADVISORY_LOCK = 0x63656C6573746961  # "celestia"; any number that nobody else takes in this database
 
-
+# %% ../../nbs/monitor/01_database.ipynb #make-engine
 def make_engine(
     url: str,  # of `log_url`
     patience: float = 5.0,  # seconds to wait for a lock, or a connection
@@ -162,7 +161,7 @@ def make_engine(
     options["options"] = f"-c lock_timeout={round(patience * 1000)}"
     return create_engine(url, pool_pre_ping=True, pool_size=2, connect_args=options)
 
-
+# %% ../../nbs/monitor/01_database.ipynb #prepare-sqlite
 def _prepare_sqlite(connection: Any, _: Any) -> None:
     "How every connection to SQLite begins."
     connection.isolation_level = None  # transactions begin where we say so
@@ -170,13 +169,13 @@ def _prepare_sqlite(connection: Any, _: Any) -> None:
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA secure_delete=ON")  # what is deleted is overwritten
 
-
+# %% ../../nbs/monitor/01_database.ipynb #begin-sqlite
 def _begin_sqlite(connection: Connection) -> None:
     "Begin a transaction, for reading unless it's said to be for writing."
     writing = connection.get_execution_options().get("writing")
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
 
-
+# %% ../../nbs/monitor/01_database.ipynb #writing
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
     "A transaction that may write."
@@ -192,7 +191,7 @@ def _is_up_to_date(engine: Engine) -> bool:
     with engine.connect() as connection:
         return schema_version(connection) == REVISIONS[-1].revision  # type: ignore[attr-defined]
 
-
+# %% ../../nbs/monitor/01_database.ipynb #bring-up-to-date
 def bring_up_to_date(url: str) -> None:
     "Make the tables, or what is missing of them."
     import alembic.operations  # noqa: F401 - it takes its time, and others would wait for the lock
@@ -208,7 +207,7 @@ def bring_up_to_date(url: str) -> None:
     finally:
         engine.dispose()
 
-
+# %% ../../nbs/monitor/01_database.ipynb #open-database
 def open_database(
     url: str | None = None,  # as `log_url` takes it
     create: bool = True,  # make a SQLite file that isn't there

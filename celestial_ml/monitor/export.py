@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine, Row
 
 # %% auto #0
-__all__ = ['PIECE', 'export_schema', 'day_of', 'export_days']
+__all__ = ['export_schema', 'export_days']
 
 # %% ../../nbs/monitor/09_export.ipynb #arrow
 PIECE = 2048  # rows in memory, and in a row group
@@ -37,7 +37,7 @@ def _arrow() -> Any:
         raise CelestialError("an export needs PyArrow", "Install it: pip install pyarrow") from None
     return pyarrow
 
-
+# %% ../../nbs/monitor/09_export.ipynb #export-schema
 def export_schema() -> pa.Schema:
     "The columns of an export."
     arrow = _arrow()
@@ -60,7 +60,7 @@ def _vectors(blobs: list[bytes | None], kind: str) -> Any:
     mask = arrow.array([blob is None for blob in blobs])
     return arrow.ListArray.from_arrays(arrow.array(ends, arrow.int32()), values, mask=mask)
 
-
+# %% ../../nbs/monitor/09_export.ipynb #piece
 def _piece(rows: list[Row[Any]], names: dict[str, list[str]]) -> Any:
     "Rows as an Arrow table."
     arrow, columns = _arrow(), {}
@@ -88,12 +88,12 @@ def day_of(
     except ValueError:
         raise CelestialError(f"{text!r} is no day", "Write it as 2026-03-01; days are in UTC.") from None
 
-
+# %% ../../nbs/monitor/09_export.ipynb #start
 def _start(day: date) -> float:
     "When a day begins."
     return datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()
 
-
+# %% ../../nbs/monitor/09_export.ipynb #days
 def _days(engine: Engine, folder: Path, since: date | None, until: date | None) -> list[date]:
     "The days to look at: those between the first and the last row, and those that were exported before."
     from sqlalchemy import func, select
@@ -108,7 +108,7 @@ def _days(engine: Engine, folder: Path, since: date | None, until: date | None) 
         days |= {first + timedelta(days=i) for i in range((last - first).days + 1)}
     return sorted(day for day in days if (since or day) <= day <= (until or day))
 
-
+# %% ../../nbs/monitor/09_export.ipynb #export-days
 def export_days(
     folder: Path | str,  # where day=… folders are made
     since: date | str | None = None,  # the first day, in UTC; None: the first that there is
@@ -149,7 +149,7 @@ def _export_day(engine: Engine, day: date, path: Path) -> int:
         path.unlink(missing_ok=True)
     return count
 
-
+# %% ../../nbs/monitor/09_export.ipynb #write-pieces
 def _write_pieces(path: Path, first: list[Any], others: Iterable[Any], names: dict[str, list[str]]) -> int:
     "Write rows piece by piece; how many."
     from itertools import chain

@@ -24,7 +24,7 @@ class Contradiction(CelestialError):
 
     status, code = 422, "contradictory_feedback"
 
-
+# %% ../../nbs/monitor/05_feedback.ipynb #add-feedback
 def add_feedback(
     engine: Engine,
     request_id: str,

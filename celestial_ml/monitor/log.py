@@ -34,14 +34,13 @@ if TYPE_CHECKING:
     from celestial_ml.serve.settings import ServeSettings
 
 # %% auto #0
-__all__ = ['log', 'INTERVAL', 'BATCH', 'TIDY', 'FIGURES', 'DELAY', 'Health', 'status_of', 'figures_of', 'Worker', 'say_goodbye',
-           'PredictionLog', 'give_feedback', 'await_opening', 'open_log', 'service_log']
+__all__ = ['PredictionLog', 'open_log', 'service_log']
 
-# %% ../../nbs/monitor/07_log.ipynb #health
+# %% ../../nbs/monitor/07_log.ipynb #c7c7f6b6
 log = logging.getLogger(__name__)
 INTERVAL, BATCH, TIDY = 0.25, 500, 60.0  # seconds between writes, rows in one, seconds between tidying up
 
-
+# %% ../../nbs/monitor/07_log.ipynb #health
 class Health:
     "Whether writing works, and since when."
 
@@ -82,7 +81,7 @@ def status_of(
         "lost_before": writer.lost_before, "counted": counters.path is not None,
     }  # fmt: skip
 
-
+# %% ../../nbs/monitor/07_log.ipynb #00e3e337
 FIGURES = {  # of the status → kind, words
     "ok": ("gauge", "Whether the prediction log can be written to."),
     "answered": ("counter", "Answers told to the prediction log."),
@@ -95,7 +94,7 @@ FIGURES = {  # of the status → kind, words
     "lost_before": ("gauge", "Answers that killed processes took along."),
 }
 
-
+# %% ../../nbs/monitor/07_log.ipynb #figures-of
 def figures_of(
     status: dict[str, Any],  # of `status_of`
 ) -> Iterator[tuple[str, str, str, dict[str, str], float]]:  # kind, name, words, labels, value
@@ -249,7 +248,7 @@ def give_feedback(
     finally:
         one_at_a_time.release()
 
-
+# %% ../../nbs/monitor/07_log.ipynb #await-opening
 def await_opening(log: PredictionLog, timeout: float = 5.0) -> bool:
     "Whether the database is open; waits for the first attempt, and raises what only a person can mend."
     log.worker.wake.set()
@@ -259,10 +258,10 @@ def await_opening(log: PredictionLog, timeout: float = 5.0) -> bool:
         raise error
     return log.health.state == "ok"
 
-# %% ../../nbs/monitor/07_log.ipynb #open-log
+# %% ../../nbs/monitor/07_log.ipynb #c7fe06bf
 DELAY = 2.0  # seconds after which a server that nobody asks opens its log
 
-
+# %% ../../nbs/monitor/07_log.ipynb #open-log
 def open_log(
     url: str | None = None,  # None: CELESTIAL_LOG_URL, else SQLite in the state folder
     images: ImagePolicy | str = "none",  # which are kept, as `image_policy` takes it
@@ -288,7 +287,7 @@ def open_log(
             raise
     return opened
 
-
+# %% ../../nbs/monitor/07_log.ipynb #service-log
 def service_log(
     settings: ServeSettings,
 ) -> PredictionLog | None:  # None: none is kept

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 # %% auto #0
-__all__ = ['REVISIONS', 'VERSION_TABLE', 'Predictions', 'Images', 'NewerSchema', 'schema_version', 'migrate']
+__all__ = ['REVISIONS', 'VERSION_TABLE', 'NewerSchema', 'schema_version', 'migrate']
 
 # %% ../../nbs/monitor/00_migrations.ipynb #predictions
 class Predictions:
@@ -99,7 +99,7 @@ VERSION_TABLE = "celestial_version"
 class NewerSchema(CelestialError):
     "The database was written by a later release."
 
-
+# %% ../../nbs/monitor/00_migrations.ipynb #schema-version
 def schema_version(
     connection: Connection,
 ) -> str | None:  # None: a database without a log

@@ -33,7 +33,7 @@ class ImagePolicy:
             return int(row["sha256"][:8], 16) < self.number * 2**32
         return self.keep == "all"
 
-
+# %% ../../nbs/monitor/03_policy.ipynb #image-policy
 def image_policy(
     text: ImagePolicy | str,  # "uncertain:0.7@14"
 ) -> ImagePolicy:

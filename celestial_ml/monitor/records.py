@@ -40,7 +40,7 @@ def open_records(
         settle(engine, hide_password(log_url(url)), counters_folder())
     return engine
 
-
+# %% ../../nbs/monitor/08_records.ipynb #log-status
 def log_status(
     url: str | None = None,  # as `log_url` takes it
 ) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def log_status(
     status |= {"lost": int(lost or 0), "dropped": int(dropped or 0)}
     return status | {"processes": [_process(row) for row in found]}
 
-
+# %% ../../nbs/monitor/08_records.ipynb #process
 def _process(row: dict[str, Any]) -> dict[str, Any]:
     "A process, and whether it lives."
     state = "ended" if row["ended"] else "running" if row["id"] in living(counters_folder()) else "elsewhere"
@@ -82,7 +82,7 @@ def joined_answers() -> Select[Any]:
     feedback = [said.c.correct, *(said.c[name].label(f"feedback_{name}") for name in ("label", "comment", "time"))]
     return select(rows, *feedback).select_from(joined)
 
-
+# %% ../../nbs/monitor/08_records.ipynb #is-correct
 def is_correct(
     row: Any,  # with role, label, known, correct and feedback_label
 ) -> bool | None:  # None: nobody said
@@ -93,7 +93,7 @@ def is_correct(
         return None
     return row.feedback_label == (row.label if row.known else "unknown")
 
-
+# %% ../../nbs/monitor/08_records.ipynb #last-answers
 def last_answers(
     count: int = 20,
     url: str | None = None,  # as `log_url` takes it
@@ -145,7 +145,7 @@ def forget(
             raw.close()
     return gone
 
-
+# %% ../../nbs/monitor/08_records.ipynb #somebody-writes
 def _somebody_writes(engine: Engine) -> bool:
     "Whether a process hasn't ended."
     from sqlalchemy import select
@@ -154,7 +154,7 @@ def _somebody_writes(engine: Engine) -> bool:
     with engine.connect() as connection:
         return connection.execute(select(processes.c.id).where(processes.c.ended.is_(None))).first() is not None
 
-
+# %% ../../nbs/monitor/08_records.ipynb #forget-x
 def _forget(engine: Engine, sha256: str, answers: bool) -> dict[str, int]:
     "Delete what is in the database now."
     from sqlalchemy import delete, insert, select

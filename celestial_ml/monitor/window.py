@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
 
 # %% auto #0
-__all__ = ['ANSWERED', 'moment', 'read_answers', 'embeddings', 'wilson', 'live_accuracy']
+__all__ = ['moment', 'read_answers', 'embeddings', 'wilson', 'live_accuracy']
 
 # %% ../../nbs/monitor/10_window.ipynb #moment
 def moment(
@@ -36,7 +36,7 @@ def moment(
         return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
     return float(when)
 
-
+# %% ../../nbs/monitor/10_window.ipynb #within
 def _within(
     begin: datetime | float | str,
     end: datetime | float | str,
@@ -55,7 +55,7 @@ def _within(
 # %% ../../nbs/monitor/10_window.ipynb #read-answers
 ANSWERED = ("champion", "canary")  # the roles whose answers somebody was given
 
-
+# %% ../../nbs/monitor/10_window.ipynb #read-answers-x
 def read_answers(
     begin: datetime | float | str,
     end: datetime | float | str,  # not included
@@ -85,7 +85,7 @@ def read_answers(
     table["correct"] = [is_correct(row) for row in found]
     return table
 
-
+# %% ../../nbs/monitor/10_window.ipynb #embeddings
 def embeddings(
     table: pd.DataFrame,  # of `read_answers`, of one model
 ) -> np.ndarray:  # float32 (n, d), of the rows that have one
@@ -110,7 +110,7 @@ def wilson(
     half = z / (1 + wide) * float(np.sqrt(share * (1 - share) / count + wide / count / 4))
     return max(0.0, middle - half), min(1.0, middle + half)
 
-
+# %% ../../nbs/monitor/10_window.ipynb #live-accuracy
 def live_accuracy(
     begin: datetime | float | str,
     end: datetime | float | str,  # not included

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
 # %% auto #0
-__all__ = ['COLUMNS', 'PATIENCE', 'log', 'Batch', 'names_key', 'row_values', 'insert_rows', 'insert_names', 'insert_images',
-           'Link', 'enrol', 'tidy', 'batch_values', 'write_batch', 'Writer']
+__all__ = ['COLUMNS', 'PATIENCE', 'names_key', 'row_values', 'insert_rows', 'insert_names', 'insert_images', 'Link', 'enrol',
+           'tidy', 'write_batch', 'Writer']
 
 # %% ../../nbs/monitor/06_writer.ipynb #names-key
 _FLOATS = ("brightness", "contrast", "sharpness", "ood_score", "confidence", "latency_ms")
@@ -37,12 +37,12 @@ def names_key(names: Iterable[str]) -> str:
     "The key of a list of classes."
     return blake2b(json.dumps(list(names)).encode(), digest_size=6).hexdigest()
 
-
+# %% ../../nbs/monitor/06_writer.ipynb #vector
 def _vector(value: Any, kind: str) -> bytes | None:
     "As bytes."
     return None if value is None else np.asarray(value, kind).tobytes()
 
-
+# %% ../../nbs/monitor/06_writer.ipynb #row-values
 def row_values(
     process: str,
     number: int,  # of the answer, within the process
@@ -76,13 +76,13 @@ def insert_rows(
     marks = ", ".join([mark] * len(columns))
     connection.exec_driver_sql(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks}) {otherwise}", rows)
 
-
+# %% ../../nbs/monitor/06_writer.ipynb #insert-names
 def insert_names(connection: Connection, lists: Iterable[tuple[str, ...]]) -> None:
     "Insert lists of classes that may be there."
     rows: list[tuple[Any, ...]] = [(names_key(names), json.dumps(names)) for names in lists]
     insert_rows(connection, "classes", ("id", "names"), rows, "ON CONFLICT (id) DO NOTHING")
 
-
+# %% ../../nbs/monitor/06_writer.ipynb #insert-images
 def insert_images(
     connection: Connection,
     rows: Iterable[dict[str, Any]],  # with sha256, time and image
@@ -95,10 +95,10 @@ def insert_images(
     then = "ON CONFLICT (sha256) DO UPDATE SET kept_until = excluded.kept_until"
     insert_rows(connection, "images", ("sha256", "content", "kept_until"), values, then)
 
-# %% ../../nbs/monitor/06_writer.ipynb #link
+# %% ../../nbs/monitor/06_writer.ipynb #afed0d65
 PATIENCE = 2.0  # seconds to wait for somebody else's lock before it counts as a failure
 
-
+# %% ../../nbs/monitor/06_writer.ipynb #link
 class Link:
     "The log's connection to its database."
 
@@ -156,7 +156,7 @@ def enrol(
             connection.execute(insert(processes).values(counters.about))
         return (found.written, found.last) if found else (0, 0)
 
-
+# %% ../../nbs/monitor/06_writer.ipynb #tidy
 def tidy(
     engine: Engine,
     url: str,  # of `log_url`
@@ -173,11 +173,11 @@ def tidy(
         others = select(func.sum(processes.c.lost)).where(processes.c.id != process)
         return int(connection.execute(others).scalar() or 0)
 
-# %% ../../nbs/monitor/06_writer.ipynb #batch-values
+# %% ../../nbs/monitor/06_writer.ipynb #679016e9
 log = logging.getLogger(__name__)
 Batch = list[tuple[int, dict[str, Any]]]  # (number of the answer, row)
 
-
+# %% ../../nbs/monitor/06_writer.ipynb #batch-values
 def batch_values(
     process: str,
     batch: Batch,
@@ -195,7 +195,7 @@ def batch_values(
                 time.sleep(0)
     return values, set(keys)
 
-
+# %% ../../nbs/monitor/06_writer.ipynb #write-batch
 def write_batch(
     connection: Connection,
     counters: Counters,

@@ -48,7 +48,7 @@ def audit_file() -> Path:  # may not exist yet
     "Where the log is: `audit.jsonl` in the state folder."
     return home() / "audit.jsonl"
 
-
+# %% ../../nbs/registry/03_audit.ipynb #whoami
 def whoami() -> str:
     "Who is deciding: git's user.name, else the name that the system knows."
     try:
@@ -60,13 +60,13 @@ def whoami() -> str:
     except (OSError, KeyError):  # a container's user may have no name
         return "unknown"
 
-
+# %% ../../nbs/registry/03_audit.ipynb #checksum
 def _checksum(entry: dict[str, Any]) -> str:
     "The SHA-256 of an entry's other fields."
     rest = {key: value for key, value in entry.items() if key != "sha256"}
     return sha256_of(json.dumps(rest, sort_keys=True, ensure_ascii=False, allow_nan=False).encode())
 
-
+# %% ../../nbs/registry/03_audit.ipynb #lines
 def _lines() -> tuple[list[bytes], int]:  # whole lines, without their ends; bytes of a torn one behind them
     "The log as it lies on the disk."
     if not audit_file().is_file():
@@ -92,7 +92,7 @@ def _write(line: bytes) -> None:
         os.fsync(folder)
         os.close(folder)
 
-
+# %% ../../nbs/registry/03_audit.ipynb #append
 def append(
     action: str,  # adopt, register, promote, challenge, keep, refuse, rollback or retire
     model: str,  # "celestial/3"
@@ -126,7 +126,7 @@ class Audit:
     problems: list[str]  # in words; empty where nobody touched it
     torn: int  # bytes of an entry whose writer was killed; harmless, cut off by the next
 
-
+# %% ../../nbs/registry/03_audit.ipynb #problem
 def _problem(line: bytes, n: int, previous: str) -> str | None:
     "What is wrong with a line of the log."
     try:
@@ -140,7 +140,7 @@ def _problem(line: bytes, n: int, previous: str) -> str | None:
         return f"entry {n} doesn't follow the one before it: something was removed, put in or moved"
     return None
 
-
+# %% ../../nbs/registry/03_audit.ipynb #verify
 def verify() -> Audit:
     "Read the whole log and check its chain, and that it holds what the pointer to the champion rests on."
     (lines, torn), previous = _lines(), FIRST
@@ -156,7 +156,7 @@ def verify() -> Audit:
         return Audit(entries, [f"the entry that {pointer.name} rests on isn't there: the end was cut off"], torn)
     return Audit(entries, [], torn)
 
-
+# %% ../../nbs/registry/03_audit.ipynb #read-log
 def read_log() -> list[dict[str, Any]]:
     "The entries, oldest first; `CelestialError` where the log doesn't verify."
     audit = verify()

@@ -240,8 +240,8 @@ def _example(explanations: Sequence[dict[str, Any]], plots: Mapping[str, Path]) 
     ]
     return [
         "One image of each class, what covering parts of it takes from the answer, and the training images that it's most "
-        "like. On the body is the share of what the answer rests on that lies on lit pixels.",
-        Table(("image", "class", "answer", "on the body", "most like"), rows, (3,)),
+        "like. On lit pixels is the share of what the answer rests on that doesn't lie on black.",
+        Table(("image", "class", "answer", "on lit pixels", "most like"), rows, (3,)),
         *_pictures(plots, {"explanations": "The picture, what its answer rests on, and what it was reminded of."}),
     ]
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from celestial_ml.registry.tracking import Run
 
 # %% auto #0
-__all__ = ['register_version', 'submit', 'gate_params', 'rollback', 'retirement_checklist', 'retire']
+__all__ = ['register_version', 'submit', 'gate_params', 'rollback', 'retire']
 
 # %% ../../nbs/registry/09_decisions.ipynb #register-version
 def register_version(
@@ -51,7 +51,7 @@ def register_version(
 # %% ../../nbs/registry/09_decisions.ipynb #submit
 _WORDS = {"promote": "champion", "challenge": "challenger", "refuse": "refused", "keep": "stays champion"}
 
-
+# %% ../../nbs/registry/09_decisions.ipynb #submit-x
 def submit(
     model: str,  # "celestial/3", published
     p: Register,
@@ -71,7 +71,7 @@ def submit(
             if recover().champion == before:  # else somebody decided meanwhile, and it's another question
                 return _record(verdict, p, who, asked, why)
 
-
+# %% ../../nbs/registry/09_decisions.ipynb #in-use
 def _in_use(model: str) -> None:
     "`CelestialError` for a version that is retired, or isn't there."
     if gone := read_version(model).get("retired"):
@@ -79,7 +79,7 @@ def _in_use(model: str) -> None:
             f"{model} is retired", f"Its successor is {gone['successor']}; the archive: {gone['archive']}"
         )
 
-
+# %% ../../nbs/registry/09_decisions.ipynb #record
 def _record(verdict: Verdict, p: Register, who: str | None, asked: bool, why: str) -> Verdict:
     "Write a verdict down and do as it says."
     told = verdict.to_dict()
@@ -90,7 +90,7 @@ def _record(verdict: Verdict, p: Register, who: str | None, asked: bool, why: st
     write_json(published(verdict.model) / "gate.json", told | {key: entry[key] for key in ("n", "time", "who")})
     return verdict
 
-
+# %% ../../nbs/registry/09_decisions.ipynb #gate-params
 def gate_params(
     model: str,  # "celestial/3"
 ) -> Register:  # the defaults where the gate hasn't been asked about it
@@ -151,7 +151,7 @@ def retirement_checklist(
         ("its files are whole, to be archived", not broken, "; ".join(broken) or "yes"),
     ]
 
-
+# %% ../../nbs/registry/09_decisions.ipynb #archive
 def _archive(model: str) -> tuple[Path, str]:  # the archive, its SHA-256
     "Pack a version's folder, so that it can be had again."
     path = home() / "archive" / f"{model.replace('/', '-')}.tar.gz"

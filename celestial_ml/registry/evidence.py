@@ -20,13 +20,12 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 # %% auto #0
-__all__ = ['EVIDENCE', 'Evidence', 'short', 'served_answers', 'collect_evidence', 'Paired', 'mcnemar', 'compare', 'Shared',
-           'ask_the_same']
+__all__ = ['EVIDENCE', 'Evidence', 'short', 'served_answers', 'collect_evidence', 'Paired', 'mcnemar', 'compare', 'ask_the_same']
 
-# %% ../../nbs/registry/04_evidence.ipynb #evidence
+# %% ../../nbs/registry/04_evidence.ipynb #acedc76c
 EVIDENCE = "test_predictions.npz"  # its name in a package
 
-
+# %% ../../nbs/registry/04_evidence.ipynb #evidence
 @dataclass(frozen=True)
 class Evidence:
     "The answers of a version for the images that it was measured on, and which images it knew before."
@@ -59,7 +58,7 @@ class Evidence:
         with np.load(path, allow_pickle=False) as arrays:
             return cls(**{field.name: arrays[field.name] for field in fields(cls)})
 
-
+# %% ../../nbs/registry/04_evidence.ipynb #short
 def short(
     sha256: Iterable[str],
 ) -> np.ndarray:  # uint64 (n,)
@@ -75,7 +74,7 @@ def _session(path: Path | str) -> InferenceSession:
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
-
+# %% ../../nbs/registry/04_evidence.ipynb #served-answers
 def served_answers(
     path: Path | str,  # of an ONNX file that is served
     images: Iterable[np.ndarray],  # uint8 (h, w, 3) each, of any sizes
@@ -90,7 +89,7 @@ def served_answers(
     probabilities, scores = zip(*said, strict=True)
     return np.concatenate(probabilities), np.concatenate(scores)
 
-
+# %% ../../nbs/registry/04_evidence.ipynb #collect-evidence
 def collect_evidence(
     predictions: pd.DataFrame,  # path, label and, where it was asked, baseline
     features: pd.DataFrame,  # path, sha256 and split of all images
@@ -135,7 +134,7 @@ class Paired:
             f"{100 * self.difference:+.1f} points ({span}), p = {self.p:.2g}"
         )
 
-
+# %% ../../nbs/registry/04_evidence.ipynb #mcnemar
 def mcnemar(
     gained: int,  # images that only one of two models gets right
     lost: int,  # images that only the other gets right
@@ -147,7 +146,7 @@ def mcnemar(
         term = term * (n - k) // (k + 1)
     return float(min(1.0, 2 * total / 2**n))
 
-
+# %% ../../nbs/registry/04_evidence.ipynb #compare
 def compare(
     ours: np.ndarray,  # bool (n,), which images the first model gets right
     theirs: np.ndarray,  # bool (n,), the same of the other
@@ -184,7 +183,7 @@ class Shared:
         }
         return ", ".join(f"{n} {what}" for what, n in parts.items() if n)
 
-
+# %% ../../nbs/registry/04_evidence.ipynb #at-hand
 def _at_hand(evidence: Evidence, rows: np.ndarray, root: Path, found: list[int]) -> Iterator[np.ndarray]:
     "The images of these rows whose files are there and the same as then; their rows are added to `found`."
     for i in rows.tolist():

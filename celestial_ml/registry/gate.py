@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from pandas.io.formats.style import Styler
 
 # %% auto #0
-__all__ = ['REFUSED', 'Decision', 'Rule', 'floor_rules', 'baseline_rules', 'load_bare', 'Lineage', 'About', 'deployment_rules',
-           'champion_rules', 'Verdict', 'judge', 'rules_table']
+__all__ = ['Verdict', 'judge', 'rules_table']
 
 # %% ../../nbs/registry/05_gate.ipynb #rule
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Rule:
     passed: bool
     why: str  # a sentence's worth
 
-
+# %% ../../nbs/registry/05_gate.ipynb #measured
 def _measured(name: str, value: float | None, limit: float, least: bool, more: str = "", unit: str = "") -> Rule:
     "A figure against its limit; `least`: it must reach it, else it mustn't exceed it."
     if value is None:
@@ -71,13 +70,13 @@ def _worst_slice(metrics: dict[str, Any], p: Register) -> list[Rule]:
         _measured("gap of slices", fairness["gap"], p.max_slice_gap, False, where),
     ]
 
-
+# %% ../../nbs/registry/05_gate.ipynb #latency
 def _latency(about: dict[str, Any]) -> float | None:
     "Milliseconds for an image, of the file that is served."
     kind = "int8" if "int8" in about.get("file", "model.onnx") else "float32"
     return about.get("compression", {}).get("files", {}).get(kind, {}).get("ms")
 
-
+# %% ../../nbs/registry/05_gate.ipynb #false-alarms
 def _false_alarms(about: dict[str, Any], evidence: Evidence | None) -> float | None:
     "The share of held-out images that the served file calls unknown."
     if evidence is not None and len(evidence.ood_score):
@@ -120,7 +119,7 @@ def _against(name: str, ours: np.ndarray, theirs: np.ndarray, p: Register) -> Ru
         f"beats {name}", "baseline", paired.accuracy, paired.other, good, f"{words} than {name}: {paired.in_words()}"
     )
 
-
+# %% ../../nbs/registry/05_gate.ipynb #baseline-rules
 def baseline_rules(
     evidence: Evidence | None,
     p: Register,
@@ -165,7 +164,7 @@ except CelestialError as e:
 print(json.dumps(found))
 """
 
-
+# %% ../../nbs/registry/05_gate.ipynb #load-bare
 def load_bare(
     folder: Path,  # of a package
     timeout: float = 120,  # seconds
@@ -196,7 +195,7 @@ class Lineage(BaseModel):
     created: str
     parameters: dict[str, Any]
 
-
+# %% ../../nbs/registry/05_gate.ipynb #about
 class About(BaseModel):
     "What model.json must say; it may say more."
 
@@ -225,7 +224,7 @@ def _schema(about: dict[str, Any]) -> str | None:
     repeated = len(about["classes"]) - len(set(about["classes"]))
     return f"{repeated} classes are named twice" if repeated else None
 
-
+# %% ../../nbs/registry/05_gate.ipynb #parity
 def _parity(about: dict[str, Any], bare: dict[str, Any], p: Register) -> Rule:
     "Whether the logits are Keras's: those of the evaluated images when it was packaged, and its own pictures' now."
     packaged, now = about.get("parity"), bare.get("difference")
@@ -240,7 +239,7 @@ def _parity(about: dict[str, Any], bare: dict[str, Any], p: Register) -> Rule:
     )
     return Rule("parity", "deployment", largest, p.max_difference, good, why)
 
-
+# %% ../../nbs/registry/05_gate.ipynb #deployment-rules
 def deployment_rules(
     folder: Path,  # of a package
     about: dict[str, Any],  # its model.json
@@ -273,7 +272,7 @@ def _knows_as_much(about: dict[str, Any], champion: str, theirs: dict[str, Any])
     )
     return Rule("classes", "champion", len(about["classes"]), len(theirs["classes"]), not missing, why)
 
-
+# %% ../../nbs/registry/05_gate.ipynb #champion-rules
 def champion_rules(
     about: dict[str, Any],  # the candidate's model.json
     evidence: Evidence | None,
@@ -305,10 +304,10 @@ def champion_rules(
     why = f"{words} than the champion ({champion}): {paired.in_words()}; its answers: {shared.in_words()}"
     return [*rules, rule(paired.accuracy, paired.other, not worse, why)], paired
 
-# %% ../../nbs/registry/05_gate.ipynb #verdict
+# %% ../../nbs/registry/05_gate.ipynb #da95180c
 Decision = Literal["promote", "challenge", "refuse", "keep"]
 
-
+# %% ../../nbs/registry/05_gate.ipynb #verdict
 @dataclass(frozen=True)
 class Verdict:
     "What the gate says of a version."
@@ -325,7 +324,7 @@ class Verdict:
         "As plain JSON values."
         return asdict(self) | {"reasons": list(self.reasons), "rules": [asdict(rule) for rule in self.rules]}
 
-
+# %% ../../nbs/registry/05_gate.ipynb #conclude
 def _conclude(
     failed: list[Rule], rules: list[Rule], champion: str | None, paired: Paired | None, p: Register, asked: bool
 ) -> tuple[Decision, str]:

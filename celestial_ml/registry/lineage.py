@@ -18,7 +18,7 @@ def _git(root: Path, *arguments: str) -> str | None:
         return None
     return result.stdout.strip() if result.returncode == 0 else None
 
-
+# %% ../../nbs/registry/00_lineage.ipynb #code-revision
 def code_revision(
     root: Path,  # the project's
 ) -> str:  # a commit's hash, with "+changes" behind it where files differ from it; "unknown" outside of git

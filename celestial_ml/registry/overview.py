@@ -24,7 +24,7 @@ def look() -> State:
         return State(line=(read_json(pointer)["model"],))
     return state
 
-
+# %% ../../nbs/registry/10_overview.ipynb #row
 def _row(model: str, state: State) -> dict[str, Any]:
     "A version in a line."
     about, folder = read_version(model), published(model)
@@ -46,7 +46,7 @@ def _row(model: str, state: State) -> dict[str, Any]:
         "mb": served.stat().st_size / 1e6 if served.is_file() else None,
     }
 
-
+# %% ../../nbs/registry/10_overview.ipynb #list-versions
 def list_versions() -> list[dict[str, Any]]:
     "All versions, a row each: model, aliases, retired, the figures, where it comes from."
     state = look()
@@ -87,7 +87,7 @@ _FIGURES = {
     "test images": ("images",),
 }
 
-
+# %% ../../nbs/registry/10_overview.ipynb #figure-x
 def _figure(about: dict[str, Any], keys: tuple[str, ...]) -> float | None:
     "A figure of a model.json, None where it wasn't measured."
     value: Any = about.get("metrics", {})
@@ -95,13 +95,13 @@ def _figure(about: dict[str, Any], keys: tuple[str, ...]) -> float | None:
         value = value.get(key) if isinstance(value, dict) else None
     return value
 
-
+# %% ../../nbs/registry/10_overview.ipynb #flat
 def _flat(about: dict[str, Any]) -> dict[str, Any]:
     "The parameters of a version, by dotted keys."
     sections = about.get("lineage", {}).get("parameters", {})
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
-
+# %% ../../nbs/registry/10_overview.ipynb #on-the-same
 def _on_the_same(first: str, second: str, alpha: float, root: Path) -> tuple[dict[str, Any] | None, str]:
     "The paired comparison, first against second, and where the answers come from, or why there is none."
     from dataclasses import asdict

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 # %% auto #0
-__all__ = ['ALIASES', 'State', 'state_of', 'recover', 'restart_log', 'aliases_behind', 'sync_aliases', 'resolve', 'champion']
+__all__ = ['State', 'state_of', 'recover', 'restart_log', 'aliases_behind', 'sync_aliases', 'resolve', 'champion']
 
-# %% ../../nbs/registry/08_state.ipynb #state
+# %% ../../nbs/registry/08_state.ipynb #5f77c822
 ALIASES = ("champion", "challenger", "previous", "candidate")
 
-
+# %% ../../nbs/registry/08_state.ipynb #state
 @dataclass(frozen=True)
 class State:
     "What follows from a log."
@@ -71,7 +71,7 @@ def _apply(state: State, entry: dict[str, Any]) -> State:
         challenger = None
     return State(line, challenger, candidates, retired, entry["n"])
 
-
+# %% ../../nbs/registry/08_state.ipynb #state-of
 def state_of(
     entries: list[dict[str, Any]],  # of the log, oldest first
 ) -> State:
@@ -91,7 +91,7 @@ def _point(alias: str, model: str | None, entry: str | None = None) -> None:
     elif told.get("model") != model or not told.get("entry"):
         write_json(pointer, {"model": model, "entry": entry})
 
-
+# %% ../../nbs/registry/08_state.ipynb #adopt
 def _adopt(why: str) -> None:
     "Begin a log with the champion as the pointer names it."
     pointer = home() / "models" / "champion.json"
@@ -103,7 +103,7 @@ def _adopt(why: str) -> None:
 
 _KEPT = ("retired.json", "gate.json", "model_card.md", "model_card.html")
 
-
+# %% ../../nbs/registry/08_state.ipynb #put-away
 def _put_away(model: str, evidence: dict[str, Any]) -> None:
     "Leave of a retired version its card, marked, and what is known of it."
     folder = published(model)
@@ -116,7 +116,7 @@ def _put_away(model: str, evidence: dict[str, Any]) -> None:
         if path.name not in _KEPT:
             path.unlink()
 
-
+# %% ../../nbs/registry/08_state.ipynb #recover
 def recover() -> State:
     "Bring everything in line with the log, after whatever happened; the state."
     with locked():
@@ -155,12 +155,12 @@ def _aliases_file() -> Path:
     "Where it's written down up to which entry MLflow's aliases follow the log."
     return home() / "models" / "aliases.json"
 
-
+# %% ../../nbs/registry/08_state.ipynb #aliases-behind
 def aliases_behind() -> bool:
     "Whether MLflow's aliases don't follow the log yet; where MLflow was never told of any they needn't."
     return _aliases_file().is_file() and read_json(_aliases_file())["n"] < state_of(verify().entries).n
 
-
+# %% ../../nbs/registry/08_state.ipynb #wanted
 def _wanted(state: State, name: str) -> dict[str, str]:  # alias → number
     "The aliases that a registered model should have."
     held = {"champion": state.champion, "challenger": state.challenger, "previous": state.previous}
@@ -168,7 +168,7 @@ def _wanted(state: State, name: str) -> dict[str, str]:  # alias → number
     parts = {alias: model.partition("/") for alias, model in held.items() if model}
     return {alias: number for alias, (of, _, number) in parts.items() if of == name}
 
-
+# %% ../../nbs/registry/08_state.ipynb #sync-aliases
 def sync_aliases(
     client: MlflowClient,
 ) -> None:
@@ -222,7 +222,7 @@ def resolve(
     read_version(model)
     return model
 
-
+# %% ../../nbs/registry/08_state.ipynb #champion
 def champion() -> dict[str, Any] | None:  # its model.json
     "The model that is served, None where nothing was promoted yet."
     pointer = home() / "models" / "champion.json"

@@ -29,7 +29,7 @@ def tracking_uri(
     "Where runs are recorded: the configured URI, else `mlflow.db` in the state folder."
     return track.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
 
-
+# %% ../../nbs/registry/01_tracking.ipynb #mlflow-client
 def mlflow_client(
     track: Track,
 ) -> MlflowClient:
@@ -43,7 +43,7 @@ def mlflow_client(
     uri = tracking_uri(track)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
-
+# %% ../../nbs/registry/01_tracking.ipynb #experiment
 def _experiment(client: MlflowClient, track: Track) -> str:
     "The id of the experiment, made when it's new; the artifacts of a local database lie beside it."
     if known := client.get_experiment_by_name(track.experiment):
@@ -94,7 +94,7 @@ def open_run(
     tags = {"mlflow.parentRunId": parent} if parent else {}
     return Run(client, client.create_run(_experiment(client, track), run_name=name, tags=tags).info.run_id)
 
-
+# %% ../../nbs/registry/01_tracking.ipynb #start-run
 @contextmanager
 def start_run(
     track: Track,
@@ -110,7 +110,7 @@ def start_run(
         raise
     run.end()
 
-
+# %% ../../nbs/registry/01_tracking.ipynb #resume-run
 def resume_run(
     track: Track,
     run_id: str,

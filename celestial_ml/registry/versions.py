@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from celestial_ml.registry.tracking import Run
 
 # %% auto #0
-__all__ = ['published', 'package_files', 'damage', 'fingerprint', 'versions', 'read_version', 'publish', 'sweep',
-           'create_version']
+__all__ = ['published', 'package_files', 'damage', 'versions', 'read_version', 'publish', 'sweep', 'create_version']
 
 # %% ../../nbs/registry/02_versions.ipynb #published
 def published(
@@ -27,14 +26,14 @@ def published(
     "Where a registered version is published."
     return home() / "models" / model
 
-
+# %% ../../nbs/registry/02_versions.ipynb #package-files
 def package_files(
     about: dict[str, Any],  # a model.json
 ) -> dict[str, str]:  # name → SHA-256
     "The files of a package besides model.json: the network, and what a server or the gate wants beside it."
     return {about.get("file", "model.onnx"): about["sha256"]} | about.get("files", {})
 
-
+# %% ../../nbs/registry/02_versions.ipynb #damage
 def damage(
     folder: Path,  # of a package
 ) -> list[str]:  # in words; empty where all is well
@@ -61,7 +60,7 @@ def fingerprint(
     told = [about.get(key) for key in ("file", "classes", "ood_threshold", "temperature", "metrics")]
     return sha256_of(json.dumps([package_files(about), told], sort_keys=True).encode())
 
-
+# %% ../../nbs/registry/02_versions.ipynb #versions
 def versions() -> list[str]:  # "celestial/3", by name, then by number
     "All published versions, the retired ones too."
     found = [
@@ -71,7 +70,7 @@ def versions() -> list[str]:  # "celestial/3", by name, then by number
     ]
     return sorted(found, key=lambda model: (model.rpartition("/")[0], int(model.rpartition("/")[2])))
 
-
+# %% ../../nbs/registry/02_versions.ipynb #read-version
 def read_version(
     model: str,  # "celestial/3"
 ) -> dict[str, Any]:  # its model.json; of a retired one, what is left of it, with the key retired
@@ -99,7 +98,7 @@ def publish(
             shutil.copy2(package / file, folder)
         write_json(folder / "model.json", about | {"name": name, "version": number})
 
-
+# %% ../../nbs/registry/02_versions.ipynb #sweep
 def sweep() -> None:
     "Remove what publishing left behind where it was killed; only for who holds the registry's lock."
     for rest in [*(home() / "models").glob(".*.part*"), *(home() / "models").glob("*/.*.part*")]:

@@ -412,7 +412,7 @@ def as_json(content: dict[str, Any]) -> Response:
 
 @api.post("/predict", response_model=Answer, responses=FOR_PICTURES, openapi_extra=a_form("image"))
 async def predict(request: Request) -> Response:
-    "Which body is this? Send a JPEG, PNG or WebP image."
+    "What is in this picture? Send a JPEG, PNG or WebP image."
     service: Service = request.app.state.service
     service.models.current
     [(_, content)] = await read_files(request, "image", 1)
@@ -426,7 +426,7 @@ async def predict(request: Request) -> Response:
     openapi_extra=a_form("images", several=True),
 )
 async def predict_batch(request: Request, service: TheService, model: TheModel) -> Response:
-    "Which bodies are these? A bad picture gets its error, and the others their answers."
+    "What is in these pictures? A bad one gets its error, and the others their answers."
     files = await read_files(request, "images", service.settings.max_files)
     if service.scorer.under_way + len(files) > max(service.settings.waiting, len(files)):
         raise busy()
@@ -448,7 +448,7 @@ async def _one_of_several(service: Service, request: Request, number: str, file:
 # %% ../../nbs/serve/20_api.ipynb #explain
 @api.post("/explain", response_model=Explained, responses=FOR_PICTURES, openapi_extra=a_form("image"))
 async def explain(request: Request, service: TheService, model: TheModel) -> Response:
-    "Why this body? The answer of /predict, what in the picture it rests on, and the training pictures it looks like."
+    "Why this answer? The answer of /predict, what in the picture it rests on, and the training pictures it looks like."
     [(_, content)] = await read_files(request, "image", 1)
     if service.explaining >= service.settings.explaining:
         raise busy()
@@ -602,7 +602,7 @@ def build_app(
     app = App(
         title="celestial",
         version=__version__,
-        description="Tells the planets, Pluto and the Moon apart, and says so where a picture is none of them.",
+        description="Says what a picture shows, of the classes that the model knows, and says so where it is none of them.",
         docs_url=None,
         redoc_url=None,
         exception_handlers=HANDLERS,

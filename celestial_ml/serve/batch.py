@@ -44,13 +44,13 @@ from .batch_sources import Item, count_items, find_source, items, require_parque
 from .predictor import Predictor
 
 # %% auto #0
-__all__ = ['UNIT_BYTES', 'units', 'scored', 'Writer', 'pass_over', 'Meter', 'as_time', 'tell', 'stoppable', 'Result', 'batch',
+__all__ = ['UNIT_BYTES', 'units', 'Writer', 'pass_over', 'Meter', 'as_time', 'tell', 'stoppable', 'Result', 'batch',
            'engine_named']
 
 # %% ../../nbs/serve/27_batch.ipynb #units
 UNIT_BYTES = 8_000_000  # contents that travel with a unit, unless one picture alone has more
 
-
+# %% ../../nbs/serve/27_batch.ipynb #units-x
 def units(
     stream: Iterable[Item],
     most: int,  # pictures in a unit
@@ -67,7 +67,7 @@ def units(
     if unit:
         yield unit
 
-
+# %% ../../nbs/serve/27_batch.ipynb #scored
 def scored(
     engine: Engine,
     stream: Iterable[Item],
@@ -149,7 +149,7 @@ def pass_over(
         if count != part.items or digest.value() != part.digest:
             raise changed
 
-
+# %% ../../nbs/serve/27_batch.ipynb #changed
 def _changed(name: str, where: Places) -> CelestialError:
     "The error for a source that isn't what it was."
     hint = "Put it back as it was, name another OUT, or throw the old answers away: --restart"
@@ -313,7 +313,7 @@ def _score_all(engine: AbstractContextManager[Engine], stream: Iterator[Item], w
             if sys.stderr.isatty():
                 tell("")
 
-
+# %% ../../nbs/serve/27_batch.ipynb #done
 def _done(where: Places, job: Job, parts: list[Part], before: int, meter: Meter) -> Result:
     "The end of a job."
     seconds = time.monotonic() - meter.began[0]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from distributed import Worker
 
 # %% auto #0
-__all__ = ['PATIENCE', 'ModelOnWorker', 'score_there', 'Dask', 'dask_cluster']
+__all__ = ['ModelOnWorker', 'Dask', 'dask_cluster']
 
 # %% ../../nbs/serve/26_batch_dask.ipynb #modelonworker
 class ModelOnWorker(WorkerPlugin):
@@ -44,12 +44,12 @@ class ModelOnWorker(WorkerPlugin):
                 Path(folder, name).write_bytes(content)
             self.model = Predictor(folder)
 
-
+# %% ../../nbs/serve/26_batch_dask.ipynb #package
 def _package(folder: Path) -> list[Path]:
     "The files that answering takes."
     return [path for path in folder.iterdir() if path.suffix in (".onnx", ".npz", ".json") and path.is_file()]
 
-
+# %% ../../nbs/serve/26_batch_dask.ipynb #score-there
 def score_there(
     unit: Sequence[Item],
     name: str,  # of the plugin
@@ -62,7 +62,7 @@ def score_there(
 # %% ../../nbs/serve/26_batch_dask.ipynb #dask
 PATIENCE = 60  # seconds without any worker, after which the job ends
 
-
+# %% ../../nbs/serve/26_batch_dask.ipynb #dask-x
 class Dask:
     "An engine on a cluster."
 
@@ -97,7 +97,7 @@ class Dask:
             except KilledWorker as e:
                 raise _lost(f"one unit ended several workers ({e.last_worker})") from None
 
-
+# %% ../../nbs/serve/26_batch_dask.ipynb #lost
 def _lost(what: str) -> AnswerIsNo:
     "The error for a cluster that can't go on."
     return AnswerIsNo(f"the cluster can't go on: {what}", "What is done is kept: the same command goes on.")
@@ -118,7 +118,7 @@ def dask_cluster(
             raise CelestialError(f"the scheduler {scheduler} has no worker", hint) from None
         yield Dask(client, ModelOnWorker(model.folder, model.about["sha256"]))
 
-
+# %% ../../nbs/serve/26_batch_dask.ipynb #client
 @contextmanager
 def _client(scheduler: str | None, workers: int | None) -> Iterator[Client]:
     "A connection to a scheduler, or to one of our own."

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['KEY', 'GROUP_ROWS', 'Places', 'places', 'joined', 'as_table', 'Part', 'Digest', 'part_files', 'AnswerFile',
-           'close_part', 'part_file', 'read_footer', 'read_part', 'Job', 'OtherJob', 'locked', 'check_out', 'open_job',
-           'forget', 'known_parts', 'answer_files', 'rewrite_bad', 'finish']
+           'close_part', 'part_file', 'read_part', 'Job', 'OtherJob', 'locked', 'check_out', 'open_job', 'known_parts',
+           'answer_files', 'rewrite_bad', 'finish']
 
 # %% ../../nbs/serve/24_batch_parts.ipynb #places
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Places:
         "The page to look at."
         return self.notes / "summary.html"
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #places-x
 def places(
     out: Path | str,
 ) -> Places:
@@ -74,7 +74,7 @@ def _text(values: Iterable[str]) -> pa.Array:
     ends = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
     return pa.Array.from_buffers(pa.string(), len(encoded), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))])
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #numbers
 def _numbers(values: np.ndarray) -> pa.Array:
     "A column of 32-bit floats."
     import pyarrow as pa
@@ -82,14 +82,14 @@ def _numbers(values: np.ndarray) -> pa.Array:
     values = np.ascontiguousarray(values, np.float32)
     return pa.Array.from_buffers(pa.float32(), len(values), [None, pa.py_buffer(values)])
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #flags
 def _flags(values: np.ndarray) -> pa.Array:
     "A column of true and false."
     import pyarrow as pa
 
     return pa.Array.from_buffers(pa.bool_(), len(values), [None, pa.py_buffer(np.packbits(values, bitorder="little"))])
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #joined
 def joined(
     several: Sequence[Answers],  # at least one
 ) -> Answers:
@@ -142,7 +142,7 @@ class Part:
     digest: str  # of `Digest`
     bad: list[Bad] = field(default_factory=list)
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #digest
 class Digest:
     "A checksum of pictures' names and marks, in their order."
 
@@ -158,7 +158,7 @@ class Digest:
         "64 hexadecimal digits."
         return self.sha.hexdigest()
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #part-files
 def part_files(
     where: Places,
 ) -> list[Path]:
@@ -219,7 +219,7 @@ def close_part(
         f.writelines(json.dumps(asdict(b)) + "\n" for b in bad)
     return part
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #part-file
 def part_file(
     where: Places,
     number: int,
@@ -227,7 +227,7 @@ def part_file(
     "A new part."
     return AnswerFile(where.parts / f"part-{number:05}.parquet")
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #read-footer
 def read_footer(
     path: Path,
 ) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def read_footer(
         hint = "Remove it, or name another OUT."
         raise CelestialError(f"{path} wasn't written by `celestial batch` ({type(e).__name__})", hint) from None
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #read-part
 def read_part(
     path: Path,
 ) -> Part:
@@ -258,11 +258,11 @@ class Job:
     ood_threshold: float  # what is unknown depends on it
     finished: dict[str, int] | None = None  # items, rows and bad, when all is done
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #otherjob
 class OtherJob(CelestialError):
     "What is there is of another model, or of other pictures."
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #locked
 @contextmanager
 def locked(
     where: Places,
@@ -295,12 +295,12 @@ def check_out(
             "Name another OUT. It's a new folder of Parquet parts, or a new file that ends in .parquet.",
         )
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #others
 def _others(folder: Path) -> bool:
     "Whether there is something in a folder besides a job that was killed before it began."
     return any(path.name != "_batch" for path in folder.iterdir())
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #open-job
 def open_job(
     where: Places,  # locked
     job: Job,
@@ -335,7 +335,7 @@ def _require_same(where: Places, there: Job, asked: Job) -> None:
     if (there.input, there.column) != (asked.input, asked.column):
         raise OtherJob(f"{where.out} holds answers for {there.input}, not for {asked.input}", told)
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #forget
 def forget(
     where: Places,
 ) -> None:
@@ -355,14 +355,14 @@ def known_parts(
         return [Part(**said) for said in read_footer(where.file)["parts"]]
     return [read_part(path) for path in part_files(where)]
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #answer-files
 def answer_files(
     where: Places,
 ) -> list[Path]:
     "The files with answers, as they are now."
     return [where.file] if where.file and where.file.is_file() else part_files(where)
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #rewrite-bad
 def rewrite_bad(
     where: Places,
     parts: Sequence[Part],
@@ -371,7 +371,7 @@ def rewrite_bad(
     with atomic(where.bad) as f, f.open("w", encoding="utf-8") as lines:
         lines.writelines(json.dumps(asdict(b)) + "\n" for part in parts for b in part.bad)
 
-
+# %% ../../nbs/serve/24_batch_parts.ipynb #finish
 def finish(
     where: Places,
     job: Job,

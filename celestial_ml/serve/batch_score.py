@@ -21,7 +21,7 @@ from .batch_sources import Item, read_items
 from .predictor import Predictor
 
 # %% auto #0
-__all__ = ['GROUP', 'GROUP_VALUES', 'HELD', 'Bad', 'Answers', 'groups', 'score_unit', 'Engine', 'cores', 'Threads', 'threads']
+__all__ = ['GROUP', 'GROUP_VALUES', 'Bad', 'Answers', 'groups', 'score_unit', 'Engine', 'cores', 'threads']
 
 # %% ../../nbs/serve/23_batch_score.ipynb #bad
 @dataclass
@@ -32,7 +32,7 @@ class Bad:
     code: str  # unreadable, or that of an `ImageError`
     reason: str
 
-
+# %% ../../nbs/serve/23_batch_score.ipynb #answers
 @dataclass
 class Answers:
     "The answers for some pictures, in their order; the bad ones aside."
@@ -53,7 +53,7 @@ class Answers:
 GROUP = 8  # pictures in a call of the network
 GROUP_VALUES = 12_000_000  # and as many values at most: four megapixels
 
-
+# %% ../../nbs/serve/23_batch_score.ipynb #groups-x
 def groups(
     images: Sequence[np.ndarray],  # uint8 (height, width, 3) each
 ) -> Iterator[list[int]]:  # places in `images`, of pictures of one shape
@@ -69,7 +69,7 @@ def groups(
 # %% ../../nbs/serve/23_batch_score.ipynb #score-unit
 HELD = 8_000_000  # values of decoded pictures that wait for others of their shape
 
-
+# %% ../../nbs/serve/23_batch_score.ipynb #score-unit-x
 def score_unit(
     model: Predictor,
     unit: Sequence[Item],
@@ -95,7 +95,7 @@ def score_unit(
     answers.known = answers.ood_score <= model.about["ood_threshold"]
     return answers
 
-
+# %% ../../nbs/serve/23_batch_score.ipynb #decode
 def _decode(name: str, content: bytes | Exception, bad: list[Bad]) -> np.ndarray | None:
     "A picture's pixels; None, and a line in the list, where there are none."
     if isinstance(content, Exception):
@@ -117,7 +117,7 @@ def _words(name: str, error: Exception) -> str:
     said = error.message if isinstance(error, CelestialError) else getattr(error, "strerror", None) or error
     return f"{name} can't be read: {said}"
 
-
+# %% ../../nbs/serve/23_batch_score.ipynb #score
 def _score(model: Predictor, images: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
     "Probabilities and score of each picture."
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -141,12 +141,12 @@ class Engine(Protocol):
     def result(self, begun: Any) -> Answers:
         "The answers for a unit, when they are there."
 
-
+# %% ../../nbs/serve/23_batch_score.ipynb #cores
 def cores() -> int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-
+# %% ../../nbs/serve/23_batch_score.ipynb #threads-x
 class Threads:
     "An engine of threads."
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 # %% auto #0
-__all__ = ['Wanted', 'LIMITS', 'Item', 'every', 'none', 'is_url', 'file_system', 'opened', 'mark_of', 'require_parquet',
-           'pyarrow_error', 'Source', 'find_source', 'items', 'count_items', 'read_items', 'read_again']
+__all__ = ['Wanted', 'Item', 'every', 'none', 'opened', 'mark_of', 'require_parquet', 'pyarrow_error', 'Source', 'find_source',
+           'items', 'count_items', 'read_items', 'read_again']
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #item
 class Item(NamedTuple):
@@ -56,7 +56,7 @@ def is_url(name: str) -> bool:
     "Whether fsspec must open it."
     return "://" in name
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #file-system
 def file_system(
     url: str,
 ) -> tuple[Any, str]:  # fsspec's file system, and the path in it
@@ -70,7 +70,7 @@ def file_system(
     except ValueError as e:
         raise CelestialError(f"{url} can't be opened: {e}", "See fsspec's list of protocols.") from None
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #opened
 @contextmanager
 def opened(
     name: str,  # a path or a URL
@@ -101,7 +101,7 @@ def mark_of(
     except OSError:
         return ""
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #remote-mark
 def _remote_mark(info: dict[str, Any]) -> str:
     "The same of what a remote file system says."
     changed = info.get("ETag") or info.get("LastModified") or info.get("mtime") or info.get("created") or ""
@@ -112,7 +112,7 @@ def _is_picture(name: str) -> bool:
     "Whether a file is called a picture."
     return name.lower().endswith(SUFFIXES) and not name.rpartition("/")[2].startswith(".")
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #walk
 def _walk(folder: str) -> Iterator[Item]:
     "All pictures below a folder on the disk."
     names, inner = _look(folder)
@@ -122,7 +122,7 @@ def _walk(folder: str) -> Iterator[Item]:
     for inside in inner:
         yield from _walk(f"{folder.rstrip('/')}/{inside}")
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #look
 def _look(folder: str) -> tuple[np.ndarray, list[str]]:
     "The pictures in a folder and the folders in it, both sorted; as bytes, which a fifth of the memory holds."
     chunks, chunk, inner = [np.empty(0, "S1")], [], []
@@ -137,7 +137,7 @@ def _look(folder: str) -> tuple[np.ndarray, list[str]]:
                 chunk = []
     return np.sort(np.concatenate([*chunks, np.array(chunk, bytes)])), sorted(inner)
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #count
 def _count(folder: str) -> int:
     "How many pictures are below a folder on the disk."
     with os.scandir(folder) as entries:
@@ -179,7 +179,7 @@ def _of_lines(lines: Iterable[bytes]) -> Iterator[Item]:
 # %% ../../nbs/serve/22_batch_sources.ipynb #in-tar
 LIMITS = Limits(files=100_000_000, total_bytes=1 << 50, file_bytes=200_000_000)  # a person's own archive
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #in-tar-x
 def _in_tar(name: str, wanted: Wanted, first: int) -> Iterator[Item]:
     "The pictures of a tar file, in its own order."
     mark, place = mark_of(name), first
@@ -194,7 +194,7 @@ def _in_tar(name: str, wanted: Wanted, first: int) -> Iterator[Item]:
     except (tarfile.TarError, EOFError, OSError) as e:
         raise CelestialError(f"{name} is no tar file that can be read to its end: {e}", "Pack it again.") from None
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #tar-member
 def _tar_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Exception:
     "A member's content, or why it isn't read."
     if member.size > LIMITS.file_bytes:
@@ -203,7 +203,7 @@ def _tar_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Except
         )
     return tar.extractfile(member).read()  # type: ignore[union-attr]
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #on-disk
 @contextmanager
 def _on_disk(name: str) -> Iterator[Path]:
     "A file on the disk; a copy for a while if it's elsewhere, as a ZIP's list of members is at its end."
@@ -225,7 +225,7 @@ def _in_zip(name: str, wanted: Wanted, first: int) -> Iterator[Item]:
             member = f"zip://{info.filename}::{name}"
             yield Item(member, mark, _zip_member(archive, info) if wanted(place, member) else None)
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #zip-member
 def _zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes | Exception:
     "A member's content, or why it can't be read."
     try:
@@ -237,7 +237,7 @@ def _zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes | Exce
 _BYTES = ("image", "bytes", "content", "jpg", "png", "data")
 _PATHS = ("path", "file_name", "filename", "file", "image_path", "url")
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #columns-x
 def _columns(
     file: pyarrow.parquet.ParquetFile,
     name: str,  # for the error
@@ -258,7 +258,7 @@ def _columns(
     named = next((c for c in _PATHS if c in schema.names), None) if packed else paths[0]
     return (packed[0] if packed else None), named
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #in-parquet
 def _in_parquet(name: str, wanted: Wanted, first: int, column: str | None) -> Iterator[Item]:
     "The pictures of a Parquet file, row by row."
     pq = require_parquet()
@@ -318,7 +318,7 @@ _KINDS = {
     "picture": SUFFIXES,
 }
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #source-x
 @dataclass(frozen=True)
 class Source:
     "Where pictures come from."
@@ -328,7 +328,7 @@ class Source:
     files: tuple[str, ...]  # one, or what a pattern stands for
     column: str | None = None  # of Parquet, where a person named one
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #find-source
 def find_source(
     name: str,  # a folder, a file, a pattern or a URL; "-": a list on the standard input
     column: str | None = None,  # of Parquet
@@ -355,7 +355,7 @@ def _kind(name: str) -> str:
     "What a name says it is."
     return next((kind for kind, ends in _KINDS.items() if name.lower().endswith(ends)), "folder")
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #matching
 def _matching(pattern: str) -> list[str]:
     "What a pattern stands for, sorted."
     if is_url(pattern):
@@ -367,7 +367,7 @@ def _matching(pattern: str) -> list[str]:
         raise CelestialError(f"nothing is called {pattern}", "Check the pattern; quote it, or the shell reads it.")
     return sorted(found)
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #is-folder
 def _is_folder(name: str) -> bool:
     "Whether it's a folder, wherever."
     if not is_url(name):
@@ -375,7 +375,7 @@ def _is_folder(name: str) -> bool:
     fs, path = file_system(name)
     return fs.protocol not in ("http", ("http", "https")) and bool(fs.isdir(path))
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #exists
 def _exists(name: str) -> bool:
     "Whether it's there; a web server is asked later."
     if not is_url(name):
@@ -395,7 +395,7 @@ def items(
             yield item
             place += 1
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #of-file
 def _of_file(source: Source, name: str, wanted: Wanted, first: int) -> Iterator[Item]:
     "The pictures of one file of a source."
     if source.kind == "folder":
@@ -408,7 +408,7 @@ def _of_file(source: Source, name: str, wanted: Wanted, first: int) -> Iterator[
         return iter([Item(name, mark_of(name))])
     return {"tar": _in_tar, "zip": _in_zip}[source.kind](name, wanted, first)
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #count-items
 def count_items(
     source: Source,
 ) -> int | None:  # None where counting would take as long as reading
@@ -435,14 +435,14 @@ def read_items(
     fetched = _fetch(remote) if remote else {}
     return [_content(item, fetched, base) for item in unit]
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #content
 def _content(item: Item, fetched: dict[str, bytes | Exception], base: str) -> bytes | Exception:
     "One of them."
     if item.content is not None:
         return item.content
     return fetched[item.name] if item.name in fetched else _read(os.path.join(base, item.name))  # noqa: PTH118, see there
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #read
 def _read(path: str) -> bytes | Exception:
     "A file on the disk."
     try:
@@ -451,7 +451,7 @@ def _read(path: str) -> bytes | Exception:
     except (OSError, ValueError) as e:  # a path with a zero in it is a ValueError
         return e
 
-
+# %% ../../nbs/serve/22_batch_sources.ipynb #fetch
 def _fetch(names: list[str]) -> dict[str, bytes | Exception]:
     "Files at URLs, those of one file system together."
     found: dict[str, bytes | Exception] = {}

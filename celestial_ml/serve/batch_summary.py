@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # %% auto #0
-__all__ = ['SHOWN', 'BANDS', 'BINS', 'BLUE', 'AMBER', 'Doubt', 'Summary', 'summarise', 'bar_chart', 'score_chart', 'class_chart',
+__all__ = ['SHOWN', 'BANDS', 'BINS', 'BLUE', 'AMBER', 'Doubt', 'Summary', 'summarise', 'score_chart', 'class_chart',
            'confidence_chart', 'thumbnails', 'as_percent', 'write_page']
 
 # %% ../../nbs/serve/25_batch_summary.ipynb #doubt
@@ -45,7 +45,7 @@ class Doubt:
     ood_score: float
     sha256: str
 
-
+# %% ../../nbs/serve/25_batch_summary.ipynb #summary
 @dataclass
 class Summary:
     "What the answers of a job come to."
@@ -73,7 +73,7 @@ def _floats(column: pa.Array) -> np.ndarray:
     "A column of 32-bit floats, without pandas, which `to_numpy` would import."
     return np.frombuffer(column.buffers()[1], np.float32)[column.offset : column.offset + len(column)]
 
-
+# %% ../../nbs/serve/25_batch_summary.ipynb #add
 def _add(summary: Summary, batch: pa.RecordBatch) -> None:
     "Count some rows."
     label, known = (
@@ -89,7 +89,7 @@ def _add(summary: Summary, batch: pa.RecordBatch) -> None:
     summary.unsure = _first(summary.unsure, batch, np.flatnonzero(known), confidence, "confidence")
     summary.strange = _first(summary.strange, batch, np.flatnonzero(~known), score, "ood_score")
 
-
+# %% ../../nbs/serve/25_batch_summary.ipynb #first
 def _first(before: list[Doubt], batch: pa.RecordBatch, rows: np.ndarray, by: np.ndarray, name: str) -> list[Doubt]:
     "The pictures with the lowest figures, of those before and of some rows."
     if len(before) == SHOWN:
@@ -102,7 +102,7 @@ def _first(before: list[Doubt], batch: pa.RecordBatch, rows: np.ndarray, by: np.
         chosen.setdefault(values["sha256"], Doubt(**values))
     return sorted(chosen.values(), key=lambda doubt: getattr(doubt, name))[:SHOWN]
 
-
+# %% ../../nbs/serve/25_batch_summary.ipynb #summarise
 def summarise(
     where: Places,
     threshold: float,  # of the model: a score above it is unknown
@@ -118,7 +118,7 @@ def summarise(
 # %% ../../nbs/serve/25_batch_summary.ipynb #bar-chart
 BLUE, AMBER = "#3987e5", "#d58a1c"  # known, unknown; told apart by all kinds of eyes, on dark and on light
 
-
+# %% ../../nbs/serve/25_batch_summary.ipynb #bar-chart-x
 def bar_chart(
     rows: Sequence[tuple[str, int, int]],  # name, known, unknown
 ) -> str:  # HTML
@@ -135,7 +135,7 @@ def bar_chart(
     style = "display:grid;grid-template-columns:max-content 1fr max-content;gap:.35rem .7rem;align-items:center;max-width:46rem"
     return f'<div style="{style}">{"".join(cells)}</div>'
 
-
+# %% ../../nbs/serve/25_batch_summary.ipynb #score-chart
 def score_chart(
     summary: Summary,
 ) -> str:  # HTML with SVG
@@ -167,7 +167,7 @@ def class_chart(
     rows = [(label, summary.known[label], summary.unknown[label]) for label, _ in labels]
     return bar_chart(rows)
 
-
+# %% ../../nbs/serve/25_batch_summary.ipynb #confidence-chart
 def confidence_chart(
     summary: Summary,
 ) -> str:  # HTML
@@ -214,12 +214,12 @@ th{font-weight:600}td{border-top:1px solid var(--line);overflow-wrap:anywhere}td
 code{font:.9em ui-monospace,monospace;overflow-wrap:anywhere}
 """
 
-
+# %% ../../nbs/serve/25_batch_summary.ipynb #section-x
 def _section(title: str, words: str, inside: str) -> str:
     "A part of the page."
     return f"<section><h2>{title}</h2><p>{words}</p>{inside}</section>"
 
-
+# %% ../../nbs/serve/25_batch_summary.ipynb #figure
 def _figure(doubt: Doubt, image: np.ndarray | None, said: str) -> str:
     "A picture with what was answered."
     name, short = html.escape(doubt.path), html.escape(doubt.path.split("::")[0].rpartition("/")[2])
@@ -228,14 +228,14 @@ def _figure(doubt: Doubt, image: np.ndarray | None, said: str) -> str:
         shown = f'<img src="{data_uri(encode_webp(image, 80))}" alt="{html.escape(said)}" title="{name}">'
     return f"<figure>{shown}<figcaption>{html.escape(said)}<br><span>{short}</span></figcaption></figure>"
 
-
+# %% ../../nbs/serve/25_batch_summary.ipynb #sheet
 def _sheet(doubts: Sequence[Doubt], images: dict[str, np.ndarray], sure: bool) -> str:
     "Pictures in a grid, with or without the confidence."
     words = [f"{d.label}{f' {as_percent(d.confidence)}' if sure else '?'}" for d in doubts]
     figures = [_figure(d, images.get(d.path), said) for d, said in zip(doubts, words, strict=True)]
     return f'<div class="sheet">{"".join(figures)}</div>'
 
-
+# %% ../../nbs/serve/25_batch_summary.ipynb #as-percent
 def as_percent(share: float) -> str:
     "A share in words; nearly all is not all."
     return ">99.9%" if share > 0.999 else f"{100 * share:.1f}%"
@@ -248,12 +248,12 @@ def _bad_table(bad: Iterator[str]) -> str:
     )
     return f"<table><thead><tr><th>reason</th><th>code</th></tr></thead><tbody>{cells}</tbody></table>"
 
-
+# %% ../../nbs/serve/25_batch_summary.ipynb #tiles
 def _tiles(figures: dict[str, str]) -> str:
     "Figures at a glance."
     return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures.items()) + "</dl>"
 
-
+# %% ../../nbs/serve/25_batch_summary.ipynb #sections
 def _sections(where: Places, summary: Summary, images: dict[str, np.ndarray], bad: int) -> Iterator[str]:
     "What there is to say, in the order in which one asks."
     yield _section("What they show", "By the best known class.", class_chart(summary))

@@ -120,9 +120,12 @@ def build_compare(host: Host, tab: Any) -> None:
     import gradio as gr
 
     block: dict[str, Any] = {"apply_default_css": False}
-    source = gr.State("Saturn")
+    names = example_names(host.about.get("classes", ()))
+    chosen = "Saturn" if names else None
+    source = gr.State(chosen)
     with gr.Row(elem_id="compare-choices"):
-        picture = gr.Dropdown(example_names(), value="Saturn", label="Picture to try", elem_id="compare-picture")
+        label = "Picture to try"
+        picture = gr.Dropdown(names, value=chosen, label=label, elem_id="compare-picture", visible=bool(names))
         one = gr.Dropdown([], label="One version", elem_id="one-version")
         other = gr.Dropdown([], label="Another version", elem_id="other-version")
     with gr.Row(elem_id="compare"):
@@ -135,6 +138,8 @@ def build_compare(host: Host, tab: Any) -> None:
     both = gr.HTML("", elem_id="both", **block)
 
     def show(source: str | None, one: str | None, other: str | None) -> tuple[str, str, str, str]:
+        if source is None:
+            return sky(None), "", "", ""
         try:
             return compare(host, picture_of(source, host), (one, other))
         except ImageError as e:

@@ -24,7 +24,7 @@ from .predictor import OVERLAY, Explanation, Prediction, Predictor, Seen
 from .problems import Refusal
 from .scorer import Scored
 from .why import shrink
-from .words import SORRY, apology, bars, counted, named, sentence, text
+from .words import SORRY, apology, are_worlds, bars, counted, named, sentence, text
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -90,10 +90,11 @@ def welcome(
     if not about:
         return sorry("no_model")
     classes = [named(name) for name in about["classes"]]
-    bodies = f"{', '.join(classes[:-1])} and {classes[-1]}"
+    listed = f"{', '.join(classes[:-1])} and {classes[-1]}"
+    thing, kind = ("world", "of them") if are_worlds(about["classes"]) else ("picture", "classes")
     return (
-        '<div class="says"><p class="eyebrow">Ready</p><h2>Show me a world</h2>'
-        f"<p class=plain>I know {counted(len(classes))} of them: {text(bodies)}. "
+        f'<div class="says"><p class="eyebrow">Ready</p><h2>Show me a {thing}</h2>'
+        f"<p class=plain>I know {counted(len(classes))} {kind}: {text(listed)}. "
         "If your picture shows something else, I say so.</p></div>"
     )
 
@@ -210,8 +211,7 @@ async def judge(
 NOW = "performance.now(), null"  # for the inputs `clock` and `desk`; the desk stays on the server
 QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 INVITE = (
-    "<p>Pick a world, drop or paste a picture of your own below, or "
-    '<button type="button" id="camera">use the camera</button>.</p>'
+    '<p>{}rop or paste a picture of your own below, or <button type="button" id="camera">use the camera</button>.</p>'
 )
 
 
@@ -344,9 +344,10 @@ def build_identify(
 
     block: dict[str, Any] = {"apply_default_css": False}
     desk, clock = gr.State(Desk()), gr.Number(0, visible=False)
-    gr.HTML(INVITE, elem_id="picks-title", **block)
-    with gr.Row(elem_id="picks"):
-        buttons = {name: pick(name) for name in example_names()}
+    examples = example_names(host.about.get("classes", ()))
+    gr.HTML(INVITE.format("Pick a world, d" if examples else "D"), elem_id="picks-title", **block)
+    with gr.Row(elem_id="picks", visible=bool(examples)):
+        buttons = {name: pick(name) for name in examples}
     with gr.Row(elem_id="desk"):
         with gr.Column(elem_id="left", elem_classes="dropper"):
             left, drop = gr.HTML(sky(None), **block), drop_area("Your picture", "drop")

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'POSES', 'NOTHING', 'COARSE', 'static', 'cloth', 'draw_example', 'draw_hero', 'example_names', 'example',
-           'write_pictures', 'picture_uri', 'example_uri', 'sky', 'hero', 'foot']
+           'write_pictures', 'picture_uri', 'example_uri', 'sky', 'title', 'hero', 'foot']
 
 # %% ../../nbs/serve/12_look.ipynb #143e4451
 import base64
 import html
 import io
+from collections.abc import Iterable
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -23,7 +24,7 @@ from ..data.bodies import BODIES
 from ..data.images import decode_image
 from ..data.render import View, render
 from .why import encode_webp, shrink
-from .words import text, track_record
+from .words import are_worlds, text, track_record
 
 # %% ../../nbs/serve/12_look.ipynb #static
 def static(
@@ -71,9 +72,11 @@ def draw_hero() -> bytes:  # an image file
     return encode_webp(render("Saturn", view, 480, width=COARSE))
 
 # %% ../../nbs/serve/12_look.ipynb #example-names
-def example_names() -> list[str]:
+def example_names(
+    classes: Iterable[str] = tuple(BODIES),  # of the model
+) -> list[str]:  # empty for a model of anything but worlds
     "What the pictures to try show."
-    return [*BODIES, NOTHING]
+    return [*BODIES, NOTHING] if are_worlds(classes) else []
 
 
 @lru_cache(maxsize=32)
@@ -127,12 +130,23 @@ def sky(
     return f'<div class="sky full">{image}<p>Drop another one, or click</p></div>'
 
 
-def hero() -> str:
+def title(
+    classes: Iterable[str],  # of the model
+) -> str:
+    "The question that the page answers."
+    return "Which world is this?" if are_worlds(classes) else "What is in this picture?"
+
+
+def hero(
+    classes: Iterable[str],  # of the model
+) -> str:
     "The head of the page."
-    saturn = picture_uri(decode_image(static("hero.webp")), 480)
+    worlds = are_worlds(classes)
+    saturn = picture_uri(decode_image(static("hero.webp")), 480) if worlds else ""
     return (
-        f'<div class="hero"><img src="{saturn}" alt=""><p class="brand">celestial</p>'
-        "<h1>Which world is this?</h1><p class=lead>Drop a picture of a planet, of Pluto or of the Moon. "
+        f'<div class="hero">{f"""<img src="{saturn}" alt="">""" if worlds else ""}<p class="brand">celestial</p>'
+        f"<h1>{title(classes)}</h1>"
+        f"<p class=lead>Drop a picture{' of a planet, of Pluto or of the Moon' if worlds else ''}. "
         "The answer comes with how sure the model is, and why.</p></div>"
     )
 

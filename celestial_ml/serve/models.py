@@ -18,7 +18,7 @@ from .predictor import ModelError, Predictor, models_folder
 from .problems import Refusal
 
 # %% auto #0
-__all__ = ['log', 'pointed', 'Role', 'Repeat', 'no_model', 'role_figures', 'Models']
+__all__ = ['Models']
 
 # %% ../../nbs/serve/07_models.ipynb #pointed
 log = logging.getLogger(__name__)

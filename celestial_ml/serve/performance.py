@@ -19,7 +19,7 @@ from ..core.files import read_json
 from .identify import QUIET, Host, sorry
 from .predictor import Predictor
 from .why import data_uri
-from .words import text
+from .words import are_worlds, text
 
 # %% ../../nbs/serve/16_performance.ipynb #performance-files
 @lru_cache(maxsize=4)
@@ -55,10 +55,13 @@ def headline_figures(metrics: dict[str, Any]) -> str:
         worst = metrics["robustness"]["worst_at_3"]
         more = f"worst: {text(words(worst['corruption']))}, {share(worst['accuracy'])}"
         items.append(figure(share(metrics["robustness"]["mean_accuracy"]), "right when disturbed", more))
-    if "bodies" in metrics.get("unknown", {}).get("kinds", {}):
+    if kinds := metrics.get("unknown", {}).get("kinds", {}):
+        worlds = are_worlds(metrics.get("per_class", ())) and "bodies" in kinds
+        asked = [kinds["bodies"]] if worlds else kinds.values()
+        caught = sum(kind["unknown"] * kind["images"] for kind in asked) / sum(kind["images"] for kind in asked)
         alarm = share(metrics["unknown"]["false_alarm_rate"])
-        caught = share(metrics["unknown"]["kinds"]["bodies"]["unknown"])
-        items.append(figure(caught, "of strange bodies caught", f"{alarm} false alarms"))
+        what = f"of strange {'bodies' if worlds else 'pictures'} caught"
+        items.append(figure(share(caught), what, f"{alarm} false alarms"))
     return f'<ul class="figures">{"".join(items)}</ul>'
 
 

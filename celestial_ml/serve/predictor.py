@@ -31,8 +31,8 @@ from celestial_ml.serve.why import (
 )
 
 # %% auto #0
-__all__ = ['OVERLAY', 'LARGE', 'Prediction', 'Saliency', 'Explanation', 'ModelError', 'Seen', 'Graph', 'Predictor',
-           'as_prediction', 'models_folder', 'find_model']
+__all__ = ['OVERLAY', 'Prediction', 'Saliency', 'Explanation', 'ModelError', 'Seen', 'Predictor', 'as_prediction',
+           'models_folder', 'find_model']
 
 # %% ../../nbs/serve/01_predictor.ipynb #prediction
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Saliency:
     values: list[list[float]]  # row by row, from the upper left; 0 … 1, the more the answer rests on it
     where: str  # in words, as "the upper left"; "" where nothing stands out
 
-
+# %% ../../nbs/serve/01_predictor.ipynb #explanation
 @dataclass(frozen=True)
 class Explanation:
     "A prediction and its reasons."
@@ -156,7 +156,7 @@ def _shrink_afterwards() -> onnxruntime.RunOptions:
     options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return options
 
-
+# %% ../../nbs/serve/01_predictor.ipynb #graph
 class Graph:
     "A packaged model: what it says of itself, and its ONNX graph."
 
@@ -238,7 +238,7 @@ def _read_selftest(
         raise ModelError(f"{folder / 'selftest.npz'} is empty", "Package the model again.")
     return known
 
-
+# %% ../../nbs/serve/01_predictor.ipynb #self-test
 def _self_test(model: Predictor) -> int:
     "Ask a model the pictures of its package."
     arrays = _read_selftest(model.folder, model.about)
@@ -253,7 +253,7 @@ def _self_test(model: Predictor) -> int:
             )
     return len(arrays[0])
 
-
+# %% ../../nbs/serve/01_predictor.ipynb #read-picture
 def _read_picture(source: bytes | Path | str, name: str) -> tuple[bytes, np.ndarray]:
     "An image file's bytes and pixels; `ImageError` where it can't be read."
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -290,7 +290,7 @@ def _saliency(
     grid = occlusion_grid(lambda images: model.session.run(["probabilities"], {"image": images})[0], small, target)
     return normalised(grid)
 
-
+# %% ../../nbs/serve/01_predictor.ipynb #as-json
 def _as_json(values: np.ndarray) -> Saliency:
     "A map as plain values; three digits are more than it's exact to."
     rows, columns = values.shape
@@ -301,7 +301,7 @@ def models_folder() -> Path:  # may not exist yet
     "Where the registry publishes models: `models` in the state folder."
     return home() / "models"
 
-
+# %% ../../nbs/serve/01_predictor.ipynb #find-model
 def find_model(
     name: str | None = None,  # a folder, a run, a version as "celestial/3"; None: CELESTIAL_MODEL, else the champion
 ) -> Path:  # a folder with model.onnx and model.json

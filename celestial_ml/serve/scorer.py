@@ -22,7 +22,7 @@ from .predictor import Prediction, Predictor, as_prediction
 from .problems import Refusal
 
 # %% auto #0
-__all__ = ['LARGE', 'Scored', 'busy', 'Lane', 'Scorer']
+__all__ = ['LARGE', 'Scored', 'busy', 'Scorer']
 
 # %% ../../nbs/serve/08_scorer.ipynb #scored
 LARGE = 4_000_000  # pixels; decoding more takes some 50 ms or longer
@@ -40,7 +40,7 @@ class Scored:
     format: str  # JPEG, PNG or WEBP
     statistics: dict[str, float]  # of `image_statistics`
 
-
+# %% ../../nbs/serve/08_scorer.ipynb #job
 @dataclass
 class _Job:
     "A picture that waits."
@@ -163,7 +163,7 @@ def _opened(jobs: list[_Job], max_pixels: int) -> tuple[list[_Job], list[tuple[_
             bad.append((job, e))
     return good, bad
 
-
+# %% ../../nbs/serve/08_scorer.ipynb #alike
 def _alike(jobs: Sequence[_Job]) -> list[list[_Job]]:
     "Jobs that one call of a network can answer: the same model, the same size of picture."
     groups: dict[tuple[int, tuple[int, ...]], list[_Job]] = {}
@@ -188,7 +188,7 @@ def _scored(jobs: list[_Job]) -> list[tuple[_Job, Scored | BaseException]]:
             results += [(job, e) for job in group]
     return results
 
-
+# %% ../../nbs/serve/08_scorer.ipynb #answered
 def _answered(jobs: list[_Job]) -> list[tuple[_Job, Scored | BaseException]]:
     "One call of the network."
     images = [job.image for job in jobs]
@@ -209,7 +209,7 @@ def _as_scored(job: _Job, answer: dict[str, np.ndarray]) -> Scored:
         statistics=image_statistics(job.image),
     )
 
-
+# %% ../../nbs/serve/08_scorer.ipynb #deliver
 def _deliver(results: list[tuple[_Job, Scored | BaseException]]) -> None:
     "In the event loop: let those go on who waited, if they still do."
     for job, result in results:
