@@ -39,7 +39,7 @@ class Section(BaseModel):
 # %% ../../nbs/core/04_params.ipynb #data
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-
+# %% ../../nbs/core/04_params.ipynb #data-x
 class Data(Section):
     "The images: where they come from, and which of them are held out."
 
@@ -56,7 +56,7 @@ class Data(Section):
         None, description="the source of the test images, where it isn't the same: none is trained on"
     )
 
-
+# %% ../../nbs/core/04_params.ipynb #check
 class Check(Section):
     "What the images must fulfil before any is learned from."
 
@@ -73,7 +73,7 @@ class Prepare(Section):
     grayscale: bool = Field(False, description="drop the colours")
     antialias: bool = Field(True, description="low-pass filter before making smaller")
 
-
+# %% ../../nbs/core/04_params.ipynb #model
 class Model(Section):
     "The network."
 
@@ -82,7 +82,7 @@ class Model(Section):
     embedding: int = Field(64, ge=4, le=2048, description="size of the layer below the logits")
     dropout: Fraction = Field(0.2, description="share of the embedding that is dropped while training")
 
-
+# %% ../../nbs/core/04_params.ipynb #train
 class Train(Section):
     "How the network learns."
 
@@ -116,7 +116,7 @@ class Explain(Section):
     patch: int = Field(12, ge=2, le=128, description="side of the square that is covered, in input pixels")
     stride: int = Field(4, ge=1, le=64, description="step between two covers, in input pixels")
 
-
+# %% ../../nbs/core/04_params.ipynb #package
 class Package(Section):
     "What the served file must fulfil."
 
@@ -124,7 +124,7 @@ class Package(Section):
     serve: Literal["float32", "int8"] = Field("float32", description="int8: the smaller file, where it's as good")
     int8_loss: Fraction = Field(0.002, description="accuracy that the int8 file may lose and still be served")
 
-
+# %% ../../nbs/core/04_params.ipynb #register
 class Register(Section):
     "Where the model is registered, and what a champion must reach."
 
@@ -166,7 +166,7 @@ class Span(Section):
     high: float
     log: bool = False  # search it on a logarithmic scale
 
-
+# %% ../../nbs/core/04_params.ipynb #tune
 class Tune(Section):
     "Which parameters `celestial tune` searches, and for how long."
 
@@ -186,7 +186,7 @@ class Tune(Section):
         description="what is searched: of model and train, a range or a list of values",
     )
 
-
+# %% ../../nbs/core/04_params.ipynb #score
 class Score(Section):
     "What the step `score` scores, beside the chain."
 
@@ -196,7 +196,7 @@ class Score(Section):
     workers: int | None = Field(None, ge=1, description="threads or processes; null: as many as cores")
     max_bad: float = Field(0.05, ge=0, le=1, description="share of the images that may be unreadable")
 
-
+# %% ../../nbs/core/04_params.ipynb #track
 class Track(Section):
     "Where experiments are tracked."
 
@@ -263,7 +263,7 @@ def known_keys() -> dict[str, dict[str, Any]]:  # {"train.lr": its JSON schema, 
         keys |= {f"{name}.{key}": sub for key, sub in section["properties"].items()}
     return keys
 
-
+# %% ../../nbs/core/04_params.ipynb #nearest-key
 def _nearest_key(key: str, known: list[str]) -> str | None:
     "The known key that was probably meant: the same leaf elsewhere, or a similar one."
     leaf = key.rpartition(".")[2]
@@ -300,6 +300,8 @@ class _Yaml(yaml.SafeLoader):
 
 
 _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$")
+
+# %% ../../nbs/core/04_params.ipynb #affebf08
 _Yaml.yaml_implicit_resolvers = {
     first: [(tag, rule) for tag, rule in rules if not tag.endswith((":float", ":bool"))]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -307,7 +309,7 @@ _Yaml.yaml_implicit_resolvers = {
 _Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$"), list("tf"))
 _Yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
-
+# %% ../../nbs/core/04_params.ipynb #parse-yaml
 def parse_yaml(
     text: str,  # YAML
     where: str,  # its file, for the error
@@ -328,7 +330,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ParamsError(f"{path} must hold sections of parameters", "See params/default.yaml for the form.")
     return content
 
-
+# %% ../../nbs/core/04_params.ipynb #overlay
 def _overlay(base: dict[str, Any], new: dict[str, Any], origin: dict[str, str], where: str) -> None:
     "Lay `new` over `base`, in place, and remember where each key came from."
     for name, value in new.items():
@@ -339,7 +341,7 @@ def _overlay(base: dict[str, Any], new: dict[str, Any], origin: dict[str, str], 
             base[name] = value
             origin |= {name: where} | ({f"{name}.{k}": where for k in value} if isinstance(value, dict) else {})
 
-
+# %% ../../nbs/core/04_params.ipynb #setting
 def _setting(text: str) -> dict[str, Any]:
     "`train.lr=0.001` as an overlay."
     key, equals, value = text.partition("=")
@@ -362,7 +364,7 @@ def params_path(
         raise unknown("params file", str(name), [p.stem for p in Path(folder).glob("*.yaml")])
     return path
 
-
+# %% ../../nbs/core/04_params.ipynb #load-params
 def load_params(
     name: Path | str = "default",  # "smoke", or a file's path
     settings: list[str] | None = None,  # ["train.lr=0.001"]: the last word
@@ -402,7 +404,7 @@ def default_yaml() -> str:  # YAML
             lines += [f"    {key}: {json.dumps(inner)}" for key, inner in value.items()]
     return "\n".join(lines) + "\n"
 
-
+# %% ../../nbs/core/04_params.ipynb #attribute
 def _attribute(section: str) -> str:
     "The attribute of `Params` that holds a section: `register_` for register."
     return next(name for name, field in Params.model_fields.items() if section in (name, field.alias))

@@ -49,7 +49,7 @@ def _row(path: Path, label: str, shown: str) -> dict[str, Any]:
     except ImageError as e:
         return row | {"width": 0, "height": 0, "format": None, "error": e.code}
 
-
+# %% ../../nbs/data/04_catalog.ipynb #make-catalog
 def make_catalog(
     folder: Path,  # of class folders; may hold a metadata.csv with a column file_name
     root: Path | None = None,  # paths are written relative to it where they are below it
@@ -101,7 +101,7 @@ def guide_split(
     split.iloc[held_out] = "val"
     return split
 
-
+# %% ../../nbs/data/04_catalog.ipynb #with-split
 def with_split(
     catalog: pd.DataFrame,  # of `make_catalog`
     data: Data,  # says how

@@ -39,7 +39,7 @@ class Source:
 
 SOURCES: dict[str, Source] = {}
 
-
+# %% ../../nbs/data/06_sources.ipynb #get-source
 def get_source(
     name: str,  # as in the parameter data.source
 ) -> Source:
@@ -97,7 +97,7 @@ def write_rendered(
                 table.writerow(row)
     return folder
 
-
+# %% ../../nbs/data/06_sources.ipynb #014a9749
 SOURCES["render"] = Source(
     fetch=lambda data, seed, root, run: write_rendered(run / "images", data.per_class, data.image_px, seed),
     inputs=lambda data, root: None,

@@ -58,7 +58,7 @@ def draw_all(draw: Draw, name: str, n: int, size: int, seed: int) -> np.ndarray:
     key = crc32(name.encode())
     return np.stack([draw(i, size, np.random.default_rng([seed, key, i])) for i in range(n)])
 
-
+# %% ../../nbs/data/12_strangers.ipynb #stranger
 def stranger(
     name: str,  # of the kind, in the plural
 ) -> Callable[[Draw], Draw]:
@@ -102,7 +102,7 @@ class World:
 
 STRANGER_BODIES: dict[str, World] = {}
 
-
+# %% ../../nbs/data/12_strangers.ipynb #unknown-body
 def unknown_body(body: Body, slope: float = 0.7, lumps: float = 0.0) -> Callable[[Paint], Paint]:
     "Register a function that paints a body's map."
 
@@ -118,19 +118,19 @@ def paint_skin(world: World, width: int) -> np.ndarray:  # float32 (width // 2, 
     colours, height = world.paint(grid_directions(width))
     return np.concatenate([linear(np.clip(colours, 0, 1)), world.slope * slopes(height)], axis=-1)
 
-
+# %% ../../nbs/data/12_strangers.ipynb #body-skin
 @lru_cache(maxsize=24)
 def body_skin(name: str, width: int) -> np.ndarray:
     "`paint_skin` of a named body, painted once."
     return paint_skin(STRANGER_BODIES[name], width)
 
-
+# %% ../../nbs/data/12_strangers.ipynb #bumps
 def bumps(xyz: np.ndarray) -> np.ndarray:  # float32 (...), -1 to 1
     "A few broad swellings and hollows, for the outline of a body too small to be round."
     waves = np.random.default_rng(6).normal(0, 2.2, (6, 3)).astype(np.float32)
     return np.cos(xyz @ waves.T + np.arange(6, dtype=np.float32)).sum(axis=-1) / 4
 
-
+# %% ../../nbs/data/12_strangers.ipynb #lump
 def lump(scene: Scene, amount: float) -> Scene:
     "The scene with its image plane drawn in and out, which makes a potato of the spheroid."
     r = np.sqrt(scene.x**2 + scene.y**2)
@@ -138,7 +138,7 @@ def lump(scene: Scene, amount: float) -> Scene:
     factor = 1 + np.float32(amount) * bumps(flat @ scene.axes.T).clip(-1, 1)
     return replace(scene, x=scene.x / factor, y=scene.y / factor)
 
-
+# %% ../../nbs/data/12_strangers.ipynb #render-world
 def render_world(world: World, skin: np.ndarray, view: View, size: int) -> np.ndarray:  # uint8 (size, size, 3)
     "As `render`, for any world."
     scene = make_scene(world.body, view, 2 * size)
@@ -155,13 +155,13 @@ def draw_named(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
     width = 512 if size <= 160 else 1024  # as in `render`
     return render_world(STRANGER_BODIES[name], body_skin(name, width), sample_view("Mars", rng), size)
 
-
+# %% ../../nbs/data/12_strangers.ipynb #draw-body
 @stranger("bodies")
 def draw_body(i: int, size: int, rng: np.random.Generator) -> np.ndarray:
     "All the unknown bodies in turn."
     return draw_named(list(STRANGER_BODIES)[i % len(STRANGER_BODIES)], size, rng)
 
-
+# %% ../../nbs/data/12_strangers.ipynb #by-body
 def by_body(
     values: np.ndarray,  # one for each picture of the kind `bodies`
 ) -> dict[str, np.ndarray]:  # body → its own, where there is one
@@ -182,7 +182,7 @@ def ground(
     height, bright = stamp_craters(xyz, np.concatenate([np.reshape(named, (-1, 4)), listed]))
     return height + hills * noise(xyz, seed + 40, 2.0), bright
 
-
+# %% ../../nbs/data/12_strangers.ipynb #lines
 def lines(
     xyz: np.ndarray,  # unit vectors
     count: int,
@@ -219,7 +219,7 @@ def paint_ceres(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     colour = ramp(tone, (0, "060606"), (0.4, "6a6766"), (0.7, "a6a29e"), (1, "efece8"))
     return mix(colour, "ffffff", salt), height
 
-
+# %% ../../nbs/data/12_strangers.ipynb #paint-eris
 @unknown_body(Body("Eris", 1163, 1163, TILT, "minnaert", 0.56), slope=0.5)
 def paint_eris(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Nearly white frost, hardly marked."
@@ -227,7 +227,7 @@ def paint_eris(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     tone = 0.72 + 0.07 * noise(xyz, 212, 0.7) + 0.03 * noise(xyz, 213, 3) + 0.05 * bright
     return ramp(tone, (0, "6d665f"), (0.5, "bfb9b1"), (0.75, "e3dfd8"), (1, "fbfaf7")), height
 
-
+# %% ../../nbs/data/12_strangers.ipynb #paint-makemake
 @unknown_body(Body("Makemake", 717, 717, TILT, "minnaert", 0.58), slope=0.5)
 def paint_makemake(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Reddish brown with patches of pale methane frost."
@@ -238,7 +238,7 @@ def paint_makemake(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     frost = smoothstep(0.6, 1.7, noise(warp(xyz, 224, 0.05), 225, 0.6) + 0.2 * rough)
     return mix(colour, "f1e4d3", 0.75 * frost), height
 
-
+# %% ../../nbs/data/12_strangers.ipynb #paint-haumea
 @unknown_body(Body("Haumea", 1006, 513, TILT, "minnaert", 0.6), slope=0.5)
 def paint_haumea(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "An egg of clean ice with one dark red region."
@@ -254,7 +254,7 @@ _IO_RINGS: list[tuple[float, float, float, str]] = [
     (-30, 40, 8, "d9652c"), (20, -30, 6, "f2eee0"), (-80, 10, 6, "c9602e"), (160, 25, 6, "f2ead2"),
 ]  # fmt: skip
 
-
+# %% ../../nbs/data/12_strangers.ipynb #paint-io-x
 @unknown_body(Body("Io", 1829.4, 1815.7, TILT, "minnaert", 0.6), slope=0.3)
 def paint_io(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Sulphur yellow, brown poles, black calderas, red and white rings around the plumes."
@@ -291,7 +291,7 @@ def paint_europa(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # %% ../../nbs/data/12_strangers.ipynb #paint-ganymede
 _OSIRIS = [(-166, -38, 17), (-7, -30, 9), (123, -14, 8), (60, 55, 9), (-80, 40, 7), (-50, -15, 7), (170, 30, 8)]
 
-
+# %% ../../nbs/data/12_strangers.ipynb #paint-ganymede-x
 @unknown_body(Body("Ganymede", 2631.2, 2631.2, TILT, "lommel-seeliger"), slope=0.5)
 def paint_ganymede(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Old dark plates between pale grooved lanes, rayed craters, frosty poles."
@@ -332,7 +332,7 @@ def paint_titan(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     tone += 0.02 * noise(warp(xyz, 282, 0.05), 283, 0.6)
     return ramp(tone, (0, "5c3a10"), (0.45, "c98a35"), (0.6, "e0a94f"), (0.8, "efc880")), np.zeros_like(lat)
 
-
+# %% ../../nbs/data/12_strangers.ipynb #paint-enceladus
 @unknown_body(Body("Enceladus", 256.6, 248.3, TILT, "minnaert", 0.6), slope=0.6)
 def paint_enceladus(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "The whitest of all, cracked, with four blue stripes at the south pole."
@@ -364,7 +364,7 @@ def paint_triton(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     south = mix(south, "5d4a48", 0.65 * smoothstep(0.25, 0.7, spots(warp(xyz, 305, 0.03, 1.5), plumes)))
     return mix(mix(north, south, cap), "dfe8ec", 0.7 * fringe), dimples * (1 - cap)
 
-
+# %% ../../nbs/data/12_strangers.ipynb #paint-phobos
 @unknown_body(Body("Phobos", 12.2, 9.1, TILT, "lommel-seeliger"), slope=0.8, lumps=0.10)
 def paint_phobos(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "A grey-brown potato with the crater Stickney and long grooves."
@@ -384,13 +384,13 @@ def random_colours(
     "Colours of any hue, uniform in hue, saturation and brightness."
     return np.array([colorsys.hsv_to_rgb(*rng.uniform([0, 0, 0.15], [1, vivid, 1])) for _ in range(count)], np.float32)
 
-
+# %% ../../nbs/data/12_strangers.ipynb #blend
 def blend(t: np.ndarray, colours: np.ndarray) -> np.ndarray:  # float32 (..., 3)
     "Colours at places 0 to 1 along an even ramp."
     at = np.linspace(0, 1, len(colours))
     return np.stack([np.interp(t, at, channel) for channel in colours.T], axis=-1).astype(np.float32)
 
-
+# %% ../../nbs/data/12_strangers.ipynb #random-paint
 def random_paint(rng: np.random.Generator) -> Paint:
     "A painter with a palette and a pattern of its own: bands, blotches or craters, or some of each."
     colours = random_colours(rng, int(rng.integers(3, 7)), rng.uniform(0.1, 0.9))
@@ -409,7 +409,7 @@ def random_paint(rng: np.random.Generator) -> Paint:
 
     return paint
 
-
+# %% ../../nbs/data/12_strangers.ipynb #draw-random-world
 @stranger("random_worlds")
 def draw_random_world(i: int, size: int, rng: np.random.Generator) -> np.ndarray:
     "A world of its own for every picture."
@@ -428,7 +428,7 @@ def plane(size: int, rng: np.random.Generator) -> np.ndarray:  # float32 (size, 
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     return np.stack([x * cos - y * sin, x * sin + y * cos, np.full_like(x, rng.uniform(0, 2))], axis=-1)
 
-
+# %% ../../nbs/data/12_strangers.ipynb #to-bytes
 def to_bytes(colours: np.ndarray) -> np.ndarray:  # uint8
     "Display colours 0 to 1 as bytes."
     return (np.clip(colours, 0, 1) * 255 + 0.5).astype(np.uint8)
@@ -436,24 +436,24 @@ def to_bytes(colours: np.ndarray) -> np.ndarray:  # uint8
 
 Texture = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # (`plane`, generator) → a value 0 to 1 each
 
-
+# %% ../../nbs/data/12_strangers.ipynb #marble
 def marble(p: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     "Veins: a wave bent by noise. Source: Perlin 1985, An image synthesizer."
     return 0.5 + 0.5 * np.sin(rng.uniform(4, 9) * p[..., 0] + 1.4 * noise(p, int(rng.integers(999)), 0.4))
 
-
+# %% ../../nbs/data/12_strangers.ipynb #wood
 def wood(p: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     "Growth rings cut at a slant, with grain."
     x, y = p[..., 0] + rng.uniform(-1, 1), 0.25 * p[..., 1] + rng.uniform(-1, 1)
     rings = rng.uniform(5, 11) * np.hypot(x, y) + 0.3 * noise(p, int(rng.integers(999)), 0.5)
     return rings % 1 + 0.1 * noise(p * np.array([1, 0.1, 1], np.float32), 9, 3)
 
-
+# %% ../../nbs/data/12_strangers.ipynb #checks
 def checks(p: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     "A chequerboard."
     return np.floor(p[..., :2] * rng.uniform(2, 8)).sum(axis=-1) % 2
 
-
+# %% ../../nbs/data/12_strangers.ipynb #stripes
 def stripes(p: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     "Stripes, hard or soft."
     wave = np.sin(p[..., 0] * rng.uniform(5, 30))
@@ -466,7 +466,7 @@ def cells(p: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     distance = np.sqrt(((p[..., None, :2] - points) ** 2).sum(axis=-1)).min(axis=-1)
     return distance / distance.max()
 
-
+# %% ../../nbs/data/12_strangers.ipynb #plasma
 def plasma(p: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     "The sum of four waves."
     waves = [np.sin(p[..., :2] @ rng.uniform(-7, 7, 2) + rng.uniform(0, 6.3)) for _ in range(3)]
@@ -475,7 +475,7 @@ def plasma(p: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 TEXTURES: tuple[Texture, ...] = (marble, wood, checks, stripes, cells, plasma)
 
-
+# %% ../../nbs/data/12_strangers.ipynb #draw-texture
 @stranger("textures")
 def draw_texture(i: int, size: int, rng: np.random.Generator) -> np.ndarray:
     "All the textures in turn, each in colours of its own."
@@ -498,7 +498,7 @@ def draw_noise(i: int, size: int, rng: np.random.Generator) -> np.ndarray:
         values = 0.5 + rng.uniform(0.1, 0.3) * smooth / smooth.std()
     return to_bytes(np.broadcast_to(values, (size, size, 3)))
 
-
+# %% ../../nbs/data/12_strangers.ipynb #draw-blank
 @stranger("blank")
 def draw_blank(i: int, size: int, rng: np.random.Generator) -> np.ndarray:
     "Black, white, grey, one colour, a linear and a radial gradient in turn."
@@ -509,7 +509,7 @@ def draw_blank(i: int, size: int, rng: np.random.Generator) -> np.ndarray:
     plain = (0 * flat, flat, rng.uniform(0.05, 0.95) * flat, ends[0] * flat, blend(along, ends), blend(outward, ends))
     return to_bytes(plain[i % len(plain)])
 
-
+# %% ../../nbs/data/12_strangers.ipynb #draw-star-field
 @stranger("star_fields")
 def draw_star_field(i: int, size: int, rng: np.random.Generator) -> np.ndarray:
     "Stars on a dark sky: few bright, many faint, white to blue or orange. Every third has a band of haze."
@@ -541,7 +541,7 @@ class Frame:
         "The pixels at a negative distance (radii) from an outline, with a smooth edge."
         return np.clip(0.5 - distance / self.pixel, 0, 1)[..., None]
 
-
+# %% ../../nbs/data/12_strangers.ipynb #random-frame
 def random_frame(size: int, rng: np.random.Generator) -> Frame:
     "A ball of a random size, place and light."
     radius, edge = rng.uniform(0.45, 0.9), (np.arange(size) + 0.5) * (2 / size) - 1
@@ -555,7 +555,7 @@ def random_frame(size: int, rng: np.random.Generator) -> Frame:
     turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
     return Frame(x, y, 2 / size / radius, normal @ turn, np.clip(normal @ light, 0, 1), gloss)
 
-
+# %% ../../nbs/data/12_strangers.ipynb #e36746a6
 Shape = Callable[[Frame, np.random.Generator], np.ndarray]  # → display colours (size, size, 3)
 
 # %% ../../nbs/data/12_strangers.ipynb #fill
@@ -563,31 +563,31 @@ def _fill(f: Frame, rng: np.random.Generator) -> np.ndarray:
     "One colour, or a gradient."
     return blend(np.clip(0.5 + 0.5 * (f.x + f.y), 0, 1), random_colours(rng, int(rng.integers(1, 3))))
 
-
+# %% ../../nbs/data/12_strangers.ipynb #disc
 def disc(f: Frame, rng: np.random.Generator) -> np.ndarray:
     "A flat disc."
     return f.inside(np.hypot(f.x, f.y) - 1) * _fill(f, rng)
 
-
+# %% ../../nbs/data/12_strangers.ipynb #ring
 def ring(f: Frame, rng: np.random.Generator) -> np.ndarray:
     "A ring."
     r, hole = np.hypot(f.x, f.y), rng.uniform(0.4, 0.9)
     return f.inside(np.maximum(r - 1, hole - r)) * _fill(f, rng)
 
-
+# %% ../../nbs/data/12_strangers.ipynb #square
 def square(f: Frame, rng: np.random.Generator) -> np.ndarray:
     "A square or a rectangle, turned."
     a, wide = rng.uniform(0, np.pi), rng.uniform(0.4, 0.75)
     u, v = f.x * np.cos(a) - f.y * np.sin(a), f.x * np.sin(a) + f.y * np.cos(a)
     return f.inside(np.maximum(np.abs(u) - 0.75, np.abs(v) - wide)) * _fill(f, rng)
 
-
+# %% ../../nbs/data/12_strangers.ipynb #ball
 def ball(f: Frame, rng: np.random.Generator) -> np.ndarray:
     "A glossy ball of one colour."
     shade = (0.12 + 0.88 * f.lit)[..., None] * random_colours(rng, 1)
     return f.inside(np.hypot(f.x, f.y) - 1) * (shade + 0.8 * f.gloss[..., None])
 
-
+# %% ../../nbs/data/12_strangers.ipynb #glass-marble
 def glass_marble(f: Frame, rng: np.random.Generator) -> np.ndarray:
     "A glass marble with a twisted ribbon of colour in it."
     bent = shear(f.normal.astype(np.float32), rng.uniform(2, 5) * f.normal[..., 2])
@@ -595,7 +595,7 @@ def glass_marble(f: Frame, rng: np.random.Generator) -> np.ndarray:
     colour = blend(ribbon, random_colours(rng, 3)) * (0.45 + 0.55 * (1 - f.lit[..., None]))
     return f.inside(np.hypot(f.x, f.y) - 1) * (colour + f.gloss[..., None])
 
-
+# %% ../../nbs/data/12_strangers.ipynb #lamp
 def lamp(f: Frame, rng: np.random.Generator) -> np.ndarray:
     "A globe that glows, and its glow around it."
     r, warm = np.hypot(f.x, f.y), np.array([1, rng.uniform(0.6, 0.95), rng.uniform(0.3, 0.8)])
@@ -614,7 +614,7 @@ def football_faces() -> np.ndarray:  # float (32, 3), unit vectors, the 12 penta
     faces = np.array(five + six, float)
     return faces / np.linalg.norm(faces, axis=1, keepdims=True)
 
-
+# %% ../../nbs/data/12_strangers.ipynb #football
 def football(f: Frame, rng: np.random.Generator) -> np.ndarray:
     "A football, black and white or in two colours."
     near = f.normal @ football_faces().T
@@ -628,7 +628,7 @@ def football(f: Frame, rng: np.random.Generator) -> np.ndarray:
 
 SHAPES: tuple[Shape, ...] = (disc, ball, ring, football, square, glass_marble, lamp)
 
-
+# %% ../../nbs/data/12_strangers.ipynb #draw-shape
 @stranger("shapes")
 def draw_shape(i: int, size: int, rng: np.random.Generator) -> np.ndarray:
     "All the shapes in turn, on black."
@@ -642,7 +642,7 @@ _PHOTOGRAPHS = (
     ("gradio", "media_assets/images/lion.jpg"), ("gradio", "media_assets/images/tower.jpg"),
 )  # fmt: skip
 
-
+# %% ../../nbs/data/12_strangers.ipynb #find-photographs-x
 def find_photographs(
     listed: Sequence[tuple[str, str]] = _PHOTOGRAPHS,  # package, path inside it
 ) -> tuple[dict[str, Path], list[str]]:  # name → file of those there are; package and path of those there aren't
@@ -657,7 +657,7 @@ def find_photographs(
             missing.append(f"{package}/{inside}")
     return found, missing
 
-
+# %% ../../nbs/data/12_strangers.ipynb #photographs
 @lru_cache(maxsize=1)
 def photographs() -> tuple[np.ndarray, ...]:  # uint8 (height, width, 3) each
     "The photographs, decoded; a warning names those that are missing, a `CelestialError` says that all are."
@@ -668,7 +668,7 @@ def photographs() -> tuple[np.ndarray, ...]:  # uint8 (height, width, 3) each
         warnings.warn(f"photographs missing from the installed packages: {', '.join(missing)}", stacklevel=2)
     return tuple(decode_image(path) for path in found.values())
 
-
+# %% ../../nbs/data/12_strangers.ipynb #draw-photograph
 @stranger("photographs")
 def draw_photograph(i: int, size: int, rng: np.random.Generator) -> np.ndarray:
     "A crop of each photograph in turn, its edge 25 % to 100 % of the shorter one."

@@ -89,11 +89,11 @@ def _images_checksum(params: Params, root: Path, run: str) -> str | None:
         checksums.append(folder_checksum(folder))
     return " ".join(checksums) or None
 
-# %% ../../nbs/flow/02_pipeline.ipynb #load-dag
+# %% ../../nbs/flow/02_pipeline.ipynb #bdb4f55f
 Executor = Literal["inline", "kernel"]
 _ENGINES = {"inline": "ploomber-engine", "kernel": "papermill"}
 
-
+# %% ../../nbs/flow/02_pipeline.ipynb #load-dag
 def _load_dag(plan: Plan, executor: Executor) -> DAG:
     "The pipeline as Ploomber's DAG, each step told its parameters and what to watch."
     os.environ |= {"PLOOMBER_STATS_ENABLED": "false", "PLOOMBER_VERSION_CHECK_DISABLED": "true"}
@@ -141,7 +141,7 @@ def params_file(
     "Where all parameters of a run are written down; `tune`'s and `score`'s are no part of what a run makes."
     return run_folder(run) / ".inputs" / "params.json"
 
-
+# %% ../../nbs/flow/02_pipeline.ipynb #run-pipeline
 def run_pipeline(
     plan: Plan,  # of `make_plan`
     executor: Executor = "inline",
@@ -169,12 +169,12 @@ class StepFailed(CelestialError):
 
     exit_code = 1
 
-
+# %% ../../nbs/flow/02_pipeline.ipynb #kinds
 def _kinds(kind: type[CelestialError]) -> set[str]:
     "The names of a class of errors and of all below it."
     return {kind.__name__}.union(*(_kinds(sub) for sub in kind.__subclasses__()))
 
-
+# %% ../../nbs/flow/02_pipeline.ipynb #failed-cell
 def failed_cell(
     notebook: Path,  # partially executed
 ) -> tuple[int, str, str] | None:  # (number of the cell from 1, name of the error, its words)

@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
 
 # %% auto #0
-__all__ = ['Reads', 'TuneJob', 'shared_settings', 'join_study', 'study_run', 'track_trials', 'end_study_run', 'do_trials',
-           'told_params', 'tuned_yaml', 'write_tuned', 'worker', 'run_workers', 'tune_run', 'tuning_result']
+__all__ = ['TuneJob', 'shared_settings', 'join_study', 'end_study_run', 'do_trials', 'tuned_yaml', 'write_tuned', 'run_workers',
+           'tune_run', 'tuning_result']
 
 # %% ../../nbs/flow/04_tuning.ipynb #tunejob
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class TuneJob:
         sections = (Model.of(**told["model"]), Train.of(**told["train"]), Tune.of(**told["tune"]))
         return cls(told["run"], told["seed"], *sections, Track.of(**told["track"]))
 
-# %% ../../nbs/flow/04_tuning.ipynb #shared-settings
+# %% ../../nbs/flow/04_tuning.ipynb #c5ef511f
 Reads = dict[str, dict[str, Path]]  # {"prepare": {"pixels": …}, …}: a step's upstream
 
-
+# %% ../../nbs/flow/04_tuning.ipynb #shared-settings
 def shared_settings(
     job: TuneJob,
     acquired: dict[str, Any],  # the settings that `acquire` wrote down
@@ -95,7 +95,7 @@ def shared_settings(
     dotted = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
     return {key: v for key, v in dotted.items() if key not in job.tune.space and key != "train.epochs"}
 
-
+# %% ../../nbs/flow/04_tuning.ipynb #join-study
 def join_study(
     job: TuneJob,
     reads: Reads,  # of the opened step `tune`
@@ -128,7 +128,7 @@ def study_run(
     study.set_user_attr("mlflow_runs", [*known, run.id])
     return run
 
-
+# %% ../../nbs/flow/04_tuning.ipynb #track-trials
 def track_trials(
     track: Track,
     parent: Run,  # of `study_run`
@@ -173,7 +173,7 @@ def end_study_run(
     run.end()
     return run
 
-
+# %% ../../nbs/flow/04_tuning.ipynb #end-killed
 def _end_killed(run: Run) -> None:
     "End a run whose process is gone, where it is recorded here."
     from mlflow.exceptions import MlflowException
@@ -214,7 +214,7 @@ def told_params(
         params = load_params(job.run if (folder / f"{job.run}.yaml").is_file() else "default", folder=folder)
     return params.model_copy(update={"seed": job.seed, "model": job.model, "train": job.train, "track": job.track})
 
-
+# %% ../../nbs/flow/04_tuning.ipynb #differing
 def _differing(params: Params, default: Params) -> dict[str, Any]:
     "What params say otherwise than the defaults."
     said, usual = (p.model_dump(by_alias=True, exclude={"tune"}) for p in (params, default))
@@ -250,7 +250,7 @@ def tuned_yaml(
         lines.append(yaml.safe_dump({name: value}, default_flow_style=None, sort_keys=False, width=10_000).strip())
     return "\n".join(lines) + "\n"
 
-
+# %% ../../nbs/flow/04_tuning.ipynb #write-tuned
 def write_tuned(
     job: TuneJob,
     table: pd.DataFrame,  # of `trials_table`
@@ -280,7 +280,7 @@ def worker() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
 
-
+# %% ../../nbs/flow/04_tuning.ipynb #stop-with-parent
 def _stop_with_parent() -> None:
     "Interrupt this process when its standard input is closed."
     sys.stdin.read()
@@ -289,7 +289,7 @@ def _stop_with_parent() -> None:
     faulthandler.dump_traceback()
     os._exit(1)
 
-
+# %% ../../nbs/flow/04_tuning.ipynb #start-worker
 def _start_worker(job: TuneJob, threads: int, log: Path) -> subprocess.Popen[str]:
     "A worker process that writes what it says to a file."
     env = {name: value for name, value in os.environ.items() if name != "CELESTIAL_TERMINAL"}
@@ -311,7 +311,7 @@ def _cores() -> int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-
+# %% ../../nbs/flow/04_tuning.ipynb #tell-finished
 def _tell_finished(study: Study, told: set[int], trials: int, quiet: bool) -> None:
     "A line for every trial that finished since, and how far it is."
     table, counts = trials_table(study), count_trials(study)
@@ -329,7 +329,7 @@ def _tell_finished(study: Study, told: set[int], trials: int, quiet: bool) -> No
     done = counts["complete"] + counts["pruned"]
     say(f"… {done} of {trials} trials, {counts['running']} running")
 
-
+# %% ../../nbs/flow/04_tuning.ipynb #run-workers
 def run_workers(
     job: TuneJob,
     study: Study,
@@ -361,7 +361,7 @@ def _stop(processes: list[subprocess.Popen[str]]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
 
-
+# %% ../../nbs/flow/04_tuning.ipynb #require-done
 def _require_done(job: TuneJob, study: Study, processes: list[Any], logs: list[Path], quiet: bool) -> None:
     "`StepFailed` if trials are missing; a word about workers that stopped while others went on."
     failed = [(p.returncode, log) for p, log in zip(processes, logs, strict=True) if p.returncode]
@@ -410,7 +410,7 @@ def tune_run(
     run_pipeline(plan, executor, quiet)
     return read_json(plan.tasks["tune"].product["result"])
 
-
+# %% ../../nbs/flow/04_tuning.ipynb #tuning-result
 def tuning_result(
     job: TuneJob,
     study: Study,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import unknown
+from ..core.errors import CelestialError, unknown
 from ..core.own import find_own
 from ..core.params import Model
 
@@ -112,11 +112,16 @@ def build_network(
     input_shape: tuple[int, int, int],  # (size, size, channels) of the prepared pixels
     classes: int,  # how many
 ) -> keras.Model:  # uint8 pixels (n, size, size, channels) → logits (n, classes)
-    "An untrained network; `CelestialError` for a name that nobody registered."
+    "An untrained network; `CelestialError` for a name that nobody registered, or without a layer named embedding."
     layers = get_network(p.network)
     import keras
 
     pixels = keras.Input(input_shape, dtype="uint8", name="pixels")
     scaled = keras.layers.Rescaling(1 / 255)(pixels)
     logits = keras.layers.Dense(classes, name="logits")(layers(scaled, p))
-    return keras.Model(pixels, logits, name=p.network.rpartition(".")[2])
+    model = keras.Model(pixels, logits, name=p.network.rpartition(".")[2])
+    if not any(layer.name == "embedding" for layer in model.layers):  # what knows the unknown reads it
+        raise CelestialError(
+            f"the network {p.network} has no layer named embedding", 'Call its last one so: name="embedding".'
+        )
+    return model

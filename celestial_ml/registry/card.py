@@ -32,7 +32,7 @@ def _details(about: dict[str, Any]) -> list[Block]:
     ]
     return [Table(("", ""), rows)]
 
-
+# %% ../../nbs/registry/07_card.ipynb #use
 def _use(about: dict[str, Any]) -> list[Block]:
     "What it was made for."
     return [
@@ -42,7 +42,7 @@ def _use(about: dict[str, Any]) -> list[Block]:
         "is unknown or unsure.",
     ]
 
-
+# %% ../../nbs/registry/07_card.ipynb #misuse
 def _misuse(about: dict[str, Any]) -> list[Block]:
     "What it wasn't made for."
     seen = about["lineage"].get("source", "other")
@@ -56,7 +56,7 @@ def _misuse(about: dict[str, Any]) -> list[Block]:
         ]
     ]
 
-
+# %% ../../nbs/registry/07_card.ipynb #factors
 def _factors(metrics: dict[str, Any]) -> list[Block]:
     "What its quality may depend on."
     names = list(dict.fromkeys(row["slice"] for row in metrics.get("slices", [])))
@@ -75,7 +75,7 @@ _NAMES = {
     "brier": ("Brier score", "mean squared error of the probabilities"),
 }
 
-
+# %% ../../nbs/registry/07_card.ipynb #metrics-x
 def _metrics(about: dict[str, Any]) -> list[Block]:
     "The figures and how sure they are."
     metrics = about["metrics"]
@@ -92,7 +92,7 @@ def _metrics(about: dict[str, Any]) -> list[Block]:
         f"temperature of {about['temperature']:.3f} first, fitted on the same images.",
     ]
 
-
+# %% ../../nbs/registry/07_card.ipynb #evaluated
 def _evaluated(about: dict[str, Any]) -> list[Block]:
     "The images that it was measured on."
     metrics = about["metrics"]
@@ -139,7 +139,7 @@ def _classes_and_slices(metrics: dict[str, Any], plots: Mapping[str, Path]) -> l
         )
     return blocks + _pictures(plots, {"slices": "Accuracy by kind of picture, with 95 % intervals."})
 
-
+# %% ../../nbs/registry/07_card.ipynb #robustness
 def _robustness(metrics: dict[str, Any], plots: Mapping[str, Path]) -> list[Block]:
     "Under damage, and when it must behave."
     found = metrics.get("robustness")
@@ -175,7 +175,7 @@ def _calibration_and_unknown(metrics: dict[str, Any], plots: Mapping[str, Path])
         ]
     return blocks + _pictures(plots, {"strangers": "Pictures of no known class, and their distances."})
 
-
+# %% ../../nbs/registry/07_card.ipynb #pictures
 def _pictures(plots: Mapping[str, Path], captions: Mapping[str, str]) -> list[Block]:
     "The pictures that are there."
     return [Picture(plots[n], text) for n, text in captions.items() if n in plots and plots[n].is_file()]
@@ -212,7 +212,7 @@ def _limits(about: dict[str, Any]) -> list[str]:
         limits.append(f"Fewer than 20 test images: {', '.join(small)}. Their figures are rough.")
     return limits
 
-
+# %% ../../nbs/registry/07_card.ipynb #considerations
 def _considerations(about: dict[str, Any]) -> list[Block]:
     "Ethics, limits and advice."
     harmless = about["lineage"].get("source") in ("render", "guide")
@@ -245,7 +245,7 @@ def _example(explanations: Sequence[dict[str, Any]], plots: Mapping[str, Path]) 
         *_pictures(plots, {"explanations": "The picture, what its answer rests on, and what it was reminded of."}),
     ]
 
-
+# %% ../../nbs/registry/07_card.ipynb #lineage
 def _lineage(about: dict[str, Any]) -> list[Block]:
     "From this version back to what made it."
     lineage = about["lineage"]
@@ -263,7 +263,7 @@ def _lineage(about: dict[str, Any]) -> list[Block]:
     ]
     return [Table(("", ""), rows), "Parameters:", Table(("parameter", "value"), settings)]
 
-
+# %% ../../nbs/registry/07_card.ipynb #gate
 def _gate(verdict: dict[str, Any]) -> list[Block]:
     "What the gate said."
     words = {"promote": "It became champion", "challenge": "It became challenger", "keep": "It stays champion"}

@@ -186,7 +186,7 @@ def _data_uri(image: Image.Image, side: int = 1500) -> str:
     image.save(file, "WEBP", quality=82, method=6)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
-
+# %% ../../nbs/registry/06_pages.ipynb #td
 def _td(value: Any, as_share: bool, first: bool) -> str:
     "A cell of a table."
     text = escape(_cell(value, as_share))
@@ -237,7 +237,7 @@ _BADGES = {
 }
 _STATUS = "<!-- status -->"  # where a card says that it's retired
 
-
+# %% ../../nbs/registry/06_pages.ipynb #card-html-x
 def card_html(
     card: Card,
 ) -> str:

@@ -75,7 +75,7 @@ SORRY = {
     "internal": "Something went wrong on my side, not on yours. Try it again.",
 }
 
-
+# %% ../../nbs/serve/11_words.ipynb #apology-x
 def apology(e: Exception) -> str:  # a key of `SORRY`
     "Which sentence an error gets."
     code = getattr(e, "code", "internal")
@@ -86,12 +86,12 @@ def text(words: str) -> str:
     "Words as HTML, with a number kept on one line with its sign."
     return html.escape(words).replace(" %", "&nbsp;%")
 
-
+# %% ../../nbs/serve/11_words.ipynb #share-text
 def share_text(share: float) -> str:
     "A probability with one decimal, as HTML."
     return text("> 99.9 %" if share > 0.999 else "< 0.1 %" if share < 0.001 else f"{share * 100:.1f} %")
 
-
+# %% ../../nbs/serve/11_words.ipynb #bar
 def bar(
     name: str,
     share: float,  # 0 … 1
@@ -103,7 +103,7 @@ def bar(
         f'<i style="width:{max(share * 100, 0.4):.1f}%"></i></span><span>{share_text(share)}</span></li>'
     )
 
-
+# %% ../../nbs/serve/11_words.ipynb #bars
 def bars(
     probabilities: dict[str, float],
     known: bool,  # whether the largest stands out

@@ -1,0 +1,509 @@
+"""Reports: a run on one page, a run beside a revision, and the workflow that tells the pull request.
+
+`CELESTIAL_SCREENSHOTS=1` writes the picture of the documentation to nbs/images, of the run `default`.
+"""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from click.testing import Result
+from markdown_it import MarkdownIt
+from packages import package
+from PIL import Image
+from typer.testing import CliRunner
+
+from celestial_ml.cli.app import app
+from celestial_ml.core.files import read_json, write_json
+from celestial_ml.core.params import Register
+from celestial_ml.flow.compare import compare_run, report_page
+from celestial_ml.flow.pipeline import Plan, make_plan, run_pipeline
+from celestial_ml.flow.report import against_version, in_short, make_report, rival
+from celestial_ml.registry.card import make_card
+from celestial_ml.registry.decisions import submit
+from celestial_ml.registry.evidence import EVIDENCE, Evidence
+from celestial_ml.registry.pages import card_html, card_markdown
+from celestial_ml.registry.versions import publish, published, read_version
+
+ROOT = Path(__file__).resolve().parent.parent
+SCREENSHOTS = ROOT / "nbs" / "images" if os.environ.get("CELESTIAL_SCREENSHOTS") else None
+LAX = ["accuracy", "macro_f1", "class_f1", "slice"]
+LET_PASS = [f"register.min_{name}=0" for name in LAX] + [
+    "register.max_slice_gap=1", "register.max_ece=1", "register.max_false_alarms=1", "register.must_beat=[]",
+]  # fmt: skip
+
+
+def tables(markdown: str) -> list[list[list[str]]]:
+    "The tables that a Markdown text really has, as rows of cells."
+    found: list[list[list[str]]] = []
+    for token in MarkdownIt("commonmark").enable("table").parse(markdown):
+        if token.type == "table_open":
+            found.append([])
+        elif token.type == "tr_open":
+            found[-1].append([])
+        elif token.type in ("td_open", "th_open"):
+            found[-1][-1].append("")
+        elif token.type == "inline" and found and found[-1] and found[-1][-1] and found[-1][-1][-1] == "":
+            found[-1][-1][-1] = token.content or " "
+    return found
+
+
+def table_with(markdown: str, header: str) -> dict[str, list[str]]:
+    "The table with that in its header, by its first column."
+    [rows] = [rows for rows in tables(markdown) if header in rows[0]]
+    assert {len(row) for row in rows} == {len(rows[0])}, "every row has all cells"
+    return {row[0]: row[1:] for row in rows[1:]}
+
+
+# ---------------------------------------------------------------------------------------------- a run on one page
+
+
+def page_of(run: str) -> tuple[str, str, dict[str, Any]]:
+    "The report of a run in its forms."
+    folder = Path("output", run)
+    page, text = ((folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
+    assert len(page) < 2_000_000 and not re.search(r'(src|href)="(?!#|data:|[a-z_]+\.html")', page), (
+        "it needs nothing else"
+    )
+    assert "http" not in page and not re.search(r"@import|<script", page)
+    for address in re.findall(r'href="([a-z_]+\.html)"', page):
+        assert (folder / address).is_file() and f"]({address})" in text, address
+    for picture in re.findall(r"\]\((plots/.+?)\)", text):
+        assert (folder / picture).is_file(), picture
+    return page, text, read_json(folder / "report.json")
+
+
+def test_a_run_without_a_champion_has_its_page(smoke: Plan) -> None:
+    page, text, told = page_of("smoke")
+    metrics, verdict = read_json("output/smoke/metrics.json"), read_json("output/smoke/register.json")
+    assert told["since"] is None and "There is no champion to compare it with" in text
+    assert "refused by the gate" in page and verdict["reasons"][-1] in text
+    assert f"measured on {metrics['images']} pictures" in told["in_short"][0] and told["in_short"][0] in text
+    by_class = table_with(text, "named rightly")
+    assert set(by_class) == set(metrics["per_class"])
+    assert sum(int(row[0]) for row in by_class.values()) == round(metrics["accuracy"] * metrics["images"])
+    counts = table_with(text, "train")
+    assert sum(int(row[-1]) for row in counts.values()) == 120
+    for part in ("The question", "The data", "The result", "Examples", "Limits", "Where it comes from"):
+        assert f"## {part}" in text and f"<h2>{part}</h2>" in page, part
+    wrong = metrics["images"] - round(metrics["accuracy"] * metrics["images"])
+    assert f"**Wrong.** {wrong} of {metrics['images']} pictures" in text
+    assert page.count("data:image/webp") > 30, "the pictures are in it"
+    about = read_json("output/smoke/model.json")
+    assert all(about["lineage"][key] in text for key in ("data_sha256", "code_revision", "mlflow_run"))
+    assert [name for name in smoke.tasks if f"[{name}]({name}.html)" not in text] == []
+
+
+def test_a_champion_has_its_page(smoke: Plan, at_home: Path) -> None:
+    plan = make_plan(at_home, "smoke", LET_PASS)
+    assert list(plan.stale) == ["register"]
+    run_pipeline(plan, quiet=True)
+    page, text, told = page_of("smoke")
+    assert read_json("output/smoke/register.json")["decision"] == "promote"
+    assert told["since"] is None and "There is no champion to compare it with" in text
+    assert "It became champion" in told["in_short"][-1] and '<body class="promote">' in page
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{os.environ['CELESTIAL_HOME']}/mlflow.db")
+    run = read_json("output/smoke/model.json")["lineage"]["mlflow_run"]
+    kept = {file.path for file in client.list_artifacts(run, "data")}
+    assert {"data/report.html", "data/report.md", "data/report.json"} <= kept
+
+
+def test_a_run_says_where_its_page_is(smoke: Plan, at_home: Path) -> None:
+    done = CliRunner().invoke(app, ["run", "smoke", *(arg for s in LET_PASS for arg in ("--set", s))])
+    assert done.exit_code == 0 and "look:  output/smoke/report.html" in done.output, done.output
+
+
+# -------------------------------------------------------------------------------------------- beside the champion
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    "A registry of one's own."
+    monkeypatch.setenv("CELESTIAL_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def registered(folder: Path, number: int, right: np.ndarray | float) -> str:
+    "A version that gets so many right."
+    publish(package(folder / str(number), right), f"celestial/{number}")
+    return f"celestial/{number}"
+
+
+def predictions_of(answers: Evidence) -> pd.DataFrame:
+    columns = {"path": answers.path, "label": answers.label, "predicted": answers.predicted, "correct": answers.correct}
+    return pd.DataFrame(columns | {"confidence": 0.9, "ood_score": answers.ood_score})
+
+
+def written(folder: Path, model: str, verdict: dict[str, Any]) -> tuple[str, str]:
+    "The report of a version, as the step register makes it."
+    about, answers = read_version(model), Evidence.load(published(model))
+    assert answers is not None
+    counts = {"Mars": {"train": 10, "test": 100}, "Neptune": {"train": 10, "test": 100}}
+    card = make_card(about, verdict, counts, [], [], {})
+    since = against_version(about, answers, verdict)
+    picture = np.zeros((16, 16, 3), np.uint8)
+    report = make_report(
+        card, about, verdict, since, counts, [], predictions_of(answers), lambda path: picture, [], {}, []
+    )
+    return card_markdown(report), card_html(report)
+
+
+def test_a_worse_run_is_said_to_be_worse_and_by_which_test(home: Path, tmp_path: Path) -> None:
+    "Against the champion, then promoted over it by a lax gate, and once more when it's champion itself."
+    champion = registered(tmp_path, 1, 0.95)
+    first = submit(champion, Register()).to_dict()
+    assert rival(first) is None
+    worse = registered(tmp_path, 2, 0.75)
+    lax = Register(min_accuracy=0.5, min_macro_f1=0.5, min_class_f1=0.5)
+    refused = submit(worse, lax).to_dict()
+    assert refused["decision"] == "refuse"
+    text, page = written(tmp_path, worse, refused)
+    assert "It's less accurate than celestial/1: 75.0 % against 95.0 %, -20.0 points" in text
+    figures = table_with(text, "tested by")
+    p = refused["comparison"]["p"]
+    assert p < 1e-9 and figures["accuracy"] == [
+        "95.0 %", "75.0 %", "-20.0", figures["accuracy"][3], f"same images, p = {p:.2g}", "worse"
+    ]  # fmt: skip
+    low, high = (round(100 * refused["comparison"][end], 1) for end in ("low", "high"))
+    assert figures["accuracy"][3] == f"{low:+.1f} to {high:+.1f}", "the gate's own interval"
+    assert figures["macro F1"][-1] == "worse" and figures["calibration error"][-1] == "the same"
+    assert table_with(text, "parameter") == {"train.lr": ["0.95", "0.75"]}
+    assert '<td class="no">worse</td>' in page and "refused by the gate" in page
+    by_hand = submit(worse, lax.model_copy(update={"not_worse_by": 0.5}), asked=True).to_dict()
+    assert by_hand["decision"] == "promote"
+    kept = submit(worse, lax.model_copy(update={"not_worse_by": 0.5})).to_dict()
+    assert kept["decision"] == "keep" and rival(kept) == "celestial/1", "beside the one before it"
+    assert "less accurate than celestial/1" in written(tmp_path, worse, kept)[0]
+
+
+def test_no_difference_is_said_as_such(home: Path, tmp_path: Path) -> None:
+    submit(registered(tmp_path, 1, 0.95), Register())
+    other = np.arange(200) < 190
+    other[[3, 195]] = ~other[[3, 195]]  # one lost, one gained
+    alike = registered(tmp_path, 2, other)
+    verdict = submit(alike, Register()).to_dict()
+    since = against_version(read_version(alike), Evidence.load(published(alike)), verdict)
+    assert since is not None and since.accuracy.verdict == "the same" and since.accuracy.p == 1.0
+    assert "It's as accurate as celestial/1" in in_short(read_version(alike), verdict, since)[-2]
+
+
+# -------------------------------------------------------------------------------------------- beside a revision
+
+
+def git(folder: Path, *arguments: str) -> str:
+    who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    done = subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def fill(root: Path, name: str, right: float, lr: float) -> Path:
+    "A run's folder, as far as a report reads it."
+    folder = package(root / "output" / name, right)
+    about = read_json(folder / "model.json")
+    wrong = round((1 - right) * 200)
+    about["metrics"]["confused"] = [{"label": "Mars", "predicted": "Moon", "images": wrong, "share": 0.1}]
+    write_json(folder / "model.json", about)
+    write_json(folder / "metrics.json", about["metrics"])
+    write_json(folder / ".inputs/params.json", {"seed": 7, "train": {"lr": lr}})
+    reasons = ["accuracy is what it is", "it passes all 1 rules, and there is no champion yet"]
+    rule = {"name": "accuracy", "kind": "floor", "passed": True, "why": reasons[0], "value": right, "limit": 0.5}
+    told = {"model": "celestial/9", "decision": "promote", "promoted": True, "reasons": reasons, "rules": [rule]}
+    write_json(folder / "register.json", told | {"champion": None, "comparison": None})
+    return folder
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    "A project in git whose main branch keeps the run default, 95 % right; since then it was run again, 75 % right."
+    root = tmp_path / "project"
+    shutil.copytree(ROOT / "params", root / "params")
+    shutil.copy(ROOT / "pipeline.yaml", root)
+    fill(root, "default", 0.95, 0.003)
+    git(root.parent, "init", "--quiet", "--initial-branch", "main", str(root))
+    git(root, "add", "params", "pipeline.yaml", "output/default/metrics.json")
+    git(root, "commit", "--quiet", "--message", "a run worth keeping")
+    shutil.rmtree(root / "output")
+    monkeypatch.setenv("CELESTIAL_HOME", str(tmp_path / "no-home"))
+    monkeypatch.chdir(root)
+    return root
+
+
+def celestial(*arguments: object) -> Result:
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done
+
+
+def test_a_changed_parameter_and_a_worse_accuracy_are_told(repository: Path) -> None:
+    fill(repository, "default", 0.75, 0.1)
+    done = celestial("report", "default", "--base", "main")
+    assert done.exit_code == 0, done.output
+    commit = git(repository, "rev-parse", "main")
+    assert done.output.startswith(f"## default against main ({commit[:7]}): worse")
+    assert table_with(done.output, "parameter")["train.lr"] == ["0.003", "0.1"]
+    figures = table_with(done.output, "tested by")
+    assert figures["accuracy"][:3] == ["95.0 %", "75.0 %", "-20.0"] and figures["accuracy"][-2:] == [
+        "intervals",
+        "worse",
+    ]
+    assert "by the intervals of both: their answers to the same images aren't at hand" in done.output
+    assert table_with(done.output, "truth") == {"Mars": ["Moon", "10", "50", "+40"]}
+    assert "**Gate.** It became champion" in done.output and "![" not in done.output
+
+
+def test_answers_that_are_at_hand_are_paired(repository: Path) -> None:
+    "Kept by another run here, or by the revision itself."
+    fill(repository, "default", 0.93, 0.003)
+    by_intervals = json.loads(celestial("report", "--base", "main", "--json").output)[0]["comparison"]
+    assert (by_intervals["figures"][0]["how"], by_intervals["figures"][0]["verdict"]) == (
+        "intervals",
+        "no clear difference",
+    )
+    fill(repository, "kept", 0.95, 0.003)
+    paired = json.loads(celestial("report", "--base", "main", "--json").output)[0]["comparison"]
+    assert paired["how"].startswith("paired, on the same 200 images") and paired["figures"][0]["p"] == pytest.approx(
+        2 * 2**-4
+    )
+    shutil.copy(repository / "output/kept" / EVIDENCE, repository / "output/default-answers.npz")
+    shutil.rmtree(repository / "output/kept")
+    mine = (repository / "output/default" / EVIDENCE).read_bytes()
+    shutil.move(repository / "output/default-answers.npz", repository / "output/default" / EVIDENCE)
+    git(repository, "add", "--force", f"output/default/{EVIDENCE}")
+    git(repository, "commit", "--quiet", "--message", "its answers")
+    (repository / "output/default" / EVIDENCE).write_bytes(mine)
+    assert json.loads(celestial("report", "--base", "HEAD", "--json").output)[0]["comparison"] == paired | {
+        "theirs": "HEAD"
+    }
+
+
+def test_what_is_missing_is_said_in_words(repository: Path) -> None:
+    for arguments, said in {
+        ("report",): "there is no run 'default' yet",
+        ("report", "--base", "main"): "there is no run 'default' yet",
+        ("report", "nonsense"): "there is no run 'nonsense' yet",
+    }.items():
+        done = celestial(*arguments)
+        assert done.exit_code == 2 and said in done.output and "celestial run" in done.output, done.output
+    fill(repository, "default", 0.75, 0.1)
+    fill(repository, "mine", 0.75, 0.1)
+    for arguments, said in {
+        ("report", "--base", "mian"): "there is no revision 'mian' here",
+        ("report", "--base", "--output=x"): "there is no revision '--output=x' here",
+        ("report", "mine", "--base", "main"): "has no output/mine/metrics.json",
+        ("report", "mien"): "did you mean 'mine'",
+        ("report", "--output", "x.pdf"): "ends in .md or .html",
+    }.items():
+        done = celestial(*arguments)
+        assert done.exit_code == 2 and said in done.output, done.output
+    assert celestial("report", "mine", "--base", "main:default").exit_code == 0
+
+
+def test_parameters_of_an_older_schema_are_shown_as_written(repository: Path) -> None:
+    (repository / "params/default.yaml").write_text("train: {lr: 0.003, wheels: 4}")
+    git(repository, "commit", "--quiet", "--message", "before the schema changed", "params")
+    fill(repository, "default", 0.95, 0.003)
+    text = celestial("report", "--base", "main").output
+    assert "Its parameters are shown as written" in text and table_with(text, "parameter")["train.wheels"] == ["4", "–"]
+
+
+def test_the_page_has_both_sides_pictures(repository: Path) -> None:
+    fill(repository, "default", 0.93, 0.003)
+    fill(repository, "kept", 0.95, 0.003)
+    done = celestial(
+        "report", "default", "kept", "--base", "main:default", "--output", "all.html", "--output", "all.md"
+    )
+    assert done.exit_code == 0 and "look:  all.html, all.md" in done.output, done.output
+    page, text = Path("all.html").read_text(), Path("all.md").read_text()
+    assert page.count("data:image/webp") == 2 * 3 and "http" not in page and len(page) < 2_000_000
+    assert text.count("## ") == 2 and "## kept against main:default" in text and "the same" in text
+    drawn = [
+        block
+        for _, blocks in report_page([compare_run(repository, "kept", "main:default")], repository).sections
+        for block in blocks
+    ]
+    assert drawn and len(list(repository.glob("kept-*.png"))) == 3
+
+
+def test_without_base_it_is_the_champion(repository: Path) -> None:
+    fill(repository, "default", 0.95, 0.003)
+    assert "There is no champion yet." in celestial("report").output
+    told = json.loads(celestial("report", "--json").output)[0]
+    assert told["base"] is None and told["comparison"] is None and told["verdict"]["decision"] == "promote"
+
+
+# ------------------------------------------------------------------------------------------------- the workflow
+
+WORKFLOW = ROOT / ".github/workflows/experiment.yml"
+MARKER = "<!-- celestial report -->"
+
+
+@pytest.fixture(scope="module")
+def workflow() -> dict[str, Any]:
+    return yaml.safe_load(WORKFLOW.read_text())
+
+
+def test_code_of_a_pull_request_never_meets_a_token_that_writes(workflow: dict[str, Any]) -> None:
+    jobs = workflow["jobs"]
+    assert set(workflow[True]) == {"pull_request"} and workflow["permissions"] == {}
+    assert jobs["run"]["permissions"] == {"contents": "read"} and jobs["comment"]["permissions"] == {
+        "pull-requests": "write"
+    }
+    checkout = jobs["run"]["steps"][0]
+    assert checkout["with"] == {"persist-credentials": False, "fetch-depth": 0}
+    assert not any("checkout" in step.get("uses", "") for step in jobs["comment"]["steps"])
+    assert "head.repo.full_name == github.repository" in jobs["comment"]["if"]
+    assert "TOKEN" not in json.dumps(jobs["run"]) and "secrets." not in WORKFLOW.read_text()
+
+
+def test_actions_are_pinned_and_nothing_of_the_event_is_pasted_into_code(workflow: dict[str, Any]) -> None:
+    used = re.findall(r"uses: (\S+) # v", WORKFLOW.read_text())
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    assert len(used) == sum("uses" in step for step in steps) == 5
+    assert all(re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", action) for action in used)
+    pins = dict(action.split("@") for action in re.findall(r"uses: (\S+)", (WORKFLOW.parent / "ci.yml").read_text()))
+    assert all(pins.get(name, sha) == sha for name, sha in (action.split("@") for action in used)), "as in ci.yml"
+    assert not any("${{" in step.get("run", "") for step in steps)
+
+
+def test_the_report_step_runs_and_tells_a_missing_base(
+    workflow: dict[str, Any], repository: Path, tmp_path: Path
+) -> None:
+    "The step's own shell, with the command itself: once with a base that has metrics, once with one that has none."
+    fill(repository, "default", 0.75, 0.1)
+    [step] = [step for step in workflow["jobs"]["run"]["steps"] if step.get("name") == "report"]
+    (repository / ".venv/bin").mkdir(parents=True)
+    (repository / ".venv/bin/activate").write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n')
+    git(
+        repository,
+        "branch",
+        "empty",
+        git(
+            repository, "commit-tree", "-m", "nothing", git(repository, "hash-object", "-t", "tree", "-w", "/dev/null")
+        ),
+    )
+    for base, said in ("main", "## default against main"), ("empty", "> error: empty ("):
+        shutil.rmtree("comparison", ignore_errors=True)
+        summary = tmp_path / f"{base}.md"
+        env = os.environ | {"BASE": base, "GITHUB_STEP_SUMMARY": str(summary), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(["bash", "-eo", "pipefail", "-c", step["run"]], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert summary.read_text().startswith(said) and "**Gate.**" in summary.read_text()
+        assert summary.read_text() == Path("comparison/report.md").read_text()
+    assert not Path("comparison/comparison.html").exists()
+
+
+class GitHub(BaseHTTPRequestHandler):
+    "As much of GitHub's API as a comment needs."
+
+    comments: list[dict[str, Any]]
+
+    def _answer(self, value: object) -> None:
+        assert self.headers["Authorization"] == "Bearer a-token"
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(value).encode())
+
+    def _body(self) -> str:
+        return json.loads(self.rfile.read(int(self.headers["Content-Length"])))["body"]
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        assert url.path == "/repos/o/r/issues/12/comments"
+        query = {key: int(value[0]) for key, value in parse_qs(url.query).items()}
+        first = (query["page"] - 1) * query["per_page"]
+        self._answer(self.comments[first : first + query["per_page"]])
+
+    def do_POST(self) -> None:
+        assert self.path == "/repos/o/r/issues/12/comments"
+        self.comments.append(
+            {"id": 1000, "user": {"login": "github-actions[bot]"}, "body": self._body(), "html_url": "new"}
+        )
+        self._answer(self.comments[-1])
+
+    def do_PATCH(self) -> None:
+        [found] = [comment for comment in self.comments if self.path == f"/repos/o/r/issues/comments/{comment['id']}"]
+        found |= {"body": self._body(), "html_url": "changed"}
+        self._answer(found)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_there_is_one_comment_and_it_is_updated(workflow: dict[str, Any], tmp_path: Path) -> None:
+    "Among more comments than a page holds, one of which only looks like ours."
+    [step] = [step for step in workflow["jobs"]["comment"]["steps"] if "run" in step]
+    assert step["shell"] == "python3 {0}"
+    (script := tmp_path / "script.py").write_text(step["run"])
+    (tmp_path / "comment").mkdir()
+    others = [{"id": i, "user": {"login": "somebody"}, "body": f"{MARKER} quoted"} for i in range(120)]
+    GitHub.comments = list(others)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), GitHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {"GITHUB_API_URL": f"http://127.0.0.1:{server.server_port}", "GITHUB_REPOSITORY": "o/r", "PULL": "12",
+           "TOKEN": "a-token", "RUN": "https://example.org/run", "PATH": os.environ["PATH"]}  # fmt: skip
+    for text, said in ("first | report", "new"), ("second\n" * 20_000, "changed"):
+        (tmp_path / "comment/report.md").write_text(text)
+        done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.strip() == said, done.stderr
+        assert len(GitHub.comments) == 121 and GitHub.comments[:120] == others
+        body = GitHub.comments[-1]["body"]
+        assert (
+            body.startswith(f"{MARKER}\n{text[:5]}")
+            and body.endswith("the pages and the notebooks.")
+            and len(body) < 65_536
+        )
+    assert "… the rest is in the artifact." in body
+    server.shutdown()
+
+
+# ---------------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.mark.browser
+def test_the_page_in_a_browser(smoke: Plan) -> None:
+    "At a desk and on a phone, by day and by night, and on paper."
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no chromium on this machine")
+    page_file = (ROOT / "output/default" if SCREENSHOTS else Path("output/smoke")).resolve() / "report.html"
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for scheme, width in ("light", 1280), ("dark", 390):
+            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            asked: list[str] = []
+            page.on("request", lambda request, asked=asked: asked.append(request.url))
+            page.goto(page_file.as_uri())
+            assert [url for url in asked if not url.startswith("data:")] == [page_file.as_uri()]
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"it fits {width} pixels"
+            assert page.evaluate("[...document.images].every((i) => i.complete && i.naturalWidth > 0 && i.alt)")
+            found = axe.Axe().run(page).response["violations"]
+            assert not found, [(v["id"], v["nodes"][0]["html"]) for v in found]
+            if SCREENSHOTS and width > 1000:
+                taken = Image.open(io.BytesIO(page.screenshot())).convert("RGB").quantize(256)
+                taken.save(SCREENSHOTS / "report.png", optimize=True)
+            page.emulate_media(media="print")
+            colour, ground = (
+                page.evaluate(f"getComputedStyle(document.querySelector('h1')).{p}")
+                for p in ("color", "backgroundColor")
+            )
+            assert colour == "rgb(27, 36, 54)" and ground in ("rgba(0, 0, 0, 0)", "rgb(255, 255, 255)"), "dark on paper"
+        browser.close()
+    if SCREENSHOTS:
+        assert (SCREENSHOTS / "report.png").stat().st_size < 200_000
