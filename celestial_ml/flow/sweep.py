@@ -622,6 +622,7 @@ class Runner:
         self.free = core_shares(workers)
         self.running: dict[str, tuple[Job, Child, list[int], float]] = {}
         self.took: list[float] = []
+        self.shown = ""
 
     def run(self) -> None:
         "Until none is left."
@@ -629,12 +630,18 @@ class Runner:
             self.memory.look(self.warm.process.pid, len(self.running))
             while self.waiting and self.free and self.memory.room(len(self.running)):
                 self._start(self.waiting.pop(0), self.free.pop(0))
-            if not self.quiet:
-                say(progress_line(self.board, self.running, self.remaining()))
+            self._show()
             time.sleep(0.1)
             for run, (_, child, _, _) in list(self.running.items()):
                 if child.poll() is not None:
                     self._end(run)
+
+    def _show(self) -> None:
+        "How far it is, on a terminal; elsewhere the lines of the runs are enough."
+        line = progress_line(self.board, self.running, self.remaining())
+        if line != self.shown and not self.quiet and "CELESTIAL_TERMINAL" in os.environ:
+            say(line)
+            self.shown = line
 
     def _start(self, job: Job, cores: list[int]) -> None:
         "Have a child do it."
@@ -676,7 +683,9 @@ class Runner:
             self.took.append(seconds)
         self.board.set(replace(outcome, status="left") if again else outcome)
         if not self.quiet:
-            say("")
+            if self.shown:
+                say("")
+                self.shown = ""
             print(outcome_line(outcome, again), flush=True)
 
     def remaining(self) -> float | None:

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['accuracy_interval', 'bootstrap_intervals', 'slice_values', 'slice_table', 'fairness', 'plot_slices']
 
-# %% ../../nbs/model/09_slices.ipynb #adeef06e
+# %% ../../nbs/model/09_slices.ipynb #8a7f79f0
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy.special import ndtri
 
+from ..core.shares import share_interval
 from .calibrate import confidence_bins
 
 # %% ../../nbs/model/09_slices.ipynb #accuracy-interval
@@ -22,14 +22,7 @@ def accuracy_interval(
     confidence: float = 0.95,
 ) -> tuple[float, float]:  # 0 … 1; both ends, low first
     "The interval of an accuracy, honest at 100 % too. Source: Wilson 1927; Brown, Cai and DasGupta 2001."
-    n = len(correct)
-    if not n:
-        return 0.0, 1.0
-    z2 = ndtri((1 + confidence) / 2) ** 2
-    share = np.mean(correct)
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return (float(middle - half) if share else 0.0), (float(middle + half) if share < 1 else 1.0)
+    return share_interval(int(np.sum(correct)), len(correct), confidence)
 
 # %% ../../nbs/model/09_slices.ipynb #summands
 def _summands(table: pd.DataFrame, classes: list[str], bins: int) -> np.ndarray:
@@ -90,7 +83,7 @@ def bootstrap_intervals(
         ends["macro_f1"] = ends["accuracy"]
     return {n: {"value": float(v), "low": float(ends[n][0]), "high": float(ends[n][1])} for n, v in value.items()}
 
-# %% ../../nbs/model/09_slices.ipynb #slice-values
+# %% ../../nbs/model/09_slices.ipynb #82e1cfb0
 EDGES = {  # the others are cut into thirds
     "phase": (0.0, 30.0, 60.0, 90.0, 180.0),
     "lit share": (0.0, 0.5, 0.75, 0.93, np.inf),
@@ -98,7 +91,7 @@ EDGES = {  # the others are cut into thirds
 }
 DEGREES = ("phase", "latitude")
 
-# %% ../../nbs/model/09_slices.ipynb #slice-values-x
+# %% ../../nbs/model/09_slices.ipynb #slice-values
 def slice_values(
     features: pd.DataFrame,  # label, and what there is of `image_features`, the view and a source
 ) -> dict[str, pd.Series]:  # name of the slice → number or name of each image; missing where it isn't known
