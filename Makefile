@@ -48,9 +48,8 @@ serve: $(READY)  ## the HTTP API and the demo on http://127.0.0.1:8000
 	@celestial serve
 
 .PHONY: lab
-lab: $(READY)  ## JupyterLab, on the notebooks
-	@nbdev_install_hooks >/dev/null
-	@jupyter lab nbs
+lab: $(READY)  ## JupyterLab: workspace, notebook diffs, reloaded modules; ARGS="--port=9999 --no-browser" go to it
+	@python -m celestial_ml.flow.lab $(ARGS)
 
 .PHONY: test
 test: $(READY)  ## all tests: library notebooks, contracts, pipeline, HTTP, browser

@@ -14,22 +14,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bench import CELESTIAL, Row, wall
 from celestial_ml.core.files import project_root
 from celestial_ml.core.params import load_params
 from celestial_ml.flow.steps import load_tasks, step_parameters
-
-Row = tuple[str, str, str, str]  # what, here, beside what, the ratio
-CELESTIAL = str(Path(sys.executable).with_name("celestial"))
-
-
-def wall(command: list[str], **env: str) -> float:
-    "Seconds that a command takes, from the shell's point of view."
-    began = time.perf_counter()
-    result = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
-    took = time.perf_counter() - began
-    if result.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
-    return took
 
 
 def median_ms(work: Callable[[], object], times: int) -> float:
@@ -224,6 +212,13 @@ def batch_figures(asked: argparse.Namespace) -> list[Row]:
     return batch_rows(Path("output") / run, Path("output") / run / "images" if run != "guide" else Path("data/raw"))
 
 
+def lab_figures(asked: argparse.Namespace) -> list[Row]:
+    "JupyterLab."
+    from bench.lab import lab_rows
+
+    return lab_rows()
+
+
 def scaling_figures(asked: argparse.Namespace) -> list[Row]:
     "More and more images."
     return [scaling(per_class) for per_class in (150, 600, 2400)]
@@ -234,6 +229,7 @@ SECTIONS = {
     "model": model_figures,
     "serving": service_figures,
     "batch": batch_figures,
+    "lab": lab_figures,
     "scaling": scaling_figures,  # half an hour, so only when it's asked for
 }
 

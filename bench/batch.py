@@ -16,15 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+from bench import CELESTIAL, Row, wall
 from celestial_ml.core.files import project_root
 from celestial_ml.data.images import decode_image
 from celestial_ml.serve.batch import batch
 from celestial_ml.serve.batch_score import GROUP, cores
 from celestial_ml.serve.batch_sources import find_source, items
 from celestial_ml.serve.predictor import Predictor
-
-CELESTIAL = str(Path(sys.executable).with_name("celestial"))
-Row = tuple[str, str, str, str]
 
 
 def tight_loop(model: Predictor, contents: Sequence[bytes], workers: int) -> float:
@@ -77,15 +75,12 @@ assert len(model.predict(images, verbose=0)) == int(sys.argv[3])
 def against_keras(run: Path, folder: Path) -> Row:
     "Two commands from a cold shell, imports included: one gives a page and a table, the other an array."
     count, ours, theirs = sum(1 for _ in items(find_source(str(folder)))), [], []
-    quiet = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
     for _ in range(3):
         with tempfile.TemporaryDirectory() as out:
             told = [CELESTIAL, "batch", str(folder), f"{out}/scores", "--model", str(run)]
             keras = [sys.executable, "-c", KERAS, str(run / "model.keras"), str(folder), str(count)]
             for command, took in ((told, ours), (keras, theirs)):
-                began = time.perf_counter()
-                subprocess.run(command, check=True, capture_output=True, env=quiet)
-                took.append(time.perf_counter() - began)
+                took.append(wall(command, TF_CPP_MIN_LOG_LEVEL="3"))
     own, other = statistics.median(ours), statistics.median(theirs)
     return (
         f"{count:,} files, from a cold shell",
@@ -114,9 +109,7 @@ def start_up(run: Path, folder: Path) -> Row:
             told = [sys.executable, "-c", FIRST, "batch", str(folder), f"{out}/scores", "--model", str(run)]
             imports = [sys.executable, "-c", "import numpy, onnxruntime, PIL.Image, typer, pyarrow.parquet"]
             for command, took in ((told, first), (imports, bare)):
-                began = time.perf_counter()
-                subprocess.run(command, check=True, capture_output=True)
-                took.append(time.perf_counter() - began)
+                took.append(wall(command))
     own, other = statistics.median(first), statistics.median(bare)
     return (
         "celestial batch, to the first answers",

@@ -19,12 +19,11 @@ from pathlib import Path
 import httpx
 import pandas as pd
 
+from bench import CELESTIAL, Row
 from bench.load import Tally, as_request, load
 from celestial_ml.core.files import read_json, write_json
 from celestial_ml.serve.predictor import Predictor
 
-Row = tuple[str, str, str, str]
-CELESTIAL = str(Path(sys.executable).with_name("celestial"))
 SERVER_CORE, CLIENT_CORE = 0, 1
 PEER = Path(__file__).with_name("peer")
 

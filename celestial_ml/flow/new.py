@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['package_name', 'check_class', 'check_classes', 'classes_of', 'library_source', 'new_project']
 
-# %% ../../nbs/flow/11_new.ipynb #5b93ae8d
+# %% ../../nbs/flow/11_new.ipynb #3dc8daf1
 import re
 import shutil
 import subprocess
@@ -15,6 +15,7 @@ import unicodedata
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, metadata
 from importlib.resources import as_file, files
+from importlib.util import find_spec
 from keyword import iskeyword
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,8 @@ def _fill(
     answers: dict[str, Any],
 ) -> None:
     "Fill the template in."
+    if find_spec("copier") is None:
+        raise CelestialError("copier isn't installed", "pip install 'celestial-ml[train]'")
     from copier import run_copy
 
     with as_file(files("celestial_ml.flow") / "template") as template, tempfile.TemporaryDirectory() as name:

@@ -38,7 +38,7 @@ from ..model.networks import get_network
 __all__ = ['RECORD', 'FIRST_GUESS', 'THREADS', 'parse_grid', 'combinations', 'run_name', 'Notebook', 'find_notebook', 'Told',
            'told', 'require_reached', 'Job', 'Sweep', 'plan_sweep', 'Outcome', 'do_job', 'record', 'recorded',
            'run_metrics', 'core_shares', 'thread_limits', 'Memory', 'Board', 'as_time', 'progress_line', 'outcome_line',
-           'Runner', 'child_env', 'only_one', 'run_sweep', 'known_runs', 'server_modules']
+           'Runner', 'child_env', 'only_one', 'run_sweep', 'known_runs', 'server_modules', 'fill_caches']
 
 # %% ../../nbs/flow/07_sweep.ipynb #parse-grid
 def parse_grid(
@@ -746,7 +746,8 @@ def run_sweep(
             workers = min(workers or len({core for share in core_shares(1) for core in share}), todo)
             threads = len(core_shares(workers)[0])
             _prepare_tracking(sweep)
-            with fork_server(server_modules(sweep), child_env(threads), sweep.folder / "server.log") as warm:
+            log, ready = sweep.folder / "server.log", "celestial_ml.flow.sweep:fill_caches"
+            with fork_server(server_modules(sweep), child_env(threads), log, ready) as warm:
                 Runner(sweep, warm, board, workers, Memory(memory), retries, quiet).run()
         return list(board.runs.values())
 
@@ -766,6 +767,20 @@ def server_modules(
     runs = ["papermill", "nbconvert", *(["ploomber.spec", "ploomber.executors"] if sweep.jobs[0].plan else [])]
     kernels = ["IPython", "ipykernel.kernelapp", "debugpy"]
     return [*kernels, *warm_modules(sweep.sources, sweep.root / "celestial_ml"), *runs, *ours]
+
+
+def fill_caches() -> None:
+    "Make a page of a small notebook, so that what that compiles is compiled before the first fork."
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    result = nbformat.v4.new_output("execute_result", {"text/plain": "2", "text/html": "<b>2</b>"})
+    error = nbformat.v4.new_output("error", ename="E", evalue="e", traceback=["e"])
+    streams = [nbformat.v4.new_output("stream", text="\x1b[31m2", name=name) for name in ("stdout", "stderr")]
+    code = nbformat.v4.new_code_cell("# two\nprint(1 + 1)", outputs=[result, error, *streams])
+    text = nbformat.v4.new_markdown_cell("# Title\n\n> *words*, `code`\n\n- a [link](b)")
+    nbformat.validate(notebook := nbformat.v4.new_notebook(cells=[text, code]))
+    HTMLExporter().from_notebook_node(notebook)
 
 
 def _prepare_tracking(sweep: Sweep) -> None:

@@ -230,8 +230,13 @@ def _become(job: dict[str, Any]) -> None:
         os.sched_setaffinity(0, job["cores"])
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()
-    module, _, function = job["call"].partition(":")
-    getattr(importlib.import_module(module), function)(*job["arguments"])
+    _named(job["call"])(*job["arguments"])
+
+
+def _named(name: str) -> Callable[..., Any]:
+    "The function that `module:name` names."
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def _die_with_parent() -> None:
@@ -343,6 +348,8 @@ def serve() -> None:
     listener.bind(told["socket"])
     listener.listen(64)  # clients may come, and wait
     _import_all(told["modules"])
+    if told["ready"]:
+        _named(told["ready"])()
     if threading.active_count() > 1:
         sys.exit(f"these can't be forked, they have threads: {', '.join(told['modules'])}")
     gc.collect()
@@ -376,7 +383,8 @@ class Warm:
 def fork_server(
     modules: list[str],  # of `warm_modules`
     env: dict[str, str] | None = None,  # what libraries read while they're imported; None: this process's
-    log: Path | str = os.devnull,
+    log: Path | str = os.devnull,  # where it writes what it prints
+    ready: str = "",  # "module:name", a function that it calls once, to fill caches; it may start no thread
 ) -> Iterator[Warm]:
     "A fork server while the block lasts; its children end with it."
     folder = tempfile.mkdtemp(prefix="warm-")  # short: a socket's path has at most 107 characters
@@ -387,7 +395,7 @@ def fork_server(
         )
     assert process.stdin
     try:
-        process.stdin.write(json.dumps({"modules": modules, "socket": f"{folder}/s"}).encode() + b"\n")
+        process.stdin.write(json.dumps({"modules": modules, "socket": f"{folder}/s", "ready": ready}).encode() + b"\n")
         process.stdin.flush()
         while not Path(folder, "s").exists() and process.poll() is None:
             time.sleep(0.05)

@@ -1,0 +1,1 @@
+../../../../../../../nbs/docs-assets/lab/jupyter_server_config.d
