@@ -60,7 +60,7 @@ def batch(
 # %% ../../nbs/cli/04_batch.ipynb #summary
 def _summary(result: "Result", model: "Predictor", given: str, column: str | None) -> "Summary":
     "Count the answers, and write the page."
-    from celestial_ml.serve.batch import as_time
+    from celestial_ml.core.progress import as_time
     from celestial_ml.serve.batch_sources import find_source
     from celestial_ml.serve.batch_summary import summarise, write_page
 

@@ -1,0 +1,128 @@
+"""`celestial sweep` against plain papermill, one notebook after the other: the same runs on the same cores.
+
+Run as `python -m bench.sweep [--train]`, or by `make bench`.
+"""
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import papermill
+import yaml
+from papermill.engines import NBClientEngine, papermill_engines
+
+from bench import CELESTIAL, Row
+from celestial_ml.core.files import project_root
+from celestial_ml.core.params import load_params
+from celestial_ml.flow.steps import load_tasks, step_parameters
+from celestial_ml.flow.sweep import core_shares
+from celestial_ml.flow.warm import fork_server, use_warm_kernels, warm_modules
+
+PAPERMILL = str(Path(sys.executable).with_name("papermill"))
+
+
+def copy_project(root: Path, folder: Path) -> None:
+    "What running needs, so that nothing is left in the project."
+    for name in ("params", "nbs/steps", "celestial_ml"):
+        shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in root.glob("pipeline*.yaml"):
+        shutil.copy2(path, folder)
+
+
+def plain(folder: Path, until: str, seeds: range, env: dict[str, str]) -> float:
+    "Seconds of papermill's own command, run after run and step after step, each told its parameters by a file."
+    began = time.perf_counter()
+    for seed in seeds:
+        run = f"plain/seed-{seed}"
+        params = load_params("smoke", [f"seed={seed}"], folder / "params")
+        for task in load_tasks(folder, run, until).values():
+            executed = folder / task.product["notebook"]
+            executed.parent.mkdir(parents=True, exist_ok=True)
+            told = executed.with_suffix(".yaml")
+            told.write_text(yaml.safe_dump(step_parameters(task.name, params) | {"run": run}))
+            command = [PAPERMILL, task.source, executed, "-f", told, "--no-progress-bar"]
+            subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+def swept(folder: Path, until: str, seeds: range, env: dict[str, str]) -> float:
+    "Seconds of `celestial sweep`, from the shell to its page, imports included."
+    grid = f"seed={','.join(map(str, seeds))}"
+    command = [CELESTIAL, "sweep", "smoke", "--grid", grid, "--until", until, "--name", "swept", "--json"]
+    began = time.perf_counter()
+    subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+def side_by_side(until: str, runs: int) -> Row:
+    "So many runs of the pipeline up to a step, both ways; they must make the same."
+    seeds = range(1, runs + 1)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        copy_project(project_root(), folder)
+        env = os.environ | {"PYTHONPATH": made, "CELESTIAL_HOME": f"{made}/.celestial", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        steps = list(load_tasks(folder, "any", until))
+        own, other = swept(folder, until, seeds, env), plain(folder, until, seeds, env)
+        for seed in seeds:
+            ours, theirs = (np.load(folder / f"output/{way}/seed-{seed}/pixels.npy") for way in ("swept", "plain"))
+            if not np.array_equal(ours, theirs):
+                sys.exit(f"the run with seed {seed} made something else")
+    return (
+        f"{runs} runs of {' → '.join(steps)}",
+        f"{own:.0f} s",
+        f"papermill in sequence {other:.0f} s",
+        f"{other / own:.1f} ×",
+    )
+
+
+def start_up(times: int = 3) -> Row:
+    "A notebook that imports what training needs, in a kernel of its own: from papermill's call to its end."
+    code = "import tensorflow, keras, pandas, mlflow, matplotlib.pyplot"
+    took: dict[str, list[float]] = {"warm": [], "cold": []}
+    with tempfile.TemporaryDirectory() as made:
+        path = Path(made) / "imports.ipynb"
+        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)], metadata=kernel), path)
+        modules = ["IPython", "ipykernel.kernelapp", "debugpy", *warm_modules([path], project_root() / "celestial_ml")]
+        with fork_server(modules) as server:
+            server.call("time:time").wait()
+            for _ in range(times):
+                for way in took:
+                    if way == "warm":
+                        use_warm_kernels(server.socket)
+                    else:
+                        papermill_engines.register(None, NBClientEngine)
+                    began = time.perf_counter()
+                    papermill.execute_notebook(path, path.with_name("out.ipynb"), progress_bar=False)
+                    took[way].append(time.perf_counter() - began)
+    warm, cold = (statistics.median(took[way]) for way in ("warm", "cold"))
+    return (
+        "a kernel with TensorFlow, MLflow and pandas",
+        f"{warm:.2f} s",
+        f"cold {cold:.1f} s",
+        f"{cold / warm:.1f} ×",
+    )
+
+
+def sweep_rows() -> list[Row]:
+    "The figures of sweeps."
+    return [start_up(), side_by_side("prepare", 20)]
+
+
+def main() -> None:
+    "Measure, with `--train` also runs that train."
+    rows = [start_up(), side_by_side("train", 4)] if "--train" in sys.argv else sweep_rows()
+    for row in rows:
+        print("  ".join(row), flush=True)
+    print(f"load {os.getloadavg()[0]:.1f} on {len(core_shares(1)[0])} cores")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,372 @@
+"The documentation: complete where it is written from the code, true where it names files, offline, and readable by all."
+
+import ast
+import functools
+import http.server
+import importlib.util
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from celestial_ml.core.files import read_json, write_json
+from celestial_ml.core.params import known_keys
+from celestial_ml.flow.steps import SECTIONS, load_tasks
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+HANDWRITTEN = sorted(path for path in NBS.glob("*.md"))
+sys.path.insert(0, str(NBS / "docs-assets"))
+
+import docments  # noqa: E402
+import drawings  # noqa: E402
+import reference  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def pages() -> dict[str, str]:
+    "The pages that are written from the code."
+    return reference.pages(ROOT)
+
+
+def section(page: str, anchor: str) -> str:
+    "What stands on a page under the heading with this anchor."
+    found = re.search(
+        rf"^(#+) [^\n]*\{{ #{re.escape(anchor)} \}}\n(.*?)(?=^#{{1,6}} |\Z)", page, re.DOTALL | re.MULTILINE
+    )
+    assert found, f"there is no heading #{anchor}"
+    return found[2]
+
+
+def test_every_parameter_is_explained(pages: dict[str, str]) -> None:
+    page = pages["reference/parameters.md"]
+    for key, field in known_keys().items():
+        row = re.search(rf'^\| <code id="{re.escape(key)}">.*$', page, re.MULTILINE)
+        assert row, f"{key} is missing"
+        assert reference.bar(field["description"]) in row[0]
+    for step, sections in SECTIONS.items():
+        for name in set(sections) - {"seed"}:
+            assert f"[{step}](../steps/" in section(page, name), f"{name} doesn't say that {step} uses it"
+    for path in (ROOT / "params").glob("*.yaml"):
+        assert path.stem == "default" or f"celestial run {path.stem}" in section(page, f"file-{path.stem}")
+
+
+def test_every_command_is_explained(pages: dict[str, str]) -> None:
+    "All that `--help` shows is on the page: the commands, their options, their sentence and their example."
+    from celestial_ml.cli.app import app
+
+    page, seen = pages["reference/cli.md"], 0
+    waiting = [[]]
+    while waiting:
+        words = waiting.pop()
+        said = CliRunner().invoke(app, [*words, "--help"], terminal_width=200).output
+        commands = re.search(r"^Commands:\n((?:  .*\n|\n)*)", said, re.MULTILINE)
+        if commands:
+            waiting += [[*words, name] for name in re.findall(r"^  ([a-z][\w-]*)", commands[1], re.MULTILINE)]
+            continue
+        seen += 1
+        there = section(page, "-".join(["celestial", *words]))
+        for option in set(
+            re.findall(r"(?<![\w-])--[a-z][\w-]*", said.partition("Options:")[2].partition("Example:")[0])
+        ):
+            assert option == "--help" or option in there, f"{' '.join(words)} has {option}"
+        assert "Example: `celestial " in there
+    assert seen > 20
+
+
+def test_every_route_is_explained(pages: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "The routes of the service as it is built, with a request for each, and every error."
+    monkeypatch.setenv("CELESTIAL_HOME", str(tmp_path))
+    from celestial_ml.serve.api import build_app
+
+    app = build_app(None, demo=False)
+    try:
+        paths = app.openapi()["paths"]
+    finally:
+        app.state.service.close()
+    page = pages["reference/http.md"]
+    for path, methods in paths.items():
+        for method, about in methods.items():
+            there = section(page, f"{method}{path.replace('/', '-')}")
+            assert f"127.0.0.1:8000{path}" in there
+            codes = re.findall(r"'code': '(\w+)'", str(about["responses"]))
+            assert [code for code in codes if f"`{code}`" not in there] == []
+    assert "-F image=@saturn.jpg" in section(page, "post-predict")
+
+
+def test_every_module_is_in_the_library_reference(pages: dict[str, str]) -> None:
+    for path in (ROOT / "celestial_ml").rglob("[!_]*.py"):
+        module = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+        assert f"\n::: {module}\n" in pages[f"reference/library/{path.parent.name}.md"], "run `make export`"
+
+
+def test_docments_become_documentation() -> None:
+    "Comments behind parameters, arrows and fields, and the notebook that explains a name."
+    import griffe
+
+    loader = griffe.GriffeLoader(search_paths=[str(ROOT)], extensions=griffe.load_extensions(docments.Docments()))
+    package = loader.load("celestial_ml")
+    said = package["core.errors.nearest"].docstring
+    sections = {part.kind.value: part.value for part in said.parse("google")}
+    assert {p.name: p.description for p in sections["parameters"]} == {
+        "name": "what the person wrote",
+        "known": "what would have been right",
+    }
+    assert "None if nothing comes near" in sections["returns"][0].description
+    assert "(../../core/00_errors.ipynb#did-you-mean)" in said.value
+    assert package["core.params.Train.lr"].docstring.value == "learning rate of Adam, at its peak"
+    assert package["flow.steps.Task.source"].docstring.value == "its notebook"
+
+
+def targets(path: Path, pages: dict[str, str]) -> list[tuple[str, str]]:
+    "Where the links of a handwritten page lead within the site: file and anchor."
+    links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL))
+    return [(file or path.name, anchor) for file, anchor in map(urldefrag, links) if not re.match(r"[a-z]+:", file)]
+
+
+@pytest.mark.parametrize("path", HANDWRITTEN, ids=lambda p: p.name)
+def test_handwritten_page_links_to_what_is_there(path: Path, pages: dict[str, str]) -> None:
+    for file, anchor in targets(path, pages):
+        text = pages.get(file) or ((NBS / file).read_text(errors="replace") if (NBS / file).is_file() else None)
+        assert text is not None, f"{path.name} links to {file}"
+        if anchor and file.startswith("reference/") and "library/" not in file:
+            assert f'id="{anchor}"' in text or f"{{ #{anchor} }}" in text, f"{path.name} links to {file}#{anchor}"
+
+
+def test_find_your_way_names_what_is_there(pages: dict[str, str]) -> None:
+    "Every file and every command that the page names."
+    text = (NBS / "find-your-way.md").read_text()
+    named = set(re.findall(r"`((?:nbs|tests|params|celestial_ml)/[\w./-]+|[\w-]+\.(?:yaml|yml|toml))`", text))
+    assert len(named) > 40 and [name for name in named if not (ROOT / name).exists()] == []
+    for command in re.findall(r"`celestial ([a-z ]+)", text):
+        assert f"{{ #celestial-{command.strip().replace(' ', '-')} }}" in pages["reference/cli.md"]
+    written = reference.rooms_list(ROOT) + reference.tests_list(ROOT)
+    for path in [*NBS.glob("*/[0-9]*.ipynb"), *(ROOT / "tests").glob("test_*.py")]:
+        if path.parent.name in reference.ROOMS or path.parent.name == "tests":
+            assert path.name in written
+    assert re.findall(r"\| *\|$", written, re.MULTILINE) == [], "a notebook or a test file says nothing of itself"
+
+
+def test_a_notebook_is_shown_as_its_run_has_left_it(tmp_path: Path) -> None:
+    "With the outputs of a run of these very cells; bare where the cells have changed since, or where the run failed."
+    spec = importlib.util.spec_from_file_location("site_hook", NBS / "docs-assets/site.py")
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    page, done = tmp_path / "nbs/steps/04_train.ipynb", tmp_path / "output/default/train.ipynb"
+
+    def cell(source: str, *outputs: dict, tags: tuple[str, ...] = ()) -> dict:
+        return {"cell_type": "code", "source": source, "metadata": {"tags": list(tags)}, "outputs": list(outputs)}
+
+    said = {"output_type": "stream", "name": "stdout", "text": "accuracy 1.0\n"}
+    progress = [{"output_type": "stream", "name": "stderr", "text": f"\r{share} %"} for share in (0, 50, 100)]
+    write_json(page, {"cells": [cell("epochs = 1"), cell("print('…')")]})
+    assert hook._executed(tmp_path, Path("steps/04_train.ipynb")) is None
+    injected = cell("epochs = 5", tags=("injected-parameters",))
+    write_json(done, {"cells": [cell("epochs = 1"), injected, cell("print('…')", *progress, said)]})
+    shown = read_json(hook._executed(tmp_path, Path("steps/04_train.ipynb")))
+    assert [c["source"] for c in shown["cells"]] == ["epochs = 1", "print('…')"]
+    assert shown["cells"][1]["outputs"] == [progress[0] | {"text": "100 %"}, said]
+    write_json(page, {"cells": [cell("epochs = 2"), cell("print('…')")]})
+    assert hook._executed(tmp_path, Path("steps/04_train.ipynb")) is None
+    write_json(page, {"cells": [cell("epochs = 1"), cell("print('…')")]})
+    write_json(done, {"cells": [cell("epochs = 1"), cell("print('…')", {"output_type": "error", "ename": "E"})]})
+    assert hook._executed(tmp_path, Path("steps/04_train.ipynb")) is None
+
+
+def test_glossary_is_in_order() -> None:
+    words = re.findall(r"^\*\*(.+)\*\*$", (NBS / "glossary.md").read_text(), re.MULTILINE)
+    assert len(words) > 40 and words == sorted(words, key=str.casefold) and len(words) == len(set(words))
+
+
+def test_drawings_show_what_the_code_says() -> None:
+    tasks = load_tasks(ROOT, "default")
+    drawn = drawings.pipeline_drawing(ROOT)
+    assert drawn.count("marker-end") == sum(len(task.upstream) for task in tasks.values())
+    assert all(f">{name}</text>" in drawn for name in tasks) and "model.onnx" in drawn
+    pairs = drawings.room_imports(ROOT)
+    assert drawings.rooms_drawing(ROOT).count("marker-end") == len(pairs)
+    floors = reference.ROOMS
+    assert all(floors.index(lower) < floors.index(upper) for upper, lower in pairs)
+    assert {("serve", "model"), ("serve", "registry")}.isdisjoint(pairs), "nbs/architecture.md says so"
+    path = drawings.serving(ROOT)
+    assert {"celestial_ml.serve.guard", "celestial_ml.serve.predictor"} <= path.keys()
+    assert {name.split(".")[1] for name in path} == {"core", "data", "serve"}
+    needed = set(drawings.needed(ROOT))
+    assert {"onnxruntime", "fastapi"} <= needed and needed.isdisjoint({"tensorflow", "keras", "mlflow", "ploomber"})
+
+
+def test_pages_workflow_is_pinned_and_may_do_little() -> None:
+    text = (ROOT / ".github/workflows/pages.yml").read_text()
+    spec = yaml.safe_load(text)
+    assert all(re.search(r"@[0-9a-f]{40} # v", line) for line in text.splitlines() if "uses:" in line)
+    assert spec["permissions"] == {"contents": "read"} and spec["concurrency"]["group"] == "pages"
+    assert spec[True]["push"] == {"branches": ["main"]} and "pull_request" not in spec[True]
+    assert "permissions" not in spec["jobs"]["build"]
+    assert spec["jobs"]["deploy"]["permissions"] == {"pages": "write", "id-token": "write"}
+
+
+# ---------------------------------------------------------------- the built site
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "The site, built without a warning and without a network."
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    offline = ["unshare", "--map-root-user", "--net"]
+    allowed = shutil.which("unshare") and subprocess.run([*offline, "true"], capture_output=True).returncode == 0
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [*(offline if allowed else []), *command],
+        cwd=ROOT,
+        env=os.environ | nowhere | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert not re.search(r"WARNING|ERROR", done.stderr), done.stderr
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"built in {seconds:.0f} s of one core, {'without a network' if allowed else 'with the network misdirected'}")
+    assert seconds < 60
+    return folder
+
+
+class Page(HTMLParser):
+    "The anchors, the links and the files of a page."
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.anchors, self.links, self.loads = {""}, set(), set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        said = dict(attrs)
+        self.anchors |= {said.get("id") or "", said.get("name") or ""}
+        if tag == "a" and said.get("href"):
+            self.links.add(said["href"])
+        elif tag in ("img", "script", "iframe", "link", "source") and (url := said.get("src") or said.get("href")):
+            self.loads.add(url)
+
+
+@pytest.mark.slow
+def test_links_and_anchors(site: Path) -> None:
+    "Every link within the site leads to a page and a place that are there; nothing is loaded from elsewhere."
+    pages = {path: Page(path) for path in site.rglob("*.html")}
+    assert len(pages) > 100
+    wrong = []
+    for path, page in pages.items():
+        if path.name == "404.html":
+            continue  # its links are those of wherever it is shown
+        wrong += [f"{path}: loads {url}" for url in page.loads if re.match(r"(https?:)?//", url)]
+        for link in page.links | page.loads:
+            if re.match(r"[a-z]+:", link):
+                continue
+            file, anchor = urldefrag(unquote(unescape(link)))
+            target = (path.parent / file).resolve() if file else path
+            if not target.is_file():
+                wrong.append(f"{path.relative_to(site)}: {link}")
+            elif target in pages and anchor not in pages[target].anchors and not anchor.startswith("__"):
+                wrong.append(f"{path.relative_to(site)}: {link}: there is no such place")
+    assert wrong == []
+
+
+@pytest.mark.slow
+def test_every_public_name_is_in_the_library_reference(site: Path) -> None:
+    count = 0
+    for path in (ROOT / "celestial_ml").rglob("[!_]*.py"):
+        module = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+        html = (site / f"reference/library/{path.parent.name}.html").read_text()
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+                names = ast.literal_eval(node.value)
+                missing = [name for name in names if f'id="{module}.{name}"' not in html]
+                assert missing == [], module
+                count += len(names)
+    assert count > 500
+
+
+VIEWS = {"desk": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
+LOOKED_AT = [
+    "index.html",
+    "find-your-way.html",
+    "architecture.html",
+    "glossary.html",
+    "steps/04_train.html",
+    "core/04_params.html",
+    "reference/parameters.html",
+    "reference/cli.html",
+    "reference/http.html",
+    "reference/library/core.html",
+    "guides/01_explore_the_images.html",
+]
+
+
+@pytest.fixture(scope="module")
+def served(site: Path):
+    "The site as a web server shows it."
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *said: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    server.handle_error = lambda *said: None  # a browser that leaves a page hangs up
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+@pytest.mark.slow
+def test_linkchecker_is_content(served: str) -> None:
+    command = [Path(sys.executable).parent / "linkchecker", "--no-status", "--no-warnings"]
+    done = subprocess.run([*command, f"{served}index.html"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(re.search(r"That's it. (\d+) links", done.stdout)[1]) > 300
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_look(served: str, view: str, scheme: str) -> None:
+    "Nothing sticks out, nothing is asked of others, the console is silent, and axe-core finds nothing serious."
+    playwright = pytest.importorskip("playwright.sync_api")
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--headless", "--no-sandbox", "--disable-gpu"])
+        page = browser.new_context(viewport=VIEWS[view], color_scheme=scheme, reduced_motion="reduce").new_page()
+        complaints: list[str] = []
+        page.on("console", lambda m: m.type in ("error", "warning") and complaints.append(m.text))
+        page.on("pageerror", lambda e: complaints.append(str(e)))
+        page.on("response", lambda r: r.status >= 400 and complaints.append(f"{r.status} {r.url}"))
+        page.on("request", lambda r: r.url.startswith((served, "data:", "blob:")) or complaints.append(f"asks {r.url}"))
+        for name in LOOKED_AT:
+            page.goto(served + name)
+            page.locator(".md-content h1").first.wait_for()
+            assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") == 0, name
+            paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (sum(map(int, re.findall(r"\d+", paper)[:3])) < 384) == (scheme == "dark")
+            found = axe.Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+            serious = [
+                (one["id"], one["nodes"][0]["html"][:200]) for one in found if one["impact"] in ("serious", "critical")
+            ]
+            assert serious == [], name
+        if view == "desk":  # the search finds, from an index that is here too
+            page.locator("input.md-search__input").fill("calibration")
+            page.locator(".md-search-result__item").first.wait_for(timeout=120_000)
+        browser.close()
+        assert complaints == []
