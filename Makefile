@@ -66,6 +66,11 @@ check: $(READY)  ## format, lint, types, clean notebooks, no stale export
 bench: $(READY)  ## the figures: notebooks against a script, ONNX against Keras, the service against BentoML
 	@python -m bench
 
+.PHONY: guides
+guides: $(READY)  ## run the guides, into output/guides; `make docs` shows them with their outputs
+	@CELESTIAL_TERMINAL=1 jupyter nbconvert --to notebook --execute --log-level WARN --ExecutePreprocessor.timeout=900 --output-dir output/guides nbs/guides/*.ipynb
+	@jupyter nbconvert --to notebook --inplace --coalesce-streams --log-level WARN output/guides/*.ipynb
+
 .PHONY: docs
 docs: $(READY)  ## the documentation site, in site/
 	@mkdocs build --strict

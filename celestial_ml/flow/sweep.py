@@ -36,7 +36,7 @@ from ..model.networks import get_network
 
 # %% auto #0
 __all__ = ['FIRST_GUESS', 'THREADS', 'parse_grid', 'combinations', 'run_name', 'find_notebook', 'told', 'require_reached',
-           'Sweep', 'plan_sweep', 'Outcome', 'run_metrics', 'core_shares', 'Memory', 'remaining', 'Runner', 'child_env',
+           'Sweep', 'plan_sweep', 'Outcome', 'run_metrics', 'core_shares', 'Memory', 'remaining', 'child_env',
            'only_one', 'run_sweep', 'known_runs', 'make_tracking']
 
 # %% ../../nbs/flow/07_sweep.ipynb #parse-grid
@@ -69,6 +69,11 @@ def combinations(
         if keys.count(key) > 1:
             raise ParamsError(f"--grid {key} is given twice", "Name all its values in one: --grid k=a,b,c")
     return [dict(zip(keys, values, strict=True)) for values in itertools.product(*(values for _, values in parsed))]
+
+# %% ../../nbs/flow/07_sweep.ipynb #said
+def _said(value: Any) -> str:
+    "A value as a person writes it."
+    return value if isinstance(value, str) else json.dumps(value)
 
 # %% ../../nbs/flow/07_sweep.ipynb #run-name
 def run_name(
@@ -279,11 +284,6 @@ def plan_sweep(
         raise ParamsError("two combinations would have the same name", "Their values differ only in punctuation.")
     sources = [nb.source for nb in chosen] or [task.source for task in load_tasks(root, name, until).values()]
     return Sweep(name, root, jobs, sources)
-
-# %% ../../nbs/flow/07_sweep.ipynb #said
-def _said(value: Any) -> str:
-    "A value as a person writes it."
-    return value if isinstance(value, str) else json.dumps(value)
 
 # %% ../../nbs/flow/07_sweep.ipynb #setting
 def _setting(text: str) -> tuple[str, list[Any]]:
@@ -635,9 +635,8 @@ class Runner:
 
     def __init__(self, sweep: Sweep, warm: Warm, board: Board, workers: int, memory: Memory, retries: int, quiet: bool):
         self.sweep, self.warm, self.board, self.memory = sweep, warm, board, memory
-        self.retries, self.quiet, self.shown = retries, quiet, ""
-        self.waiting = [job for job in sweep.jobs if job.stale]
-        self.free = core_shares(workers)
+        self.retries, self.quiet = retries, quiet
+        self.waiting, self.free = [job for job in sweep.jobs if job.stale], core_shares(workers)
         self.running: dict[str, tuple[Job, Child, list[int], float]] = {}
         self.took: list[float] = []
 
@@ -655,10 +654,10 @@ class Runner:
 
     def _show(self) -> None:
         "How far it is, on a terminal; elsewhere the lines of the runs are enough."
-        line = progress_line(self.board, self.running, self._remaining())
-        if line != self.shown and not self.quiet and "CELESTIAL_TERMINAL" in os.environ:
+        begun = [time.monotonic() - began for *_, began in self.running.values()]
+        line = progress_line(self.board, self.running, remaining(self.took, begun, len(self.waiting)))
+        if not self.quiet and "CELESTIAL_TERMINAL" in os.environ:
             say(line)
-            self.shown = line
 
     def _start(self, job: Job, cores: list[int]) -> None:
         "Have a child do it."
@@ -672,8 +671,8 @@ class Runner:
         "Note how it ended; have it run again where that may help."
         job, child, cores, began = self.running.pop(run)
         self.free.append(cores)
-        outcome = _ending(self.sweep, job, child.returncode or 0)
-        outcome = replace(outcome, seconds=time.monotonic() - began, tries=self.board.runs[run].tries + 1)
+        seconds, tries = time.monotonic() - began, self.board.runs[run].tries + 1
+        outcome = replace(_ending(self.sweep, job, child.returncode or 0), seconds=seconds, tries=tries)
         again = outcome.status == "failed" and outcome.again and outcome.tries <= self.retries
         if again:
             self.waiting.append(job)
@@ -681,11 +680,6 @@ class Runner:
             self.took.append(outcome.seconds)
         self.board.set(replace(outcome, status="left") if again else outcome)
         _tell(outcome, again, self.quiet)
-
-    def _remaining(self) -> float | None:
-        "Seconds that it will take."
-        begun = [time.monotonic() - began for *_, began in self.running.values()]
-        return remaining(self.took, begun, len(self.waiting))
 
 # %% ../../nbs/flow/07_sweep.ipynb #child-env
 def child_env(

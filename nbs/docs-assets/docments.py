@@ -7,6 +7,7 @@ import ast
 import json
 import re
 import tokenize
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,20 @@ def cells(path: Path) -> list[tuple[int, Path, str]]:
 @cache
 def anchors(notebook: Path) -> dict[str, str]:
     "The anchor of the last heading above each cell of a notebook, by the cell's id."
-    found, last = {}, ""
+    found, last, seen = {}, "", Counter[str]()
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
-        if cell["cell_type"] == "markdown" and (heads := re.findall(r"^##+ (.+)$", "".join(cell["source"]), re.M)):
-            last = slugify(heads[-1].replace("`", ""))
+        heads = re.findall(r"^(#+) (.+)$", "".join(cell["source"]), re.M) if cell["cell_type"] == "markdown" else []
+        for level, title in heads:
+            slug = slugify(title.replace("`", ""))
+            last = "" if level == "#" else numbered(slug, seen[slug])
+            seen[slug] += 1
         found[cell["id"]] = last
     return found
+
+
+def numbered(slug: str, before: int) -> str:
+    "The anchor of a heading, of which there were some before on its page; as Markdown's table of contents has it."
+    return f"{slug}_{before}" if before else slug
 
 
 def explained(path: Path, line: int) -> str:

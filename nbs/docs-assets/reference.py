@@ -371,19 +371,22 @@ def _answer(response: dict[str, Any], schemas: dict[str, Any]) -> list[str]:
     if schema is None:
         return [f"Answers with {'HTML' if 'text/html' in content else 'plain text'}."]
     name, schema = schema["$ref"].rpartition("/")[2], _resolve(schema, schemas)
-    parts = [
-        f"Answers with [`{name}`](library/serve.md#{_module(name)}.{name}): {', '.join(f'`{key}`' for key in schema['properties'])}."
-    ]
+    parts = [f"Answers with [`{name}`]({_told(name)}): {', '.join(f'`{key}`' for key in schema['properties'])}."]
     if "example" in schema:
         parts += ["", "```json", json.dumps(schema["example"], indent=2, ensure_ascii=False), "```"]
     return parts
 
 
-def _module(name: str) -> str:
-    "The module that says what an answer holds."
+def _told(name: str) -> str:
+    "Where one reads what an answer holds: in the library reference if it's public, in the notebook if not."
+    from importlib import import_module
+
     from celestial_ml.serve import api
 
-    return str(getattr(api, name).__module__)
+    module = getattr(api, name).__module__
+    if name in import_module(module).__all__:
+        return f"library/serve.md#{module}.{name}"
+    return f"../serve/{notebooks(Path(__file__).parents[2], 'serve')[module].name}"
 
 
 def _errors(responses: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ It is a hook of mkdocs.yml and no part of the package. `reference.py` writes pag
 
 import json
 import re
+from collections import Counter
 from functools import cache
 from html import escape, unescape
 from pathlib import Path
@@ -12,6 +13,7 @@ from posixpath import dirname, join, normpath
 from typing import Any
 
 import mkdocstrings_handlers.python._internal.rendering as signatures
+from docments import numbered
 from drawings import DRAWINGS, needed, notebook_count, rooms_table
 from matplotlib import rc_context
 from matplotlib.textpath import TextPath
@@ -163,6 +165,7 @@ def _notebook(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     html = re.sub(r'class="(clipboard-copy-txt|highlight-ipynb [^"]*)"', r"\g<0> data-search-exclude", html)
     html = re.sub(r"<img (?![^>]*\balt=)", '<img alt="what the cell above shows" ', html)
     html = _linked(html, page, config, files, r'[^"]+')
+    html = _own_anchors(html)
     whole = r'<pre.*?</pre>|<a .*?</a>|<code.*?</code>|<div [^>]*class="clipboard-copy-txt".*?</div>'
     parts = re.split(f"({whole})", html, flags=re.DOTALL)
     parts[::2] = [
@@ -170,6 +173,18 @@ def _notebook(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     ]
     parts[1::2] = [re.sub(r"^<code>(\w+)(?:\(\))?</code>$", lambda m: _symbol(m, page, files), p) for p in parts[1::2]]
     return "".join(parts)
+
+
+def _own_anchors(html: str) -> str:
+    "Two headings of the same words get two anchors: those that the table of contents leads to."
+    seen: Counter[str] = Counter()
+
+    def own(match: re.Match[str]) -> str:
+        slug = numbered(match[2], seen[match[2]])
+        seen[match[2]] += 1
+        return match[0].replace(f'id="{match[2]}"', f'id="{slug}"').replace(f'href="#{match[2]}"', f'href="#{slug}"')
+
+    return re.sub(r'<h([1-6]) [^>]*?id="([^"]+)".*?</h\1>', own, html, flags=re.DOTALL)
 
 
 def on_post_page(html: str, page: Page, config: MkDocsConfig) -> str:
