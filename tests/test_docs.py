@@ -14,6 +14,7 @@ import threading
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from urllib.parse import unquote, urldefrag
 
 import pytest
@@ -160,11 +161,18 @@ def test_find_your_way_names_what_is_there(pages: dict[str, str]) -> None:
     assert re.findall(r"\| *\|$", written, re.MULTILINE) == [], "a notebook or a test file says nothing of itself"
 
 
-def test_a_notebook_is_shown_as_its_run_has_left_it(tmp_path: Path) -> None:
-    "With the outputs of a run of these very cells; bare where the cells have changed since, or where the run failed."
+@functools.cache
+def the_hook() -> ModuleType:
+    "What mkdocs.yml hooks in."
     spec = importlib.util.spec_from_file_location("site_hook", NBS / "docs-assets/site.py")
     hook = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hook)
+    return hook
+
+
+def test_a_notebook_is_shown_as_its_run_has_left_it(tmp_path: Path) -> None:
+    "With the outputs of a run of these very cells; bare where the cells have changed since, or where the run failed."
+    hook = the_hook()
     page, done = tmp_path / "nbs/steps/04_train.ipynb", tmp_path / "output/default/train.ipynb"
 
     def cell(source: str, *outputs: dict, tags: tuple[str, ...] = ()) -> dict:
@@ -184,6 +192,16 @@ def test_a_notebook_is_shown_as_its_run_has_left_it(tmp_path: Path) -> None:
     write_json(page, {"cells": [cell("epochs = 1"), cell("print('…')")]})
     write_json(done, {"cells": [cell("epochs = 1"), cell("print('…')", {"output_type": "error", "ename": "E"})]})
     assert hook._executed(tmp_path, Path("steps/04_train.ipynb")) is None
+
+
+def test_links_of_a_run_to_its_own_folder_are_words_on_the_site() -> None:
+    hook = the_hook()
+    config = SimpleNamespace(docs_dir=str(NBS))
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="steps/08_register.ipynb"))
+    html = '<a href="report.html">the report</a> <a href="07_package.ipynb#x">package</a> <a href="https://a.org">a</a>'
+    assert hook._without_own_files(html, page, config) == html.replace(
+        '<a href="report.html">the report</a>', "the report"
+    )
 
 
 def test_glossary_is_in_order() -> None:

@@ -164,6 +164,8 @@ def _notebook(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     # Names are found by way of the library reference; with all code in it, the index would be three times as large.
     html = re.sub(r'class="(clipboard-copy-txt|highlight-ipynb [^"]*)"', r"\g<0> data-search-exclude", html)
     html = re.sub(r"<img (?![^>]*\balt=)", '<img alt="what the cell above shows" ', html)
+    if page.file.abs_src_path != str(Path(config.docs_dir) / page.file.src_uri):
+        html = _without_own_files(html, page, config)
     html = _linked(html, page, config, files, r'[^"]+')
     html = _own_anchors(html)
     whole = r'<pre.*?</pre>|<a .*?</a>|<code.*?</code>|<div [^>]*class="clipboard-copy-txt".*?</div>'
@@ -208,6 +210,16 @@ def _linked(html: str, page: Page, config: MkDocsConfig, files: Files, which: st
     "The page with those of its links mended that match."
     there = rf'(<(?:a|img)\b[^>]*?\s(?:href|src)=")({which})"'
     return re.sub(there, lambda m: f'{m[1]}{_url(m[2], page, config, files)}"', html)
+
+
+def _without_own_files(html: str, page: Page, config: MkDocsConfig) -> str:
+    "The page of a run, without links to what lies beside it in the run's folder and isn't on the site."
+    here = (Path(config.docs_dir) / page.file.src_uri).parent
+
+    def known(match: re.Match[str]) -> str:
+        return match[0] if (here / unescape(match[1]).partition("#")[0]).exists() else match[2]
+
+    return re.sub(r'<a\b[^>]*\shref="(?![a-z]+:|#)([^"]+)"[^>]*>(.*?)</a>', known, html, flags=re.DOTALL)
 
 
 def _url(link: str, page: Page, config: MkDocsConfig, files: Files) -> str:
