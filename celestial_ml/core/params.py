@@ -386,7 +386,7 @@ def load_params(
 def default_yaml() -> str:  # YAML
     "The content of `params/default.yaml`: every parameter, its default, what it does and what it takes."
     lines = [
-        "# Every parameter of a run, with its default. Written from celestial_ml.core.params by `make params`;",
+        "# Every parameter of a run, with its default. Written from celestial_ml.core.params by `make export`;",
         "# the other files in this folder are small overlays of this one.",
     ]
     keys, section = known_keys(), ""
