@@ -127,6 +127,7 @@ def test_another_folder_is_not_taken_for_it(celestial, project: Path, tmp_path: 
     assert not (project / "data/raw").exists()
 
 
+@pytest.mark.slow
 def test_guide_baseline_reproduces_the_guides_figure(celestial, project: Path, guide_images: Path) -> None:
     "The guide's network, parameters and split reach about what the guide reaches: 0.39; seeds move it by some 0.07."
     result = celestial("run", "guide-baseline", "--json", CELESTIAL_GUIDE_DATA=str(guide_images))

@@ -93,6 +93,7 @@ def test_small_files_lie_beside_the_served_one(smoke: Plan) -> None:
     assert about["files"]["reference.npz"] == sha256_of("output/smoke/reference.npz")
 
 
+@pytest.mark.slow
 def test_int8_is_served_where_it_is_as_good(celestial, smoke: Plan) -> None:
     result = celestial("run", "smoke", "--set", "package.serve=int8", "--set", "package.int8_loss=0.5")
     assert result.returncode == 0, result.stderr

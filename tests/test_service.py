@@ -302,8 +302,6 @@ def test_asked_to_stop_it_finishes_what_it_has_taken(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ fuzzing
 
-FUZZED = 600
-
 
 def malformed(seed: int) -> bytes:
     "An image file that somebody harmed; a seed always harms in the same way."
@@ -335,14 +333,15 @@ def resident(pid: int) -> int:
     return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
 
 
-def test_malformed_uploads_are_the_senders_mistake(tmp_path: Path) -> None:
+@pytest.mark.parametrize("uploads", [250, pytest.param(3000, marks=pytest.mark.slow)])
+def test_malformed_uploads_are_the_senders_mistake(tmp_path: Path, uploads: int) -> None:
     model = tiny_model(tmp_path / "model")
     with running(model, tmp_path / "log", demo=False) as url, httpx.Client(base_url=url, timeout=60) as client:
         pid = int(figure(client, "celestial_process_id"))
-        for seed in range(FUZZED):  # once to fill what is kept for good: the sizes of memory, the counters
+        for seed in range(uploads):  # once to fill what is kept for good: the sizes of memory, the counters
             send(client, malformed(seed))
         before, statuses = resident(pid), Counter()
-        for seed in range(FUZZED):
+        for seed in range(uploads):
             answer = send(client, malformed(seed))
             statuses[answer.status_code] += 1
             assert answer.status_code < 500, (seed, answer.text)
@@ -355,7 +354,7 @@ def test_malformed_uploads_are_the_senders_mistake(tmp_path: Path) -> None:
                 body[chance.randrange(len(body))] = chance.randrange(256)
             kind = {"content-type": "multipart/form-data; boundary=b"}
             assert 400 <= client.post("/predict", content=bytes(body), headers=kind).status_code < 500, seed
-        assert statuses[400] > 100 and statuses[415] > 100, statuses
+        assert min(statuses[400], statuses[415]) > uploads / 6, statuses
         assert resident(pid) - before < 20_000, "memory stays flat"
         assert send(client, neptune()).json()["label"] == "Neptune"
     assert "Traceback" not in (tmp_path / "log").read_text()

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from celestial_ml.core.files import read_json
 from celestial_ml.core.params import load_params
 from celestial_ml.flow.pipeline import Plan
-from celestial_ml.flow.steps import step_parameters
+from celestial_ml.flow.steps import load_tasks, step_parameters
 
 
 def as_edited(notebook: Path, values: dict[str, object]) -> None:
@@ -31,18 +32,24 @@ def as_edited(notebook: Path, values: dict[str, object]) -> None:
     notebook.write_text(json.dumps(content))
 
 
+def same_preparation(one: Path, other: Path) -> None:
+    "What two runs made of the same images is the same."
+    assert (np.load(one / "pixels.npy") == np.load(other / "pixels.npy")).all()
+    assert read_json(one / "checks.json") == read_json(other / "checks.json")
+    tables = [pd.read_parquet(folder / "features.parquet").drop(columns="path") for folder in (one, other)]
+    pd.testing.assert_frame_equal(*tables)
+
+
 def same_products(one: Path, other: Path) -> None:
     "What two runs made of the same parameters is the same."
-    assert (np.load(one / "pixels.npy") == np.load(other / "pixels.npy")).all()
+    same_preparation(one, other)
     assert (one / "history.csv").read_text() == (other / "history.csv").read_text(), "training is reproducible"
     metrics = [read_json(folder / "metrics.json") for folder in (one, other)]
     for image in (image for found in metrics for image in found["suspected_labels"]):
         del image["path"]  # it names the run's folder
     assert metrics[0] == metrics[1]
-    assert read_json(one / "checks.json") == read_json(other / "checks.json")
-    for name in ("features.parquet", "predictions.parquet"):
-        tables = [pd.read_parquet(folder / name).drop(columns="path") for folder in (one, other)]
-        pd.testing.assert_frame_equal(*tables)
+    tables = [pd.read_parquet(folder / "predictions.parquet").drop(columns="path") for folder in (one, other)]
+    pd.testing.assert_frame_equal(*tables)
     logits = [np.stack(pd.read_parquet(f / "predictions.parquet").logits.tolist()) for f in (one, other)]
     assert (logits[0] == logits[1]).all()
     scores = [[row["share_on_body"] for row in read_json(f / "explain.json")] for f in (one, other)]
@@ -51,15 +58,20 @@ def same_products(one: Path, other: Path) -> None:
     assert thresholds[0] == pytest.approx(thresholds[1])
 
 
-def test_papermill_alone_makes_the_same(smoke: Plan, at_home: Path) -> None:
+@pytest.mark.parametrize(
+    ("until", "same"), [("prepare", same_preparation), pytest.param("register", same_products, marks=pytest.mark.slow)]
+)
+def test_papermill_alone_makes_the_same(
+    smoke: Plan, at_home: Path, until: str, same: Callable[[Path, Path], None]
+) -> None:
     parameters = load_params("smoke")
-    for name, task in smoke.tasks.items():
+    for name, task in load_tasks(at_home, "smoke", until).items():
         told = step_parameters(name, parameters) | {"run": "by-papermill"}
         known = papermill.inspect_notebook(str(task.source))
         assert told.keys() <= known.keys()
         out = at_home / f"{name}-papermill.ipynb"
         papermill.execute_notebook(str(task.source), str(out), told, progress_bar=False)
-    same_products(Path("output/smoke"), Path("output/by-papermill"))
+    same(Path("output/smoke"), Path("output/by-papermill"))
 
 
 @pytest.mark.slow

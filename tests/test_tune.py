@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import papermill
@@ -23,11 +24,11 @@ from sqlalchemy import create_engine, text
 
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.files import read_json
-from celestial_ml.core.params import load_params
+from celestial_ml.core.params import Span, Tune, load_params
 from celestial_ml.flow.pipeline import StepFailed, make_plan
 from celestial_ml.flow.steps import load_tasks
 from celestial_ml.flow.tuning import TuneJob, _start_worker, join_study, run_workers, tune_run
-from celestial_ml.model.tune import open_storage, run_trials, storage_url, trials_left
+from celestial_ml.model.tune import open_storage, open_study, run_trials, storage_url, suggest, trials_left
 
 SPACE = "{train.lr: {low: 0.001, high: 0.05, log: true}, model.width: [4, 8]}"
 QUICK = ["--set", "tune.tune_epochs=2", "--set", "train.augment=false", "--set", f"tune.space={SPACE}"]
@@ -63,6 +64,24 @@ def test_two_workers_make_a_study(tuned: dict) -> None:
     assert tuned["best"]["loss"] == min(trial.value for trial in trials) and tuned["own_loss"] == trials[0].value
     logs = [path.read_text() for path in Path("output/smoke/logs").iterdir()]
     assert len(logs) == 2 and sum(log.count("epoch 2 of 2") for log in logs) == len(trials)
+
+
+def test_workers_that_begin_at_once_share_the_first_trials(tmp_path: Path) -> None:
+    own, space = {"train.lr": 0.01, "model.width": 8}, {"train.lr": Span(low=0.001, high=0.05), "model.width": [4, 8]}
+    for study in map(str, range(5)):
+        tune = Tune(study=study, storage=f"sqlite:///{tmp_path}/optuna.db", trials=4, space=space)
+        open_study(tune, 7, {}, own)  # as the command does before it starts the workers
+        together = Barrier(4)
+
+        def begin(_: int, tune: Tune = tune, together: Barrier = together) -> tuple[int, dict]:
+            shared = open_study(tune, 7, {}, own)
+            together.wait()
+            trial = shared.ask()
+            return trial.number, suggest(trial, space)
+
+        with ThreadPoolExecutor(4) as workers:
+            begun = dict(workers.map(begin, range(4)))
+        assert begun.keys() == {0, 1, 2, 3} and begun[0] == own != begun[1]
 
 
 def test_pictures_show_something(tuned: dict) -> None:
@@ -126,6 +145,7 @@ def test_again_is_nothing_to_do_and_more_goes_on(
     assert len(study("tune").trials) == before + 1 == more["trials"]["complete"]
 
 
+@pytest.mark.slow
 def test_notebook_on_its_own_does_the_trials_itself(tuned: dict, at_home: Path) -> None:
     space = {"train.lr": [0.01, 0.03], "model.width": [4, 8]}
     told = {"run": "smoke", "study": "alone", "trials": 2, "tune_epochs": 1, "augment": False, "space": space}
@@ -173,6 +193,7 @@ def endless_job(name: str) -> TuneJob:
     return TuneJob("smoke", p.seed, p.model, p.train, p.tune, p.track)
 
 
+@pytest.mark.slow
 def test_a_worker_stops_when_its_command_is_gone(tuned: dict, project: Path, tmp_path: Path) -> None:
     process = _start_worker(endless_job("left-alone"), 1, tmp_path / "log")
     try:

@@ -284,9 +284,11 @@ def params_error(
     where = (origin or {}).get(key, "the parameters cell" if section else "params")
     if first["type"] == "extra_forbidden":
         near = _nearest_key(key, list(keys))
+        beside = [k for k in keys if k.startswith(f"{key.partition('.')[0]}.")]
+        known = beside or dict.fromkeys(k.partition(".")[0] for k in keys)  # all hundred help nobody
         return ParamsError(
             f"{where}: {key} is no parameter" + (f"; did you mean {near}?" if near else ""),
-            f"Known: {', '.join(keys)}.",
+            f"Known: {', '.join(known)}.",
         )
     if key not in keys:  # a section that is no mapping
         names = ", ".join(k for k in keys if k.startswith(f"{key}."))

@@ -323,7 +323,7 @@ def _drawn(report: Report) -> dict[str, list[Figure]]:
     import matplotlib.pyplot as plt
 
     from celestial_ml.model.plots import plot_confusion
-    from celestial_ml.registry.difference import _table
+    from celestial_ml.registry.difference import answers_table
 
     sides = [
         (s.name, s.metrics, s.answers) for s in (report.base, report.ours) if s is not None and s.answers is not None
@@ -333,7 +333,7 @@ def _drawn(report: Report) -> dict[str, list[Figure]]:
     matrices, (fig, ax) = [], plt.subplots(figsize=(5, 5), layout="constrained")
     ax.plot([0, 1], [0, 1], color="gray", linestyle=":")
     for name, metrics, answers in sides:
-        table = _table(answers, np.arange(len(answers.label)))
+        table = answers_table(answers, np.arange(len(answers.label)))
         matrices.append(plot_confusion(table, list(metrics["per_class"])))
         ax.plot(*_reliability(answers), marker="o", label=name)
     ax.set(xlabel="how sure", ylabel="share of right answers", title="Reliability")

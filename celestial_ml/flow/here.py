@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..core.errors import unknown
 from ..core.files import project_root, read_json, sha256_of
 from ..core.params import Params, load_params
-from .state import inputs_file, notebook_cells, stale_steps
+from .state import BY_HAND, by_hand, inputs_file, notebook_cells, stale_steps
 from .steps import Task, load_tasks, run_folder, step_parameters
 
 if TYPE_CHECKING:
     from IPython.display import HTML
 
 # %% auto #0
-__all__ = ['run_params', 'present_inputs', 'State', 'by_hand', 'step_states', 'running_states', 'describe_states', 'draw_states',
-           'caption', 'pipeline_states', 'where_am_i']
+__all__ = ['run_params', 'present_inputs', 'State', 'step_states', 'running_states', 'describe_states', 'draw_states', 'caption',
+           'pipeline_states', 'where_am_i']
 
 # %% ../../nbs/flow/05_here.ipynb #run-params
 def run_params(
@@ -68,37 +68,22 @@ class State:
     kind: Literal["fresh", "stale", "by hand", "missing", "running", "later"]
     why: str = ""
 
-# %% ../../nbs/flow/05_here.ipynb #by-hand
-def by_hand(
-    task: Task,
-    root: Path,  # the project's
-) -> float | None:  # seconds since 1970
-    "When a step's files were written outside of the pipeline; None if they weren't, or not all are there."
-    paths = [root / path for key, path in task.product.items() if key not in ("notebook", "html")]
-    if not paths or not all(path.exists() for path in paths):
-        return None
-    written = max(path.stat().st_mtime for path in paths)
-    memory = paths[0].with_name(f".{paths[0].name}.metadata")
-    made = read_json(memory)["timestamp"] if memory.is_file() else 0
-    return written if written > made + 2 else None  # Ploomber notes whole seconds
-
 # %% ../../nbs/flow/05_here.ipynb #step-states
 def step_states(
     tasks: dict[str, Task],  # of `load_tasks`
     inputs: dict[str, dict[str, Any]],  # of `present_inputs`, of each
-    root: Path,  # the project's, and the current folder
 ) -> dict[str, State]:
     "Whether the products of each step are what a run would make now."
     stale, found = stale_steps(tasks, inputs), dict[str, State]()
-    hands = {name: when for name, task in tasks.items() if (when := by_hand(task, root))}
+    hands = {name for name, task in tasks.items() if by_hand(task)}
     for name, task in tasks.items():
         why = stale.get(name, "")
-        earlier = [up for up in task.upstream if up in hands and why in ("", f"{up} runs")]
+        earlier = [up for up in task.upstream if up in hands and why == f"{up} runs"]
         if name in hands:
-            found[name] = State("by hand", "its files were written outside of the pipeline")
+            found[name] = State("by hand", BY_HAND)
         elif why == "it hasn't run yet":
             found[name] = State("missing", why)
-        elif why or earlier:
+        elif why:
             said = f"{earlier[0]} was run on its own since" if earlier else re.sub(" runs$", " has to run first", why)
             found[name] = State("stale", said)
         else:
@@ -268,7 +253,7 @@ def pipeline_states(
             asked = {key: values.get(key, value) for key, value in asked.items()}
         inputs[task.name] = present_inputs(task, asked | {"run": run}, root, sums)
     with chdir(root):
-        return tasks, step_states(tasks, inputs, root)
+        return tasks, step_states(tasks, inputs)
 
 # %% ../../nbs/flow/05_here.ipynb #where-am-i
 def where_am_i(

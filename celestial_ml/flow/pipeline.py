@@ -19,7 +19,7 @@ from ..core.files import read_json, write_json
 from ..core.params import Params, load_params, params_path
 from ..core.progress import say
 from ..data.sources import get_source
-from .state import folder_checksum, forget, stale_steps, step_inputs, write_inputs
+from .state import BY_HAND, folder_checksum, forget, stale_steps, step_inputs, write_inputs
 from .steps import Task, load_tasks, run_folder, step_parameters, task_specs
 from ..model.networks import get_network
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from ploomber import DAG
 
 # %% auto #0
-__all__ = ['Executor', 'Plan', 'make_plan', 'params_file', 'run_pipeline', 'StepFailed', 'failed_cell', 'step_error']
+__all__ = ['Executor', 'Plan', 'make_plan', 'images_checksum', 'params_file', 'run_pipeline', 'StepFailed', 'failed_cell',
+           'step_error']
 
 # %% ../../nbs/flow/02_pipeline.ipynb #plan
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def make_plan(
     tasks = load_tasks(root, name, until)
     if start is not None and start not in tasks:
         raise unknown("step", start, tasks)
-    images = _images_checksum(params, root, name)
+    images = images_checksum(params, root, name)
     inputs = {
         task.name: step_inputs(
             task, step_parameters(task.name, params) | {"run": name}, root, images if task.name == "acquire" else None
@@ -72,7 +73,11 @@ def make_plan(
     return Plan(name, root, params, tasks, inputs, stale_steps(tasks, inputs), until)
 
 # %% ../../nbs/flow/02_pipeline.ipynb #images-checksum
-def _images_checksum(params: Params, root: Path, run: str) -> str | None:
+def images_checksum(
+    params: Params,
+    root: Path,  # the project's
+    run: str,
+) -> str | None:  # None where all images are made by the run
     "The checksum of the images that come from outside, after making sure that they are there."
     checksums = []
     for name in filter(None, (params.data.source, params.data.test_source)):
@@ -102,6 +107,7 @@ def _load_dag(plan: Plan, executor: Executor) -> DAG:
     from ploomber.spec import DAGSpec
 
     logging.getLogger("ploomber").setLevel(logging.WARNING)  # a library of a step may ask for everybody's chatter
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it counts the models of all steps, and warns of so many
     tasks = task_specs(plan.root, plan.run, plan.until)
     spec = DAGSpec({"meta": {"extract_upstream": False}, "tasks": tasks}, parent_path=plan.root)
     for task in spec["tasks"]:
@@ -152,6 +158,9 @@ def run_pipeline(
     if not plan.stale:
         return
     write_inputs(plan.tasks, plan.inputs)
+    for name in plan.stale:
+        if plan.stale[name] == BY_HAND:  # Ploomber looks at what it remembers of a file, not at the file
+            forget(plan.tasks[name])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ploomber's, of parameters that it thinks are unused
         dag = _load_dag(plan, executor)

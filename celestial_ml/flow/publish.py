@@ -34,17 +34,18 @@ def draw_pipeline(
     tasks: dict[str, Task],  # of `load_tasks`
 ) -> Figure:
     "The steps in their order of execution, and what each makes."
-    fig, ax = plt.subplots(figsize=(1.6 * len(tasks), 2), layout="constrained")
+    makes = {n: [p.name for k, p in t.product.items() if k not in ("notebook", "html")] for n, t in tasks.items()}
+    lines = max(map(len, makes.values()))
+    fig, ax = plt.subplots(figsize=(1.6 * len(tasks), 0.18 * (lines + 3)), layout="constrained")
     box = {"boxstyle": "round,pad=0.6", "facecolor": "#16233f", "edgecolor": "#f0b354", "linewidth": 1.5}
-    for place, (name, task) in enumerate(tasks.items()):
-        made = [path.name for key, path in task.product.items() if key not in ("notebook", "html")]
+    for place, (name, made) in enumerate(makes.items()):
         ax.text(place, 0, name, ha="center", va="center", color="#f5f1e6", fontsize=12, bbox=box, zorder=2)
-        ax.text(place, -0.5, "\n".join(made), ha="center", va="top", color="#4a5266", fontsize=8.5, linespacing=1.5)
+        ax.text(place, -1.6, "\n".join(made), ha="center", va="top", color="#4a5266", fontsize=8.5, linespacing=1.5)
         if place:
             ax.annotate(
                 "", (place - 0.3, 0), (place - 0.7, 0), arrowprops={"arrowstyle": "-|>", "color": "#4a5266"}, zorder=1
             )
-    ax.set(xlim=(-0.55, len(tasks) - 0.45), ylim=(-2.1, 0.5))
+    ax.set(xlim=(-0.55, len(tasks) - 0.45), ylim=(-lines - 1.8, 1.2))  # in lines
     ax.axis("off")
     return fig
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['notebook_cells', 'imported_modules', 'module_closure', 'folder_checksum', 'step_modules', 'step_inputs',
-           'inputs_file', 'stale_steps', 'write_inputs', 'forget']
+           'inputs_file', 'by_hand', 'stale_steps', 'write_inputs', 'forget']
 
 # %% ../../nbs/flow/01_state.ipynb #fb790518
 import ast
@@ -22,9 +22,12 @@ from .steps import Task
 def notebook_cells(
     notebook: Path,
 ) -> list[tuple[str, str]]:  # (cell_type, source)
-    "The cells of a notebook, without their outputs."
+    "The cells of a notebook, without their outputs and without its parameters, which are told."
     cells = read_json(notebook)["cells"]
-    return [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+    told = ["parameters" in cell.get("metadata", {}).get("tags", []) for cell in cells]
+    return [
+        (cell["cell_type"], "".join(cell["source"])) for cell, is_told in zip(cells, told, strict=True) if not is_told
+    ]
 
 # %% ../../nbs/flow/01_state.ipynb #imported-modules
 def imported_modules(
@@ -134,6 +137,21 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     differ += [f"{name} changed" for name in sorted(modules) if before["modules"].get(name) != now["modules"].get(name)]
     return differ
 
+# %% ../../nbs/flow/01_state.ipynb #0cce1dc3
+BY_HAND = "its files were written outside of the pipeline"
+
+# %% ../../nbs/flow/01_state.ipynb #by-hand
+def by_hand(
+    task: Task,
+) -> float | None:  # seconds since 1970
+    "When a step's files were written outside of the pipeline; None if they weren't, or not all are there."
+    paths = [path for key, path in task.product.items() if key not in ("notebook", "html")]
+    if not paths or not all(path.exists() for path in paths):
+        return None
+    written = max(path.stat().st_mtime for path in paths)
+    made = (_memory(paths[0]) or {"timestamp": 0})["timestamp"]
+    return written if written > made + 2 else None  # Ploomber notes whole seconds
+
 # %% ../../nbs/flow/01_state.ipynb #why-stale
 def _why_stale(task: Task, inputs: dict[str, Any], made: dict[str, float]) -> str | None:
     "Why a step must run, None if it needn't; `made` says when the steps before it were."
@@ -141,6 +159,8 @@ def _why_stale(task: Task, inputs: dict[str, Any], made: dict[str, float]) -> st
     for path, memory in memories.items():
         if memory is None:
             return "it hasn't run yet" if not any(memories.values()) else f"{path} is missing"
+    if by_hand(task):
+        return BY_HAND
     newest = max(memory["timestamp"] for memory in memories.values() if memory)
     for name in task.upstream:
         if name not in made:

@@ -28,7 +28,7 @@ from ..core.errors import CelestialError, nearest, unknown
 from ..core.files import atomic, read_json, sha256_of, write_json
 from ..core.params import Params, ParamsError, Track, known_keys, load_params, params_path, parse_yaml
 from ..core.progress import as_time, say
-from .pipeline import Plan, StepFailed, _images_checksum, run_pipeline, step_error
+from .pipeline import Plan, StepFailed, images_checksum, run_pipeline, step_error
 from .state import stale_steps, step_inputs
 from .steps import SECTIONS, Task, load_tasks, run_folder, step_parameters
 from .warm import RECORD, Child, Warm, fork_server, use_warm_kernels, warm_modules
@@ -316,7 +316,7 @@ class _Planner:
         tasks = load_tasks(self.root, run, self.until)
         key = told.params.data.model_dump_json()
         if key not in self.images:
-            self.images[key] = _images_checksum(told.params, self.root, run)
+            self.images[key] = images_checksum(told.params, self.root, run)
         inputs = {}
         for name, task in tasks.items():
             inputs[name] = self._inputs(task, step_parameters(name, told.params) | {"run": run})
@@ -772,7 +772,7 @@ def make_tracking(
     track: dict[str, Any],  # as `Track` takes it
 ) -> None:
     "Make MLflow's database and the experiment, before many want to at once."
-    from celestial_ml.registry.tracking import _experiment, mlflow_client
+    from celestial_ml.registry.tracking import mlflow_client, open_experiment
 
     where = Track.of(**track)
-    _experiment(mlflow_client(where), where)
+    open_experiment(mlflow_client(where), where)

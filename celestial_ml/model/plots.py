@@ -41,7 +41,7 @@ def plot_history(
     "Loss and accuracy by epoch, of training and validation."
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for ax, name in zip(axes, ("loss", "accuracy"), strict=True):
-        for column, label in ((name, "training (augmented)"), (f"val_{name}", "validation")):
+        for column, label in ((name, "training"), (f"val_{name}", "validation")):
             if column in history:
                 ax.plot(history.epoch, history[column], marker="." if len(history) < 50 else None, label=label)
         ax.set(xlabel="epoch", title=name)

@@ -212,15 +212,18 @@ def open_storage(
 # %% ../../nbs/model/15_tune.ipynb #seeded-sampler
 def seeded_sampler(
     seed: int,
+    own: dict[str, Any],  # the values of the first trial; {} where a search can't come upon them
 ) -> BaseSampler:
     "A TPE sampler whose suggestions depend on the seed, the trial's number and the trials before it."
     from optuna.samplers import BaseSampler, TPESampler
 
     class Seeded(BaseSampler):
         def before_trial(self, study: Any, trial: Any) -> None:
-            own = int(np.random.SeedSequence([seed, trial.number]).generate_state(1)[0])
+            before = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number]
+            self.fixed = own if all(t.state.name == "FAIL" for t in before) else {}
+            number = int(np.random.SeedSequence([seed, trial.number]).generate_state(1)[0])
             # Running trials count as bad ones, so that the workers don't all try the same spot.
-            self.tpe = TPESampler(n_startup_trials=8, multivariate=True, constant_liar=True, seed=own)
+            self.tpe = TPESampler(n_startup_trials=8, multivariate=True, constant_liar=True, seed=number)
 
         def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
             return self.tpe.infer_relative_search_space(study, trial)
@@ -229,6 +232,8 @@ def seeded_sampler(
             return self.tpe.sample_relative(study, trial, search_space)
 
         def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+            if param_name in self.fixed:
+                return self.fixed[param_name]
             return self.tpe.sample_independent(study, trial, param_name, param_distribution)
 
     return Seeded()
@@ -244,11 +249,12 @@ def open_study(
     import optuna
 
     url = storage_url(p.storage)
+    reachable = all(_is_in(value, p.space[key]) for key, value in own.items())
     with storage_errors(url):
         study = optuna.create_study(
             storage=open_storage(url),
             study_name=p.study,
-            sampler=seeded_sampler(seed),
+            sampler=seeded_sampler(seed, own if reachable else {}),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=p.tune_epochs // 3),
             load_if_exists=True,
         )
@@ -256,8 +262,7 @@ def open_study(
         same |= {"tune.tune_epochs": p.tune_epochs, "seed": seed}
         if "same" not in study.user_attrs:
             study.set_user_attr("same", same)
-            if all(_is_in(value, p.space[key]) for key, value in own.items()):
-                study.enqueue_trial(own, user_attrs={"own": True}, skip_if_exists=True)
+            study.set_user_attr("own", rounded(own))
         _require_same(p.study, study.user_attrs["same"], same)
     return study
 
@@ -406,7 +411,7 @@ def trials_table(
                 "loss": trial.value if whole else trial.intermediate_values[epochs],
                 "epochs": epochs,
                 "seconds": trial.duration.total_seconds() if trial.duration else np.nan,
-                "own": bool(trial.user_attrs.get("own")),  # the run's own values
+                "own": rounded(trial.params) == study.user_attrs.get("own"),  # the run's own values
             }
             rows.append(row | rounded(trial.params))
     return pd.DataFrame(rows)

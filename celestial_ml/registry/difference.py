@@ -14,17 +14,14 @@ import numpy as np
 import pandas as pd
 
 from ..core.shares import share_interval
-from ..model.slices import _figures, _summands, _weights
+from ..model.slices import resampled_figures
 from .evidence import Evidence, Paired, compare, short
 
 # %% auto #0
-__all__ = ['BINS', 'Difference', 'interval_of_difference', 'same_images', 'paired_figures', 'strangers', 'differences',
+__all__ = ['Difference', 'interval_of_difference', 'same_images', 'answers_table', 'paired_figures', 'strangers', 'differences',
            'Comparison', 'changed_params', 'flat', 'make_comparison']
 
 # %% ../../nbs/registry/11_difference.ipynb #difference
-BINS = 15  # of the calibration error
-
-
 @dataclass(frozen=True)
 class Difference:
     "A figure of two models, and whether they differ in it by more than chance."
@@ -84,7 +81,10 @@ def same_images(
     return np.array(mine, int), np.array([place[ours.sha256[i]] for i in mine], int)
 
 # %% ../../nbs/registry/11_difference.ipynb #table
-def _table(evidence: Evidence, rows: np.ndarray) -> pd.DataFrame:
+def answers_table(
+    evidence: Evidence,
+    rows: np.ndarray,  # which of its answers
+) -> pd.DataFrame:  # label, predicted, correct, probabilities
     "Answers, as `model.slices` takes them."
     columns = {"label": evidence.label[rows], "predicted": evidence.predicted[rows], "correct": evidence.correct[rows]}
     return pd.DataFrame(columns | {"probabilities": list(evidence.probabilities[rows].astype(float))})
@@ -99,17 +99,9 @@ def paired_figures(
 ) -> dict[str, tuple[float, float, float, float]]:  # macro_f1, loss, ece, brier → ours, theirs, low, high
     "The figures of both on the same images, and the interval of their difference: a bootstrap over pairs. Source: Efron 1979."
     mine, others = same_images(ours, theirs)
-    tables = _table(ours, mine), _table(theirs, others)
-    summands = [_summands(table, classes, BINS) for table in tables]
-    n, rng = len(mine), np.random.default_rng(0)
-    step = max(1, 4_000_000 // n)  # weights in memory: 32 MB
-    drawn = [_weights(n, min(step, resamples - i), rng) for i in range(0, resamples, step)]
-    spread = [_figures(np.concatenate([w @ s for w in drawn]), n, BINS) for s in summands]
-    value = [_figures(s.sum(axis=0, keepdims=True), n, BINS) for s in summands]
-    ends = {k: np.quantile(spread[0][k] - spread[1][k], [alpha / 2, 1 - alpha / 2]) for k in spread[0]}
-    return {
-        k: (float(value[0][k][0]), float(value[1][k][0]), float(low), float(high)) for k, (low, high) in ends.items()
-    }
+    left, right = resampled_figures([answers_table(ours, mine), answers_table(theirs, others)], classes, resamples)
+    ends = {k: np.quantile((left[k] - right[k])[1:], [alpha / 2, 1 - alpha / 2]) for k in left}
+    return {k: (float(left[k][0]), float(right[k][0]), float(low), float(high)) for k, (low, high) in ends.items()}
 
 # %% ../../nbs/registry/11_difference.ipynb #of-count
 _TESTED = {

@@ -388,7 +388,7 @@ def rules_table(
     table = pd.DataFrame(rows, columns=["rule", "met", "found", "required", "why"]).set_index("rule")
 
     def colour(met: object) -> str:
-        return f"background-color: {'#1d9a5d' if met == 'yes' else '#c2343c'}; color: white"
+        return f"background-color: {'#157a48' if met == 'yes' else '#c2343c'}; color: white"
 
     styled = table.style.map(colour, subset=["met"]).format(na_rep="–", precision=4)
     return styled.set_properties(subset=["why"], **{"text-align": "left", "white-space": "normal"})

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 # %% auto #0
-__all__ = ['tracking_uri', 'mlflow_client', 'Run', 'open_run', 'start_run', 'resume_run']
+__all__ = ['tracking_uri', 'mlflow_client', 'open_experiment', 'Run', 'open_run', 'start_run', 'resume_run']
 
 # %% ../../nbs/registry/01_tracking.ipynb #tracking-uri
 def tracking_uri(
@@ -44,7 +44,10 @@ def mlflow_client(
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 # %% ../../nbs/registry/01_tracking.ipynb #experiment
-def _experiment(client: MlflowClient, track: Track) -> str:
+def open_experiment(
+    client: MlflowClient,
+    track: Track,
+) -> str:
     "The id of the experiment, made when it's new; the artifacts of a local database lie beside it."
     if known := client.get_experiment_by_name(track.experiment):
         return str(known.experiment_id)
@@ -92,7 +95,7 @@ def open_run(
     "A new run in MLflow, which somebody has to end."
     client = mlflow_client(track)
     tags = {"mlflow.parentRunId": parent} if parent else {}
-    return Run(client, client.create_run(_experiment(client, track), run_name=name, tags=tags).info.run_id)
+    return Run(client, client.create_run(open_experiment(client, track), run_name=name, tags=tags).info.run_id)
 
 # %% ../../nbs/registry/01_tracking.ipynb #start-run
 @contextmanager
