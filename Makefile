@@ -12,6 +12,8 @@ UV     := $(shell command -v uv 2>/dev/null)
 
 # The tools of the environment first, whether or not somebody activated it.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Compiled modules are kept, whatever the shell says: else TensorFlow takes twice as long to import, each time.
+unexport PYTHONDONTWRITEBYTECODE
 export GRADIO_ANALYTICS_ENABLED := False
 export PLOOMBER_STATS_ENABLED := false
 export NO_MKDOCS_2_WARNING := 1

@@ -98,6 +98,7 @@ class Notebook:
     source: Path  # relative to the project's root, where it's in it
     step: str | None  # its name in the pipeline, None for a notebook from elsewhere
     declared: dict[str, Any]  # its own parameters and their defaults; empty for a step
+    cell: str = ""  # in which it declares them
 
     @property
     def name(self) -> str:
@@ -121,7 +122,8 @@ def find_notebook(
             return Notebook(source, task.name, {})
     for cell in read_json(full)["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
-            return Notebook(source, None, _declared("".join(cell["source"])))
+            code = "".join(cell["source"])
+            return Notebook(source, None, _declared(code), code)
     raise CelestialError(f"{path} has no parameters cell", "Tag the cell with its parameters `parameters`.")
 
 # %% ../../nbs/flow/07_sweep.ipynb #declared
@@ -341,7 +343,7 @@ class _Planner:
                 parameters = {key: value for key, value in told.own.items() if key in nb.declared}
                 parameters |= {"run": run} if "run" in nb.declared else {}
             task = Task(nb.name, nb.source, {"notebook": run_folder(run) / f"{nb.name}.ipynb"}, ())
-            inputs[nb.name] = self._inputs(task, parameters)
+            inputs[nb.name] = self._inputs(task, parameters) | {"defaults": nb.cell}
             if stale or _remembered(task) != inputs[nb.name]:
                 stale.append(nb.name)
         return Job(run, values, told, tuple(stale), None, tuple(self.notebooks), inputs)
