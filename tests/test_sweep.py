@@ -415,8 +415,8 @@ def test_a_plot_is_shown_as_in_any_kernel(warm: Callable[..., Path]) -> None:
 )
 def test_stopped_it_leaves_no_process_and_goes_on_later(project: Path, at_home: Path, number: int) -> None:
     name = f"stopped-{number}"
-    code = "import os, time\nfrom pathlib import Path\nPath(f'{name}-{i}.pid').write_text(str(os.getpid()))\n"
-    code += "try:\n    time.sleep(0 if Path('go-on').exists() else 120)\nfinally:\n    Path(f'{name}-{i}.tidy').touch()"
+    code = "import os, time\nfrom pathlib import Path\ntry:\n    Path(f'{name}-{i}.pid').write_text(str(os.getpid()))\n"
+    code += "    time.sleep(0 if Path('go-on').exists() else 120)\nfinally:\n    Path(f'{name}-{i}.tidy').touch()"
     write_notebook(project / "sleep.ipynb", f"i = 0\nname = '{name}'", code)
     command = [str(Path(sys.executable).with_name("celestial")), "sweep", "--notebook", "sleep.ipynb"]
     command += ["--set", f"name={name}", "--grid", "i=1,2,3", "--workers", "2", "--name", name]

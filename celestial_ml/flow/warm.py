@@ -108,6 +108,7 @@ class _Child:
 
     pid: int
     client: socket.socket
+    owner: int  # the client's process
     killed_at: float | None = None  # when it's to be killed; None: nobody wants it to stop
 
     def signal(self, number: int) -> None:
@@ -187,7 +188,8 @@ class ForkServer(_Children):
                     closing = True
                     self.poll.unregister(stdin)
                     for child in self.living.values():
-                        child.stop()
+                        if child.owner not in self.living:  # a kernel is stopped by the run that it belongs to
+                            child.stop()
                 elif key.fileobj is self.listener and (work := self._accept()):
                     return work
                 elif key.data:  # its client is gone
@@ -204,14 +206,15 @@ class ForkServer(_Children):
         if not line:
             client.close()
             return None
+        job = json.loads(line)
         if pid := os.fork():
-            child = self.living[pid] = _Child(pid, client)
+            child = self.living[pid] = _Child(pid, client, job["owner"])
             child.tell(pid)
             self.poll.register(client, selectors.EVENT_READ, child)
             return None
         client.close()
         self.leave()
-        return partial(_become, json.loads(line))
+        return partial(_become, job)
 
 # %% ../../nbs/flow/06_warm.ipynb #become
 def _become(job: dict[str, Any]) -> None:
@@ -318,7 +321,7 @@ def ask(
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.connect(server)
-        connection.sendall(json.dumps(job).encode() + b"\n")
+        connection.sendall(json.dumps(job | {"owner": os.getpid()}).encode() + b"\n")
         return Child(connection)
     except (OSError, ValueError):
         connection.close()
@@ -399,7 +402,7 @@ def fork_server(
     finally:
         process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE + 5)
+            process.wait(2 * GRACE + 5)  # of a run, and of the kernel that it leaves
         process.kill()
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
