@@ -212,6 +212,13 @@ def batch_figures(asked: argparse.Namespace) -> list[Row]:
     return batch_rows(Path("output") / run, Path("output") / run / "images" if run != "guide" else Path("data/raw"))
 
 
+def sweep_figures(asked: argparse.Namespace) -> list[Row]:
+    "Twenty runs, at once and one by one."
+    from bench.sweep import sweep_rows
+
+    return sweep_rows()
+
+
 def lab_figures(asked: argparse.Namespace) -> list[Row]:
     "JupyterLab."
     from bench.lab import lab_rows
@@ -229,6 +236,7 @@ SECTIONS = {
     "model": model_figures,
     "serving": service_figures,
     "batch": batch_figures,
+    "sweep": sweep_figures,
     "lab": lab_figures,
     "scaling": scaling_figures,  # half an hour, so only when it's asked for
 }
