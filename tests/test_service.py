@@ -289,7 +289,7 @@ def test_asked_to_stop_it_finishes_what_it_has_taken(tmp_path: Path) -> None:
     url = re.search(r"http://[\d.:]+", line).group()
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(httpx.post, f"{url}/predict", files={"image": content}, timeout=60) for _ in range(4)]
-        until(lambda: "celestial_waiting 4.0" in httpx.get(f"{url}/metrics").text)
+        until(lambda: "celestial_waiting 4.0" in httpx.get(f"{url}/metrics", timeout=60).text)
         process.send_signal(signal.SIGTERM)
         assert [one.result().status_code for one in asked] == [200] * 4
     out, err = process.communicate(timeout=30)

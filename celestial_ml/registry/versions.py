@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,12 +101,25 @@ def publish(
 
 # %% ../../nbs/registry/02_versions.ipynb #sweep
 def sweep() -> None:
-    "Remove what publishing left behind where it was killed; only for who holds the registry's lock."
-    for rest in [*(home() / "models").glob(".*.part*"), *(home() / "models").glob("*/.*.part*")]:
+    "Remove what processes that were killed left behind half written."
+    for rest in list((home() / "models").rglob(".*.part*")):
+        if _lives(int(rest.name.rpartition(".part")[0].rpartition(".")[2])):
+            continue  # a card is written without the registry's lock
         if rest.is_dir():
             shutil.rmtree(rest, ignore_errors=True)
         else:
             rest.unlink(missing_ok=True)
+
+# %% ../../nbs/registry/02_versions.ipynb #lives
+def _lives(pid: int) -> bool:
+    "Whether there is such a process."
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 # %% ../../nbs/registry/02_versions.ipynb #create-version
 def create_version(
