@@ -84,6 +84,7 @@ export: $(READY)  ## after editing notebooks: format, clean, export, README, par
 	@nbdev_clean
 	@nbdev_export
 	@python -m celestial_ml.flow.publish
+	@touch $(READY)   # nbdev has written pyproject.toml anew, with nothing new in it
 
 .PHONY: lock
 lock:  ## resolve requirements.lock anew, for Python 3.11 to 3.13; needs uv
