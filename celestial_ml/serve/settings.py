@@ -42,6 +42,7 @@ Several = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_several)]
 
 # %% ../../nbs/serve/04_settings.ipynb #servesettings
 PREFIX = "CELESTIAL_SERVE_"
+_RATE = r"^[1-9]\d*/(second|minute|hour|day)$"
 
 # %% ../../nbs/serve/04_settings.ipynb #servesettings-x
 class ServeSettings(BaseSettings):
@@ -64,9 +65,15 @@ class ServeSettings(BaseSettings):
     )
     api_keys: Pairs = Field({}, description="NAME:HASH,… as celestial keys new prints it")
     demo_login: Pairs = Field({}, description="NAME:HASH,… as celestial keys login prints it")
-    rate_limit: str | None = Field(
-        None, pattern=r"^\d+/(second|minute|hour|day)$", description="requests of a key, or of an address: 600/minute"
+    login_hours: float = Field(12, gt=0, description="hours after which a login to the demo ends")
+    login_guesses: str = Field(
+        "10/minute", pattern=_RATE, description="wrong passwords of an address; and ten times as many for a name"
     )
+    open_demo: bool = Field(False, description="whether the demo may do without a login where others can reach it")
+    upload_bytes: int = Field(500_000_000, ge=1, description="bytes that all uploads to the demo may take on disk")
+    upload_minutes: float = Field(10, gt=0, description="minutes after which an upload that is left is deleted")
+    feedback_limit: str = Field("600/minute", pattern=_RATE, description="judgements of one person")
+    rate_limit: str | None = Field(None, pattern=_RATE, description="requests of a key, or of an address: 600/minute")
     cors_origins: Several = Field((), description="pages elsewhere that may ask: https://…")
     log_url: str | None = Field(None, description="the prediction log, an SQLAlchemy URL; off: none is kept")
     log_images: Literal["none", "sample", "uncertain", "all"] = Field("none", description="which pictures to keep")
