@@ -30,21 +30,28 @@ prepare (uint8[n, h, w, 3] image) => (uint8[n, {size}, {size}, {channels}] pixel
   one = Constant <value = int64[1] {{1}}> ()
   two = Constant <value = int64[1] {{2}}> ()
   three = Constant <value = int64[1] {{3}}> ()
-  target = Constant <value = int64[3] {{{channels}, {size}, {size}}}> ()
+  side = Constant <value = int64[1] {{{size}}}> ()
+  channels = Constant <value = int64[1] {{{channels}}}> ()
 
   shape = Shape (image)
+  batch = Slice (shape, zero, one)
   height_width = Slice (shape, one, three)
   longer = ReduceMax <keepdims = 1> (height_width)
+  {colour}
+  channels_first = Transpose <perm = [0, 3, 1, 2]> (coloured)
+
+  is_shorter = Less (height_width, longer)
+  strip_sides = Where (is_shorter, height_width, side)
+  strip_sizes = Concat <axis = 0> (batch, channels, strip_sides)
+  strip = Resize <mode = "linear", antialias = {filter}, exclude_outside = {filter}> (channels_first, , , strip_sizes)
+
   missing = Sub (longer, height_width)
   before = Div (missing, two)
   after = Sub (missing, before)
-  margins = Concat <axis = 0> (zero, before, zero, zero, after, zero)
-  square = Pad (image, margins)
-  {colour}
-  channels_first = Transpose <perm = [0, 3, 1, 2]> (coloured)
-  batch = Slice (shape, zero, one)
-  sizes = Concat <axis = 0> (batch, target)
-  resized = Resize <mode = "linear", antialias = {filter}, exclude_outside = {filter}> (channels_first, , , sizes)
+  margins = Concat <axis = 0> (zero, zero, before, zero, zero, after)
+  padded = Pad (strip, margins)
+  sizes = Concat <axis = 0> (batch, channels, side, side)
+  resized = Resize <mode = "linear", antialias = {filter}, exclude_outside = {filter}> (padded, , , sizes)
   pixels = Transpose <perm = [0, 2, 3, 1]> (resized)
 }}
 """
@@ -52,7 +59,7 @@ prepare (uint8[n, h, w, 3] image) => (uint8[n, {size}, {size}, {channels}] pixel
 # ITU-R BT.601, as JPEG decoders drop the colours
 _GRAY = """
   weights = Constant <value = float[3, 1] {0.299, 0.587, 0.114}> ()
-  colour = Cast <to = 1> (square)
+  colour = Cast <to = 1> (image)
   gray = MatMul (colour, weights)
   rounded = Round (gray)
   coloured = Cast <to = 2> (rounded)
@@ -67,7 +74,7 @@ def prepare_graph(
         opset=OPSET,
         size=p.size,
         channels=1 if p.grayscale else 3,
-        colour=_GRAY if p.grayscale else "coloured = Identity (square)",
+        colour=_GRAY if p.grayscale else "coloured = Identity (image)",
         filter=int(p.antialias),
     )
     model = onnx.parser.parse_model(text)

@@ -34,7 +34,7 @@ from ..data.images import ImageError
 from .guard import Door, Guard
 from .metrics import Metrics
 from .models import Models
-from .predictor import Predictor
+from .predictor import Predictor, Seen
 from .problems import HANDLERS, Refusal, errors, refuse_http, refuse_image
 from .scorer import Scored, Scorer, busy
 from .settings import ServeSettings, is_password
@@ -218,10 +218,11 @@ async def score_picture(
     request: Request,
     request_id: str,
     content: bytes,  # of an image file
+    picture: bool = False,  # whether the answer brings it along, made smaller
 ) -> tuple[Scored, Predictor]:  # the answer, and who gave it
     "Score a picture and write it down; a challenger may have a look too."
     model, role, silent = service.models.choose(request_id)
-    scored = await service.scorer.score(content, model)
+    scored = await service.scorer.score(content, model, picture)
     note_answer(service, request, request_id, role, scored, content)
     if silent is not None and service.scorer.under_way < service.settings.waiting // 2:
         task = asyncio.create_task(score_silently(service, request, request_id, content, silent, scored))
@@ -450,8 +451,10 @@ async def explain(request: Request, service: TheService, model: TheModel) -> Res
         raise busy()
     service.explaining += 1
     try:
-        _, answered = await score_picture(service, request, request.state.request_id, content)
-        why = await run_in_threadpool(answered.explain, content)
+        scored, answered = await score_picture(service, request, request.state.request_id, content, picture=True)
+        assert scored.picture is not None
+        seen = Seen(scored.prediction, scored.picture, scored.embedding)
+        why = await run_in_threadpool(answered.reasons, seen)
     finally:
         service.explaining -= 1
     return as_json(why.to_dict() | {"request_id": request.state.request_id})

@@ -18,8 +18,9 @@ import numpy as np
 from ..data.features import image_statistics
 from ..data.images import check_polyglot, decode_opened, open_image
 from .metrics import Metrics
-from .predictor import Prediction, Predictor, as_prediction
+from .predictor import OVERLAY, Prediction, Predictor, as_prediction
 from .problems import Refusal
+from .why import shrink
 
 # %% auto #0
 __all__ = ['LARGE', 'Scored', 'busy', 'Scorer']
@@ -39,6 +40,7 @@ class Scored:
     height: int
     format: str  # JPEG, PNG or WEBP
     statistics: dict[str, float]  # of `image_statistics`
+    picture: np.ndarray | None = None  # uint8 (height, width, 3), of at most `OVERLAY` pixels a side; where asked for
 
 # %% ../../nbs/serve/08_scorer.ipynb #job
 @dataclass
@@ -50,6 +52,7 @@ class _Job:
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Scored]
     until: float  # by the monotonic clock
+    picture: bool = False  # whether the answer brings it along, made smaller
     opened: Any = None  # of `open_image`
     image: np.ndarray | None = None  # uint8 (height, width, 3)
 
@@ -115,12 +118,12 @@ class Scorer:
         self.under_way = 0  # pictures that were taken and not answered yet; of the event loop alone
         metrics.ask(lambda: [("gauge", "celestial_waiting", "Pictures taken and not answered", {}, self.under_way)])
 
-    async def score(self, content: bytes, model: Predictor) -> Scored:
+    async def score(self, content: bytes, model: Predictor, picture: bool = False) -> Scored:
         "The answer for an image file; `ImageError` for a bad one, `Refusal` with 503 where too many wait or it took too long."
         if self.under_way >= self.waiting:
             raise busy()
         loop = asyncio.get_running_loop()
-        job = _Job(content, model, loop, loop.create_future(), time.monotonic() + self.patience)
+        job = _Job(content, model, loop, loop.create_future(), time.monotonic() + self.patience, picture)
         self.under_way += 1
         try:
             self.small.queue.put(job)
@@ -207,6 +210,7 @@ def _as_scored(job: _Job, answer: dict[str, np.ndarray]) -> Scored:
         height=job.opened.height,
         format=job.opened.format,
         statistics=image_statistics(job.image),
+        picture=shrink(job.image, OVERLAY) if job.picture else None,
     )
 
 # %% ../../nbs/serve/08_scorer.ipynb #deliver
