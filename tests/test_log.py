@@ -709,7 +709,7 @@ def test_an_old_log_is_brought_up_to_date_and_keeps_its_rows(url: str, opened: C
     log.record(answer(1, image=b"x"))
     assert log.flush(30) and {row["request_id"] for row in rows_of(url)} == {"before", "r1"}
     log.feedback("before", True)
-    assert len(rows_of(url, "images")) == 1 and version(url) == "2"
+    assert len(rows_of(url, "images")) == 1 and version(url) == "3"
 
 
 def version(url: str) -> str:
@@ -726,7 +726,7 @@ def test_a_newer_log_is_refused_and_not_touched(url: str) -> None:
     with writing(engine) as connection:
         connection.execute(text("UPDATE celestial_version SET version_num = '99'"))
     for use in (open_log, log_status, lambda u: forget(64 * "0", u), lambda u: export_days("nowhere", url=u)):
-        with pytest.raises(migrations.NewerSchema, match=r"schema 99.*none after 2") as refused:
+        with pytest.raises(migrations.NewerSchema, match=r"schema 99.*none after 3") as refused:
             use(url)
         assert "update celestial-ml" in refused.value.hint and refused.value.exit_code == 2
     with engine.connect() as connection:
@@ -742,16 +742,16 @@ def test_a_migration_that_fails_leaves_what_was_there(url: str, monkeypatch: pyt
         op.execute("DROP TABLE feedback")
         raise RuntimeError("the power is gone")
 
-    third = type("Third", (), {"revision": "3", "down_revision": "2", "upgrade": staticmethod(upgrade)})
+    fourth = type("Fourth", (), {"revision": "4", "down_revision": "3", "upgrade": staticmethod(upgrade)})
     with monkeypatch.context() as patched:
-        patched.setattr(migrations, "REVISIONS", (*migrations.REVISIONS, third))
+        patched.setattr(migrations, "REVISIONS", (*migrations.REVISIONS, fourth))
         engine = make_engine(log_url(url))
         with pytest.raises(RuntimeError), writing(engine) as connection:
             migrations.migrate(connection)
         with engine.connect() as connection:
             assert not engine.dialect.has_table(connection, "half")
         engine.dispose()
-    assert version(url) == "2" and rows_of(url, "feedback") == []
+    assert version(url) == "3" and rows_of(url, "feedback") == []
 
 
 @both
@@ -760,7 +760,7 @@ def test_many_open_a_new_database_at_once(url: str) -> None:
     children = [run_child(url, code, wait=60.0) for _ in range(3)]
     said = [child.communicate(timeout=120)[0].strip() for child in children]
     assert said == ["True None"] * 3
-    assert len(rows_of(url)) == 3 and len(rows_of(url, "processes")) == 3 and version(url) == "2"
+    assert len(rows_of(url)) == 3 and len(rows_of(url, "processes")) == 3 and version(url) == "3"
 
 
 # Feedback

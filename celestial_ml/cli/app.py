@@ -182,6 +182,9 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="the port to listen on")] = 8000,
     model: Annotated[str | None, typer.Option(help="a folder, a run, a version; the champion if not given")] = None,
     demo: Annotated[bool, typer.Option(help="serve the demo at / too")] = True,
+    open_demo: Annotated[
+        bool, typer.Option("--open-demo", help="let everybody who reaches --host use the demo")
+    ] = False,
     challenger: Annotated[str | None, typer.Option(help="off, shadow:SHARE or canary:SHARE of the traffic")] = None,
 ) -> None:
     "Serve the HTTP API and the demo."
@@ -191,7 +194,7 @@ def serve(
         from celestial_ml.serve.server import serve as serve_forever
         from celestial_ml.serve.settings import serve_settings
 
-        settings = serve_settings(challenger=challenger)
+        settings = serve_settings(challenger=challenger, open_demo=open_demo or None)
         # Without a name the registry's champion answers, whichever that is; with one, this model and no other.
         named = model or os.environ.get("CELESTIAL_MODEL")
         folder, log = find_model(named) if named else None, service_log(settings)

@@ -120,8 +120,11 @@ def log_tables() -> MetaData:
     def create_table(name: str, *parts: Any) -> None:
         Table(name, metadata, *parts)
 
+    def add_column(name: str, column: Any) -> None:
+        metadata.tables[name].append_column(column)
+
     for revision in REVISIONS:
-        revision.upgrade(SimpleNamespace(create_table=create_table))  # type: ignore[attr-defined]
+        revision.upgrade(SimpleNamespace(create_table=create_table, add_column=add_column))  # type: ignore[attr-defined]
     return metadata
 
 # %% ../../nbs/monitor/01_database.ipynb #utc

@@ -5,6 +5,7 @@
 # %% ../../nbs/monitor/05_feedback.ipynb #a992d53f
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,30 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 # %% auto #0
-__all__ = ['Contradiction', 'add_feedback']
+__all__ = ['MOST', 'Contradiction', 'EnoughFeedback', 'person_of', 'add_feedback']
 
 # %% ../../nbs/monitor/05_feedback.ipynb #contradiction
 class Contradiction(CelestialError):
     "Feedback that says two things."
 
     status, code = 422, "contradictory_feedback"
+
+# %% ../../nbs/monitor/05_feedback.ipynb #enough
+MOST = 20  # people who say something of one answer
+
+
+class EnoughFeedback(CelestialError):
+    "So many people have said something of this answer that one more tells nothing."
+
+    status, code = 429, "too_many_judgements"
+
+
+def person_of(
+    request_id: str,
+    who: str,  # "" for nobody in particular
+) -> str | None:
+    "What is kept of who said something: enough to know them again at this answer, and nowhere else."
+    return hashlib.sha256(f"{request_id}\n{who}".encode("utf-8", "replace")).hexdigest()[:32] if who else None
 
 # %% ../../nbs/monitor/05_feedback.ipynb #add-feedback
 def add_feedback(
@@ -32,9 +50,10 @@ def add_feedback(
     label: str | None = None,  # what the picture shows: a class, or unknown
     comment: str | None = None,
     waiting: Iterable[dict[str, Any]] = (),  # rows of the request that aren't written yet
+    who: str = "",  # says so; of what one person says the last counts, of nobody in particular all
 ) -> None:
-    "Write down what somebody says of an answer; `UnknownRequest` if there's no such request."
-    from sqlalchemy import insert, select
+    "Write down what somebody says of an answer; `UnknownRequest` if there's no such request, `EnoughFeedback`."
+    from sqlalchemy import delete, func, insert, select
 
     tables = log_tables().tables
     rows, request_id = tables["predictions"], plain_text(request_id) or ""
@@ -51,6 +70,11 @@ def add_feedback(
             raise Contradiction(f"{answer} is correct, and it is {str(label)[:100]}?", "Say one of the two.")
         label = answer if correct else label
         values = {"request_id": request_id, "time": time.time(), "correct": bool(correct)}
-        connection.execute(
-            insert(tables["feedback"]).values(values | {"label": plain_text(label), "comment": plain_text(comment)})
-        )
+        values |= {"label": plain_text(label), "comment": plain_text(comment), "person": person_of(request_id, who)}
+        kept = tables["feedback"]
+        of_request = kept.c.request_id == request_id
+        if who:
+            connection.execute(delete(kept).where(of_request, kept.c.person == values["person"]))
+        if connection.execute(select(func.count()).where(of_request)).scalar_one() >= MOST:
+            raise EnoughFeedback(f"{MOST} people have judged this answer", "Others have said what it is.")
+        connection.execute(insert(kept).values(values))

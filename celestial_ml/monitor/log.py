@@ -176,11 +176,7 @@ def say_goodbye(
 class PredictionLog:
     "Writes answers down on a thread of its own: of `open_log`."
 
-    def __init__(
-        self,
-        worker: Worker,
-        delay: float = 0.0,  # seconds until the thread begins, if there is no answer before
-    ):
+    def __init__(self, worker: Worker, delay: float = 0.0):  # seconds until it begins, if there is no answer before
         self.worker, self.buffer, self.writer, self.health = worker, worker.buffer, worker.writer, worker.health
         self.url, self.counters = worker.writer.link.url, worker.buffer.counters
         self._delayed, self._one_at_a_time = delay > 0, threading.Lock()
@@ -195,9 +191,11 @@ class PredictionLog:
             self._delayed = False
             self.worker.wake.set()
 
-    def feedback(self, request_id: str, correct: bool, label: str | None = None, comment: str | None = None) -> None:
+    def feedback(
+        self, request_id: str, correct: bool, label: str | None = None, comment: str | None = None, who: str = ""
+    ) -> None:
         "Write down what somebody says of an answer; `UnknownRequest`, `LogUnavailable`, `Contradiction`."
-        give_feedback(self, self._one_at_a_time, request_id, correct, label, comment)
+        give_feedback(self, self._one_at_a_time, request_id, correct, label, comment, who)
 
     def status(self) -> dict[str, Any]:
         "How it is."
@@ -231,6 +229,7 @@ def give_feedback(
     correct: bool,
     label: str | None,
     comment: str | None,
+    who: str,  # says so; "" for nobody in particular
 ) -> None:
     "Write feedback down, or say within some seconds that it can't be."
     waiting = find_waiting(log.buffer, request_id)  # before the database: rows only ever move there
@@ -244,7 +243,7 @@ def give_feedback(
             if (engine := log.writer.link.engine) is None:
                 raise away
             log.writer.link.check()
-            add_feedback(engine, request_id, correct, label, comment, waiting)
+            add_feedback(engine, request_id, correct, label, comment, waiting, who)
     finally:
         one_at_a_time.release()
 

@@ -91,8 +91,20 @@ class Images:
             *(Column(name, BigInteger, nullable=False) for name in ("images", "predictions", "feedback")),
         )
 
+# %% ../../nbs/monitor/00_migrations.ipynb #people
+class People:
+    "Who says something of an answer, so that nobody counts twice."
+
+    revision, down_revision = "3", "2"
+
+    @staticmethod
+    def upgrade(op: Operations) -> None:
+        from sqlalchemy import Column, String
+
+        op.add_column("feedback", Column("person", String))
+
 # %% ../../nbs/monitor/00_migrations.ipynb #newerschema
-REVISIONS: tuple[type, ...] = (Predictions, Images)
+REVISIONS: tuple[type, ...] = (Predictions, Images, People)
 VERSION_TABLE = "celestial_version"
 
 

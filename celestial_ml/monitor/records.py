@@ -120,7 +120,7 @@ def say_of(
 ) -> None:
     "Feedback on an answer in the log; `UnknownRequest` if there's no such request."
     with database_errors(log_url(url)):
-        add_feedback(open_records(url), request_id, correct, label, comment)
+        add_feedback(open_records(url), request_id, correct, label, comment, who="celestial log")
 
 # %% ../../nbs/monitor/08_records.ipynb #forget
 def forget(

@@ -11,7 +11,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +22,9 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse, Response
 from fastapi.staticfiles import StaticFiles
+from limits import parse
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
 from pydantic import BaseModel, ConfigDict, Field
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -32,12 +35,14 @@ from .. import __version__
 from ..core.errors import CelestialError
 from ..data.images import ImageError
 from .guard import Door, Guard
+from .login import Logins
 from .metrics import Metrics
 from .models import Models
 from .predictor import Predictor, Seen
 from .problems import HANDLERS, Refusal, errors, refuse_http, refuse_image
 from .scorer import Scored, Scorer, busy
-from .settings import ServeSettings, is_password
+from .settings import ServeSettings
+from .uploads import Uploads, upload_figures
 
 if TYPE_CHECKING:
     from celestial_ml.serve.identify import Host
@@ -182,7 +187,7 @@ class Log(Protocol):
     def record(self, row: dict[str, Any]) -> None:
         "Take a row, at once and whatever happens."
 
-    def feedback(self, request_id: str, correct: bool, label: str | None, comment: str | None) -> None:
+    def feedback(self, request_id: str, correct: bool, label: str | None, comment: str | None, who: str) -> None:
         "Take what a person says of an answer; `CelestialError` with a `status` where that can't be."
 
     def figures(self) -> Iterable[tuple[str, str, str, dict[str, str], float]]:
@@ -202,6 +207,9 @@ class Service:
         self.models = Models(self.metrics, folder, settings.challenged)
         s = settings
         self.scorer = Scorer(self.metrics, s.threads, s.waiting, s.patience, s.batch, s.max_pixels)
+        self.uploads: Uploads | None = None  # to the demo
+        self.feedback_rate, self.limiter = parse(settings.feedback_limit), MovingWindowRateLimiter(MemoryStorage())
+        self.metrics.ask(lambda: upload_figures(self.uploads))
         self.explaining = 0  # pictures that are explained right now
         self.shadows: set[asyncio.Task[None]] = set()  # kept, or the garbage collector would end them
         if log is not None:
@@ -466,13 +474,17 @@ BAD_FEEDBACK = errors(
     unknown_request=(404, "no request of that id was answered"),
     unknown_label=(409, "the model knows no 'Satrun'"),
     invalid_request=(422, "body request_id: Field required"),
+    too_many_judgements=(429, "20 people have judged this answer, and no more count"),
     contradictory_feedback=(422, "the answer was Mars, so 'Saturn' can't be right"),
 )
 
-# %% ../../nbs/serve/20_api.ipynb #feedback-x-x
-@api.post("/feedback", responses=BAD_FEEDBACK | NO_LOG | NO_KEY)
-async def feedback(said: Feedback, service: TheService) -> Thanks:
-    "Was the answer right? Name it by its request_id and, where it was wrong, say what it should have been."
+# %% ../../nbs/serve/20_api.ipynb #keep-judgement
+async def keep_judgement(
+    service: Service,
+    said: Feedback,
+    who: str,  # says so: the name of a key, a person of the demo, an address
+) -> Thanks:
+    "Write down what somebody says of an answer; of what one person says of it the last counts."
     if service.log is None:
         raise Refusal(
             503, "no_log", "this service keeps no prediction log", "Start it with one: CELESTIAL_SERVE_LOG_URL."
@@ -481,12 +493,22 @@ async def feedback(said: Feedback, service: TheService) -> Thanks:
     if said.label is not None and predictor and said.label not in (*predictor.classes, "unknown"):
         hint = f"Allowed: {', '.join(predictor.classes)} and unknown."
         raise Refusal(409, "unknown_label", f"the model knows no {said.label!r}", hint)
+    if not service.limiter.hit(service.feedback_rate, who):
+        wait = max(1, round(service.limiter.get_window_stats(service.feedback_rate, who).reset_time - time.time()))
+        message = f"more than {service.feedback_rate.amount} judgements a {service.feedback_rate.GRANULARITY.name}"
+        raise Refusal(429, "too_many_requests", message, f"Wait {wait} s.", {"Retry-After": str(wait)})
     try:
-        await run_in_threadpool(service.log.feedback, said.request_id, said.correct, said.label, said.comment)
+        await run_in_threadpool(service.log.feedback, said.request_id, said.correct, said.label, said.comment, who)
     except CelestialError as e:
         status, code = getattr(e, "status", 503), getattr(e, "code", "log_unavailable")
         raise Refusal(status, code, e.message, e.hint or "Try again later.") from None
     return Thanks(request_id=said.request_id)
+
+# %% ../../nbs/serve/20_api.ipynb #feedback-x-x
+@api.post("/feedback", responses=BAD_FEEDBACK | NO_LOG | NO_KEY)
+async def feedback(request: Request, said: Feedback, service: TheService) -> Thanks:
+    "Was the answer right? Name it by its request_id and, where it was wrong, say what it should have been."
+    return await keep_judgement(service, said, request.scope.get("state", {}).get("who", ""))
 
 # %% ../../nbs/serve/20_api.ipynb #health
 @api.get("/health")
@@ -547,24 +569,17 @@ def add_docs(app: FastAPI) -> None:
             swagger_favicon_url=f"{base}/docs/static/favicon.png",
         )
 
-# %% ../../nbs/serve/20_api.ipynb #demo-login
-def demo_login(
-    settings: ServeSettings,
-) -> Callable[[str, str], bool] | None:  # None: the demo is for everybody
-    "Who may see the demo."
-    kept = settings.demo_login
-    return (lambda name, password: name in kept and is_password(password, kept[name])) if kept else None
-
 # %% ../../nbs/serve/20_api.ipynb #demo-host
 def demo_host(service: Service) -> "Host":
     "What the demo asks of the service: the same as the API's clients."
     from celestial_ml.serve.identify import Host
 
-    async def take_feedback(**said: Any) -> Thanks:
-        return await feedback(Feedback(**said), service)
+    async def take_feedback(who: str, **said: Any) -> None:
+        await keep_judgement(service, Feedback(**said), who)
 
-    limits = service.settings
-    return Host(service.models.now, partial(score_picture, service), take_feedback, limits.max_bytes, limits.max_pixels)
+    score = service.scorer.score
+    answered, alone = partial(score_picture, service, picture=True), partial(score, picture=True)
+    return Host(service.models.now, answered, take_feedback, alone, service.uploads)
 
 # %% ../../nbs/serve/20_api.ipynb #app
 class App(FastAPI):
@@ -616,7 +631,9 @@ def build_app(
     app.include_router(api)
     add_docs(app)
     if demo:
-        from celestial_ml.serve.demo import mount_demo  # here, because Gradio takes seconds to import
+        from celestial_ml.serve.gate import mount_demo  # here, because Gradio takes seconds to import
 
-        mount_demo(app, demo_host(service), HANDLERS, demo_login(settings))
+        service.uploads = Uploads(settings)
+        logins = Logins(settings) if settings.demo_login else None
+        mount_demo(app, demo_host(service), HANDLERS, logins, 3600 * settings.login_hours)
     return app

@@ -6,15 +6,21 @@
 __all__ = ['published_versions', 'choices', 'version_card', 'verdict', 'compare', 'build_compare']
 
 # %% ../../nbs/serve/15_compare.ipynb #68b9758f
-from functools import lru_cache
+import asyncio
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
+
 from ..core.errors import CelestialError
-from ..data.images import ImageError, check_polyglot, decode_image
-from .identify import QUIET, Host, drop_area, read_upload, sorry
+from ..data.images import ImageError
+from .identify import QUIET, Host, drop_area, sorry, upload_path
 from .look import example, example_names, picture_uri, sky
-from .predictor import Prediction, Predictor, as_prediction, models_folder
+from .predictor import Prediction, Predictor, models_folder
+from .problems import Refusal
+from .scorer import Scored
+from .uploads import forget_uploads, read_file
 from .words import apology, bars, named, percent, text, track_record
 
 # %% ../../nbs/serve/15_compare.ipynb #published-versions
@@ -71,47 +77,50 @@ def verdict(one: Prediction | None, other: Prediction | None) -> str:
     return f'<p class="plain verdict">{text(words)}</p>'
 
 # %% ../../nbs/serve/15_compare.ipynb #one-side
-def one_side(name: str, folder: Path, content: bytes, image: Any) -> tuple[str, Prediction | None]:
-    "A version's card and its answer."
+async def one_side(host: Host, name: str | None, folder: Path | None, content: bytes) -> tuple[str, Scored | None]:
+    "A version's card and its answer; `ImageError` for a picture that can't be read."
+    if name is None or folder is None:
+        return trouble_card("", "Choose a version."), None
     try:
-        model = open_version(folder)
-        said = as_prediction(model, model.run(image), content)
-    except CelestialError as e:
+        model = await run_in_threadpool(open_version, folder)
+        scored = await host.score(content, model)
+    except ImageError:
+        raise
+    except (CelestialError, Refusal) as e:
         return trouble_card(name, f"This version can't answer: {e.message}."), None
-    return version_card(name, said, model.about), said
+    return version_card(name, scored.prediction, model.about), scored
 
 # %% ../../nbs/serve/15_compare.ipynb #compare
-def compare(
+async def compare(
     host: Host,
     content: bytes,  # of an image file
     names: tuple[str | None, str | None],  # of `choices`
 ) -> tuple[str, str, str, str]:  # picture, two cards, verdict
     "The same picture to two versions."
+    folders = await run_in_threadpool(choices, host.current())
     try:
-        check_polyglot(content)
-        image = decode_image(content, max_pixels=host.max_pixels)
+        sides = [await one_side(host, name, folders.get(name or ""), content) for name in names]
     except ImageError as e:
         return sky(None), sorry(apology(e)), "", ""
-    known = choices(host.current())
-    sides = [
-        one_side(name, known[name], content, image) if name in known else (trouble_card("", "Choose a version."), None)
-        for name in names
-    ]
-    return (
-        sky(picture_uri(image), "The picture that both see"),
-        sides[0][0],
-        sides[1][0],
-        verdict(*(s[1] for s in sides)),
-    )
+    pictures = [scored.picture for _, scored in sides if scored and scored.picture is not None]
+    shown = await run_in_threadpool(picture_uri, pictures[0]) if pictures else None
+    (one, first), (other, second) = sides
+    words = verdict(*(scored.prediction if scored else None for scored in (first, second)))
+    return sky(shown, "The picture that both see"), one, other, words
 
 # %% ../../nbs/serve/15_compare.ipynb #picture-of
-def picture_of(source: str | None, host: Host) -> bytes:  # an image file
+async def picture_of(source: str | None, host: Host) -> bytes:  # an image file
     "The picture that was chosen: a file that was dropped, or one to try."
-    if source in example_names():
+    if source and source in example_names():
         return example(source)
-    if source and not Path(source).exists():
-        raise ImageError("empty", "the file is gone", "Drop it again.")
-    return read_upload(source, host.max_bytes)
+    return await run_in_threadpool(read_file, host.uploads, source) if source and host.uploads else b""
+
+# %% ../../nbs/serve/15_compare.ipynb #instead
+def instead(host: Host, source: str | None, before: str | None) -> str | None:
+    "The picture to show from now on; the one before is deleted, unless it's an example."
+    if host.uploads:
+        forget_uploads(host.uploads, before)
+    return source
 
 # %% ../../nbs/serve/15_compare.ipynb #build-compare
 def build_compare(host: Host, tab: Any) -> None:
@@ -136,11 +145,14 @@ def build_compare(host: Host, tab: Any) -> None:
             second = gr.HTML("", elem_id="second", **block)
     both = gr.HTML("", elem_id="both", **block)
 
-    def show(source: str | None, one: str | None, other: str | None) -> tuple[str, str, str, str]:
+    slots = asyncio.Semaphore(2)  # comparisons at once; the next waits
+
+    async def show(source: str | None, one: str | None, other: str | None) -> tuple[str, str, str, str]:
         if source is None:
             return sky(None), "", "", ""
         try:
-            return compare(host, picture_of(source, host), (one, other))
+            async with slots:
+                return await compare(host, await picture_of(source, host), (one, other))
         except ImageError as e:
             return sky(None), sorry(apology(e)), "", ""
 
@@ -149,8 +161,12 @@ def build_compare(host: Host, tab: Any) -> None:
         second = names[1] if len(names) > 1 else None
         return [gr.Dropdown(names, value=names[0] if names else None), gr.Dropdown(names, value=second)]
 
-    asked: dict[str, Any] = {"fn": show, "inputs": [source, one, other], "outputs": [left, first, second, both]} | QUIET
+    raw: dict[str, Any] = QUIET | {"preprocess": False}  # Gradio would open the file
+    asked: dict[str, Any] = {"fn": show, "inputs": [source, one, other], "outputs": [left, first, second, both]} | raw
     tab.select(opened, None, [one, other], **QUIET).then(**asked)
     gr.on([one.input, other.input], **asked)
-    picture.input(lambda name: name, picture, source, **QUIET).then(**asked)
-    drop.upload(lambda path: (path, None, None), drop, [source, drop, picture], **QUIET).then(**asked)
+    picture.input(partial(instead, host), [picture, source], source, **raw).then(**asked)
+    dropped = [source, drop, picture]
+    drop.upload(
+        lambda file, old: (instead(host, upload_path(file), old), None, None), [drop, source], dropped, **raw
+    ).then(**asked)

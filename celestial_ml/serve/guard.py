@@ -77,7 +77,7 @@ class BoundedBody:
 # %% ../../nbs/serve/06_guard.ipynb #needs-key
 API = ("/predict", "/explain", "/feedback", "/model", "/metrics")
 # What a person asks in the demo, and guesses at its login. The page itself is a hundred files, which aren't counted.
-ASKED = (*API, "/login", "/gradio_api/run", "/gradio_api/call", "/gradio_api/queue/join")
+ASKED = (*API, "/login", "/gradio_api/run", "/gradio_api/queue/join", UPLOAD)
 
 
 def needs_key(path: str) -> bool:
@@ -162,7 +162,9 @@ class Guard:
         "Let the app answer, or say why not."
         headers = Headers(scope=scope)
         try:
-            seen.who = self.door.admit(scope["path"], headers, (scope.get("client") or ("",))[0])
+            seen.who = scope["state"]["who"] = self.door.admit(
+                scope["path"], headers, (scope.get("client") or ("",))[0]
+            )
             limit = self.settings.max_bytes * (PATIENCE if scope["path"] == UPLOAD else 1)
             await self.app(scope, BoundedBody(receive, headers, limit, self.settings.body_seconds), seen.send)
         except Refusal as e:

@@ -4,25 +4,25 @@
 
 # %% auto #0
 __all__ = ['NOW', 'QUIET', 'INVITE', 'VERDICT', 'Host', 'Desk', 'says', 'sorry', 'welcome', 'why', 'look', 'explain', 'judge',
-           'read_upload', 'drop_area', 'asker', 'changes', 'show', 'explain_last', 'build_identify']
+           'upload_path', 'read_upload', 'drop_area', 'asker', 'changes', 'show', 'explain_last', 'build_identify']
 
 # %% ../../nbs/serve/13_identify.ipynb #6a7be8a2
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from ..core.errors import CelestialError
-from ..data.images import ImageError, decode_image
+from ..data.images import ImageError
 from .look import example, example_names, example_uri, foot, picture_uri, sky
-from .predictor import OVERLAY, Explanation, Prediction, Predictor, Seen
+from .predictor import Explanation, Prediction, Predictor, Seen
 from .problems import Refusal
 from .scorer import Scored
-from .why import shrink
+from .uploads import Uploads, forget_uploads, read_file
 from .words import SORRY, apology, are_worlds, bars, counted, named, sentence, text
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ class Host:
 
     current: Callable[[], Predictor | None]  # the model of this moment
     answer: Callable[[Request, str, bytes], Awaitable[tuple[Scored, Predictor]]]  # as POST /predict; with the id
-    feedback: Callable[..., Awaitable[Any]]  # as POST /feedback: request_id, correct, label, comment
-    max_bytes: int = 20_000_000  # of a file
-    max_pixels: int = 50_000_000
+    feedback: Callable[..., Awaitable[Any]]  # as POST /feedback: who, request_id, correct, label, comment
+    score: Callable[[bytes, Predictor], Awaitable[Scored]]  # with the picture; counted and logged nowhere
+    uploads: Uploads | None = None  # None: nothing can be dropped
 
     @property
     def about(self) -> dict[str, Any]:
@@ -52,8 +52,8 @@ class Desk:
 
     asked: float = 0  # when the last picture was asked about, by the browser's clock
     request_id: str = ""  # of the last answer
-    seen: Seen | None = None  # of that picture; None where it wasn't answered
-    model: Predictor | None = None  # that answered
+    seen: Seen | None = None  # of that picture, until its reasons are there
+    model: Predictor | None = None  # that answered; None where none did
 
 # %% ../../nbs/serve/13_identify.ipynb #says
 log = logging.getLogger(__name__)
@@ -163,15 +163,15 @@ async def look(
     try:
         desk.request_id = request.state.request_id
         scored, desk.model = await host.answer(request, desk.request_id, content)
-        picture = await run_in_threadpool(lambda: shrink(decode_image(content, max_pixels=host.max_pixels), 720))
     except (ImageError, Refusal) as e:
         return View(sky(None), sorry(apology(e)), why_later(), foot(host.about), False)
     except Exception:
         log.exception("the demo failed on a file of %s bytes", len(content))
         return View(sky(None), sorry("internal"), why_later(), foot(host.about), False)
-    desk.seen = Seen(scored.prediction, shrink(picture, OVERLAY), scored.embedding)
+    assert scored.picture is not None and desk.model is not None
+    desk.seen = Seen(scored.prediction, scored.picture, scored.embedding)
     about, (alt, uri) = desk.model.about, shown
-    left, right = sky(uri or picture_uri(picture), alt), says(scored.prediction, about)
+    left, right = sky(uri or await run_in_threadpool(picture_uri, scored.picture), alt), says(scored.prediction, about)
     return View(left, right, why_soon(), foot(about), True, tuple(about["classes"]))
 
 # %% ../../nbs/serve/13_identify.ipynb #explain
@@ -194,13 +194,18 @@ async def judge(
     correct: bool,
     label: str | None = None,  # what it is
     comment: str | None = None,
+    who: str = "",  # says so
 ) -> str:  # what the page says
     "Write down what a person says of the last answer."
-    if not desk.request_id or desk.seen is None:
+    if not desk.request_id or desk.model is None:
         return "<p class=thanks>There is no answer to judge.</p>"
     try:
         await host.feedback(
-            request_id=desk.request_id, correct=correct, label=label or None, comment=(comment or "").strip() or None
+            who=who,
+            request_id=desk.request_id,
+            correct=correct,
+            label=label or None,
+            comment=(comment or "").strip() or None,
         )
     except (Refusal, CelestialError) as e:
         return f"<p class=thanks>It couldn't be written down: {text(e.message)}.</p>"
@@ -214,18 +219,21 @@ INVITE = (
 )
 
 # %% ../../nbs/serve/13_identify.ipynb #read-upload-x
-def read_upload(
-    path: str | None,  # of a file that Gradio has taken
-    max_bytes: int,
-) -> bytes:
-    "An uploaded file's content; `ImageError` for one that is too large. Browsers upload before anybody can look."
-    file = Path(path) if path else None
-    if file is None:
+def upload_path(
+    file: dict[str, Any] | None,  # as Gradio hands it on, of our gate
+) -> str | None:
+    "Where an upload is."
+    return str(file["path"]) if file else None
+
+
+async def read_upload(host: Host, path: str | None) -> bytes:  # none where there is no path
+    "An uploaded file's content, once: then it's deleted. `ImageError` for one that is gone or too large."
+    if path is None or host.uploads is None:
         return b""
-    if file.stat().st_size > max_bytes:
-        file.unlink()
-        raise ImageError("too_large", f"{file.name} has too many bytes", "Make it smaller.")
-    return file.read_bytes()
+    try:
+        return await run_in_threadpool(read_file, host.uploads, path)
+    finally:
+        forget_uploads(host.uploads, path)
 
 # %% ../../nbs/serve/13_identify.ipynb #drop-area
 def drop_area(
@@ -243,6 +251,11 @@ def asker(request: "gr.Request") -> Request:
     "The request that Gradio was asked by."
     assert request.request is not None, "Gradio has none only where it calls itself"
     return request.request
+
+# %% ../../nbs/serve/13_identify.ipynb #who-asks
+def who_asks(request: "gr.Request") -> str:
+    "The person, as our gate calls them."
+    return str(asker(request).scope.get("state", {}).get("person", ""))
 
 # %% ../../nbs/serve/13_identify.ipynb #pick
 def pick(name: str) -> "gr.Button":
@@ -279,7 +292,7 @@ async def show(
 
     desk.asked = max(desk.asked, asked)
     if desk.asked == asked:
-        desk.seen = None  # reasons that are still being looked for are those of another picture
+        desk.seen = desk.model = None  # reasons that are still being looked for are those of another picture
     view = await look(host, request, content, mine := Desk(), shown)
     if desk.asked != asked:
         return [gr.skip(), gr.skip(), gr.skip(), gr.skip(), desk, *(gr.skip() for _ in range(VERDICT))]
@@ -290,9 +303,9 @@ async def show(
 async def show_upload(host: Host, request: Request, path: str | None, asked: float, desk: Desk) -> list[Any]:
     "As `show`, for a file that was dropped."
     try:
-        content = read_upload(path, host.max_bytes)
+        content = await read_upload(host, path)
     except ImageError as e:
-        desk.asked, desk.seen = asked, None
+        desk.asked, desk.seen, desk.model = asked, None, None
         return changes(View(sky(None), sorry(apology(e)), why_later(), foot(host.about), False), desk)
     return await show(host, request, content, asked, desk)
 
@@ -305,7 +318,10 @@ async def explain_last(desk: Desk) -> Any:
     if seen is None:
         return gr.skip()
     reasons = await run_in_threadpool(explain, replace(desk))
-    return reasons if desk.seen is seen else gr.skip()
+    if desk.seen is not seen:
+        return gr.skip()
+    desk.seen = None  # nobody needs the picture any more
+    return reasons
 
 # %% ../../nbs/serve/13_identify.ipynb #build-verdict
 def build_verdict(host: Host, desk: "gr.State") -> list[Any]:  # as many as `VERDICT`
@@ -322,15 +338,15 @@ def build_verdict(host: Host, desk: "gr.State") -> list[Any]:  # as many as `VER
             send = gr.Button("Send", size="sm", elem_id="send")
         thanks = gr.HTML("", apply_default_css=False, elem_id="thanks")
 
-    async def said_right(desk: Desk) -> list[Any]:
-        return [gr.Column(visible=False), await judge(host, desk, True)]
+    async def said_right(desk: Desk, request: gr.Request) -> list[Any]:
+        return [gr.Column(visible=False), await judge(host, desk, True, who=who_asks(request))]
 
-    async def said_wrong(desk: Desk, label: str | None, comment: str | None) -> list[Any]:
-        return [gr.Column(visible=False), await judge(host, desk, False, label, comment)]
+    async def said_wrong(desk: Desk, label: str | None, comment: str | None, request: gr.Request) -> list[Any]:
+        return [gr.Column(visible=False), await judge(host, desk, False, label, comment, who_asks(request))]
 
     right.click(said_right, desk, [correction, thanks], **QUIET)
     wrong.click(None, js="() => ({visible: true, __type__: 'update'})", outputs=correction)
-    send.click(said_wrong, [desk, label, comment], [correction, thanks], **QUIET)
+    send.click(said_wrong, [desk, label, comment], [correction, thanks], preprocess=False, **QUIET)
     return [verdict, correction, label, comment, thanks]
 
 # %% ../../nbs/serve/13_identify.ipynb #build-identify
@@ -357,8 +373,10 @@ def build_identify(
             reasons = gr.HTML(why_later(), **block)
     page = [left, right, reasons, footer, desk, *verdict]
 
-    async def dropped(path: str | None, asked: float, desk: Desk, request: gr.Request) -> list[Any]:
-        return [None, *await show_upload(host, asker(request), path, asked, desk)]
+    slots = asyncio.Semaphore(2)  # pictures that are explained at once; the next waits
+
+    async def dropped(file: dict[str, Any] | None, asked: float, desk: Desk, request: gr.Request) -> list[Any]:
+        return [None, *await show_upload(host, asker(request), upload_path(file), asked, desk)]
 
     def picked(name: str) -> Callable[..., Any]:
         async def look_at_it(asked: float, desk: Desk, request: gr.Request) -> list[Any]:
@@ -367,10 +385,16 @@ def build_identify(
         return look_at_it
 
     every: dict[str, Any] = QUIET | {"trigger_mode": "multiple"}  # a click isn't lost while another is answered
-    asked = [drop.upload(dropped, [drop, clock, desk], [drop, *page], js=f"(file) => [file, {NOW}]", **every)]
+    raw: dict[str, Any] = every | {"preprocess": False}  # Gradio would open the file
+    asked = [drop.upload(dropped, [drop, clock, desk], [drop, *page], js=f"(file) => [file, {NOW}]", **raw)]
     asked += [
         button.click(picked(name), [clock, desk], page, js=f"() => [{NOW}]", **every)
         for name, button in buttons.items()
     ]
+
+    async def explained(desk: Desk) -> Any:
+        async with slots:
+            return await explain_last(desk)
+
     for event in asked:
-        event.then(explain_last, desk, reasons, **every)
+        event.then(explained, desk, reasons, **every)

@@ -86,7 +86,7 @@ class Logins:
         "Let somebody in; `Refusal` with 400 for a wrong name or password, 429 for too many, 503 where too many wait."
         name, address = name.strip()[:64], neighbourhood(address)
         try:
-            await self._try(name, password[:LONGEST], address)
+            await try_password(self, name, password[:LONGEST], address)
         except Refusal as e:
             log.warning("login of %a refused to %s: %s", name, address, e.code)
             raise
@@ -96,24 +96,6 @@ class Logins:
         token = secrets.token_urlsafe(32)
         self.sessions[token] = name, time.monotonic() + self.seconds
         return token
-
-    async def _try(self, name: str, password: str, address: str) -> None:
-        "Look at one try after the other; `Refusal` unless it's right."
-        self.guesses.admit(name, address)
-        if self.waiting.total() >= WAITING or self.waiting[address] >= EACH:
-            raise busy()
-        self.waiting[address] += 1
-        try:
-            async with self.turn:
-                self.guesses.admit(name, address)  # others had their turn meanwhile
-                kept = self.people.get(name, self.nobody)
-                right = await run_in_threadpool(is_password, password, kept) and name in self.people
-                if not right:
-                    self.guesses.count(name, address)
-                    raise Refusal(400, "wrong_login", "the name or the password is wrong", "Try again.")
-        finally:
-            self.waiting[address] -= 1
-            self.waiting += Counter()  # without those that are 0
 
     def get(self, token: str | None) -> str | None:
         "Whose token it is; None for nobody's, and for one that has ended."
@@ -126,3 +108,22 @@ class Logins:
     def leave(self, token: str | None) -> None:
         "End a login."
         self.sessions.pop(token or "", None)
+
+# %% ../../nbs/serve/09_login.ipynb #lg-try
+async def try_password(logins: Logins, name: str, password: str, address: str) -> None:
+    "Look at one try after the other; `Refusal` unless it's right."
+    logins.guesses.admit(name, address)
+    if logins.waiting.total() >= WAITING or logins.waiting[address] >= EACH:
+        raise busy()
+    logins.waiting[address] += 1
+    try:
+        async with logins.turn:
+            logins.guesses.admit(name, address)  # others had their turn meanwhile
+            kept = logins.people.get(name, logins.nobody)
+            right = await run_in_threadpool(is_password, password, kept) and name in logins.people
+            if not right:
+                logins.guesses.count(name, address)
+                raise Refusal(400, "wrong_login", "the name or the password is wrong", "Try again.")
+    finally:
+        logins.waiting[address] -= 1
+        logins.waiting += Counter()  # without those that are 0

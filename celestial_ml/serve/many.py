@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -23,11 +23,12 @@ from starlette.requests import Request
 
 from ..core.errors import CelestialError
 from ..data.archives import Limits, is_zip, open_zip, read_member, zip_pictures
-from ..data.images import SUFFIXES, ImageError, decode_image
-from .identify import QUIET, Host, asker, drop_area, read_upload
+from ..data.images import SUFFIXES, ImageError
+from .identify import QUIET, Host, asker, drop_area
 from .look import picture_uri, sky
 from .predictor import Prediction
 from .problems import Refusal
+from .uploads import Upload, Uploads, forget_uploads, read_file
 from .words import SORRY, apology, share_text, text
 
 # %% ../../nbs/serve/17_many.ipynb #found
@@ -42,29 +43,38 @@ class Found:
     read: Any  # () → bytes; may raise `CelestialError`
 
 # %% ../../nbs/serve/17_many.ipynb #limits
-def limits(host: Host) -> Limits:
+def limits(uploads: Uploads) -> Limits:
     "What a ZIP may hold."
-    return Limits(files=2 * MOST, total_bytes=10 * host.max_bytes, file_bytes=host.max_bytes)
+    return Limits(files=2 * MOST, total_bytes=10 * uploads.max_bytes, file_bytes=uploads.max_bytes)
+
+# %% ../../nbs/serve/17_many.ipynb #open-upload
+def open_upload(upload: Upload, limits: Limits) -> zipfile.ZipFile:
+    "As `open_zip`, and an error calls it as the person does."
+    try:
+        return open_zip(upload.path, limits)
+    except CelestialError as e:
+        raise CelestialError(e.message.replace(upload.path.name, upload.name), e.hint) from None
 
 # %% ../../nbs/serve/17_many.ipynb #find-pictures
 def find_pictures(
     paths: Sequence[str],  # of uploaded files
-    host: Host,
+    uploads: Uploads,
     stack: ExitStack,  # closes the ZIPs
 ) -> tuple[list[Found], int]:  # pictures, and how many files were left out
     "The pictures among the files and in the ZIPs; `CelestialError` for a ZIP that isn't opened, and for too many."
     found: list[Found] = []
     left_out = 0
-    for path in map(Path, paths):
-        with path.open("rb") as file:
+    for path in paths:
+        upload = uploads.check(path)
+        with upload.path.open("rb") as file:
             packed = is_zip(file.read(4))
         if packed:
-            archive = stack.enter_context(closing(open_zip(path, limits(host))))
+            archive = stack.enter_context(closing(open_upload(upload, limits(uploads))))
             members = zip_pictures(archive)
             found += [Found(info.filename, lambda a=archive, i=info: read_member(a, i)) for info in members]
             left_out += sum(not info.is_dir() for info in archive.infolist()) - len(members)
-        elif path.suffix.lower() in SUFFIXES:
-            found.append(Found(path.name, lambda p=path: read_upload(str(p), host.max_bytes)))
+        elif PurePath(upload.name).suffix.lower() in SUFFIXES:
+            found.append(Found(upload.name, lambda p=path: read_file(uploads, p)))
         else:
             left_out += 1
     if len(found) > MOST:
@@ -96,7 +106,8 @@ async def one_row(host: Host, request: Request, request_id: str, found: Found) -
     try:
         content = await run_in_threadpool(found.read)
         scored, _ = await host.answer(request, request_id, content)
-        image = await run_in_threadpool(lambda: picture_uri(decode_image(content, max_pixels=host.max_pixels), 72, 80))
+        assert scored.picture is not None
+        image = await run_in_threadpool(picture_uri, scored.picture, 72, 80)
     except ImageError as e:
         return Row(found.name, problem=SORRY[apology(e)])
     except (Refusal, CelestialError) as e:
@@ -104,7 +115,7 @@ async def one_row(host: Host, request: Request, request_id: str, found: Found) -
     return Row(found.name, scored.prediction, image, request_id=request_id)
 
 
-TOGETHER = 8  # pictures under way for one person
+TOGETHER = 4  # pictures under way for one person
 
 # %% ../../nbs/serve/17_many.ipynb #answer-all
 async def answer_all(host: Host, request: Request, found: Sequence[Found]) -> AsyncIterator[list[Row]]:
@@ -177,9 +188,11 @@ def working(done: int, of: int) -> str:
 # %% ../../nbs/serve/17_many.ipynb #tables
 async def tables(host: Host, request: Request, paths: Sequence[str]) -> AsyncIterator[str]:
     "What the page shows, one after the other; the last is the table."
+    assert host.uploads is not None
     with ExitStack() as stack:
+        stack.callback(forget_uploads, host.uploads, *paths)
         try:
-            found, left_out = await run_in_threadpool(find_pictures, paths, host, stack)
+            found, left_out = await run_in_threadpool(find_pictures, paths, host.uploads, stack)
         except CelestialError as e:
             yield f"<p class=plain>{text(f'{e.message[0].upper()}{e.message[1:]}. {e.hint}')}</p>"
             return
@@ -208,9 +221,10 @@ def build_many(host: Host) -> None:
             folder = drop_area("A folder", "folder-drop", file_count="directory")
     table = gr.HTML("", elem_id="many-table", **block)
 
-    async def work(paths: list[str] | None, request: gr.Request) -> AsyncIterator[tuple[None, str]]:
-        async for shown in tables(host, asker(request), paths or []):
+    async def work(dropped: list[dict[str, Any]] | None, request: gr.Request) -> AsyncIterator[tuple[None, str]]:
+        async for shown in tables(host, asker(request), [file["path"] for file in dropped or []]):
             yield None, shown
 
+    queued: dict[str, Any] = {"queue": True, "concurrency_limit": 2, "concurrency_id": "many", "preprocess": False}
     for drop in (files, folder):
-        drop.upload(work, drop, [drop, table], **QUIET | {"queue": True, "concurrency_limit": 2})
+        drop.upload(work, drop, [drop, table], **QUIET | queued)

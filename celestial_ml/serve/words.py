@@ -70,6 +70,7 @@ SORRY = {
     "too_small": "That picture is too small to see anything in. Show me one of at least 8 × 8 pixels.",
     "too_large": "That picture is larger than I can take. Make it smaller, or crop it.",
     "polyglot": "Something else hides in that file beside the picture. Save the picture anew, and show me that.",
+    "gone": "That picture is not here any more: uploads are deleted soon. Drop it again.",
     "no_model": "There is no model yet. Train one with celestial run, then start me again.",
     "busy": "Too many people are asking at once. Try it again in a moment.",
     "internal": "Something went wrong on my side, not on yours. Try it again.",

@@ -29,7 +29,7 @@
   };
   const fetched = window.fetch.bind(window);
   window.fetch = async (...asked) => {
-    const question = String(asked[0]?.url ?? asked[0]).includes("/gradio_api/run");
+    const question = /\/(login|gradio_api\/(run|upload|queue\/join))\b/.test(String(asked[0]?.url ?? asked[0]));
     try {
       const answer = await fetched(...asked);
       if (question) notice.textContent = answer.ok ? "" : await refusal(answer.clone());
