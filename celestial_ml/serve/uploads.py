@@ -238,26 +238,12 @@ class PartHeaders:
 class UploadForm:
     "A form of files that is being read."
 
-    def __init__(self, uploads: Uploads, boundary: bytes, owner: str, address: str):
+    def __init__(self, uploads: Uploads, owner: str, address: str):
         self.uploads, self.owner, self.address = uploads, owner, address
-        self.headers, self.head, self.parts, self.ended, self.done = (
-            PartHeaders(),
-            b"",
-            0,
-            threading.Event(),
-            list[Upload](),
-        )
+        self.headers, self.head, self.parts, self.done = PartHeaders(), b"", 0, list[Upload]()
         self.upload: Upload | None = None
         self.file: BinaryIO | None = None
-        names = ("part_begin", "part_data", "part_end", "headers_finished")
-        callbacks: dict[str, Any] = {f"on_{name}": getattr(self, name) for name in names}
-        headers = self.headers
-        callbacks |= {
-            "on_end": self.ended.set,
-            "on_header_field": headers.on_field,
-            "on_header_value": headers.on_value,
-        }
-        self.parser = MultipartParser(boundary, callbacks | {"on_header_end": headers.on_end})  # type: ignore
+        self.ended = threading.Event()
 
     def part_begin(self) -> None:
         "Count it."
@@ -295,6 +281,14 @@ class UploadForm:
             self.file.close()
         self.upload = self.file = None
 
+# %% ../../nbs/serve/10_uploads.ipynb #up-parser
+def form_parser(form: UploadForm, boundary: bytes) -> MultipartParser:
+    "What cuts a form into its parts."
+    headers, callbacks = form.headers, {"on_end": form.ended.set, "on_headers_finished": form.headers_finished}
+    callbacks |= {f"on_part_{name}": getattr(form, f"part_{name}") for name in ("begin", "data", "end")}
+    callbacks |= {f"on_header_{name}": getattr(headers, f"on_{name}") for name in ("field", "value", "end")}
+    return MultipartParser(boundary, callbacks)  # type: ignore[arg-type]
+
 # %% ../../nbs/serve/10_uploads.ipynb #up-abandon
 def abandon(form: UploadForm) -> None:
     "Leave nothing of a form."
@@ -313,11 +307,12 @@ async def receive_uploads(
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise Refusal(400, "bad_request", "the request is not a form", "Load the page again.")
-    form = UploadForm(uploads, options[b"boundary"], owner, address)
+    form = UploadForm(uploads, owner, address)
+    parser = form_parser(form, options[b"boundary"])
     try:
         async for chunk in request.stream():
-            await run_in_threadpool(form.parser.write, chunk)
-        await run_in_threadpool(form.parser.finalize)
+            await run_in_threadpool(parser.write, chunk)
+        await run_in_threadpool(parser.finalize)
         if not form.ended.is_set():
             raise Refusal(400, "bad_request", "the form ends too early", "Send it again, the whole of it.")
     except MultipartParseError as e:
