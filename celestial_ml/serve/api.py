@@ -33,7 +33,7 @@ from starlette.types import Receive, Scope, Send
 
 from .. import __version__
 from ..core.errors import CelestialError
-from ..data.images import ImageError
+from ..data.images import ImageError, Limits
 from .guard import Door, Guard
 from .login import Logins
 from .metrics import Metrics
@@ -206,7 +206,8 @@ class Service:
         self.settings, self.log, self.metrics = settings, log, Metrics()
         self.models = Models(self.metrics, folder, settings.challenged)
         s = settings
-        self.scorer = Scorer(self.metrics, s.threads, s.waiting, s.patience, s.batch, s.max_pixels)
+        limits = Limits(s.max_pixels, s.decode_seconds, s.decode_mb)
+        self.scorer = Scorer(self.metrics, s.threads, s.waiting, s.patience, s.batch, limits, s.costly)
         self.uploads: Uploads | None = None  # to the demo
         self.feedback_rate, self.limiter = parse(settings.feedback_limit), MovingWindowRateLimiter(MemoryStorage())
         self.metrics.ask(lambda: upload_figures(self.uploads))
@@ -389,6 +390,8 @@ BAD_IMAGE = errors(
     damaged=(400, "the image is damaged"),
     animated=(400, "the image is animated, with 2 frames"),
     too_small=(400, "the image has 1 × 1 pixels"),
+    too_narrow=(400, "the image has 30000 × 500 pixels, more than 50 to 1"),
+    too_costly=(413, "the image takes more than 4 s or 500 MB to decode"),
     too_large=(413, "the image has 20000 × 20000 pixels, of 50 million allowed"),
     not_an_image=(415, "the image is no JPEG, PNG or WebP image"),
     polyglot=(415, "the image is an archive as well"),

@@ -147,11 +147,12 @@ class Seen:
     embedding: np.ndarray | None  # float32 (d,); None where the graph doesn't give it
 
 # %% ../../nbs/serve/01_predictor.ipynb #shrink-afterwards
-LARGE = 12_000_000  # values: four megapixels
+LARGE = 1_000_000  # pixels, of the squares that pictures are padded to
+MOST = 4 * LARGE  # of them in one call, where there are several: packages of old pad first, in floating point
 
 
 def _shrink_afterwards() -> onnxruntime.RunOptions:
-    "The runtime keeps the memory that it once needed; what a huge picture needed, it gives back."
+    "The runtime keeps the memory that it once needed; what large pictures needed, it gives back."
     options = onnxruntime.RunOptions()
     options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return options
@@ -186,7 +187,12 @@ class Graph:
         images: np.ndarray,  # uint8 (n, height, width, 3)
     ) -> dict[str, np.ndarray]:  # probabilities (n, classes), ood_score (n,), and what else the graph gives
         "Everything that the graph says of some pictures of one size."
-        options = _shrink_afterwards() if images.size > LARGE else None
+        square = max(images.shape[1:3]) ** 2
+        several = max(1, MOST // square)
+        if len(images) > several:
+            parts = [self.run_batch(images[at : at + several]) for at in range(0, len(images), several)]
+            return {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
+        options = _shrink_afterwards() if len(images) * square > LARGE else None
         return dict(zip(self.outputs, self.session.run(self.outputs, {"image": images}, options), strict=True))
 
 # %% ../../nbs/serve/01_predictor.ipynb #predictor

@@ -66,7 +66,13 @@ class Refusal(HTTPException):
         return ErrorResponse(self.status_code, self.code, self.message, self.hint, dict(self.headers or {}))
 
 # %% ../../nbs/serve/03_problems.ipynb #4479ff57
-IMAGE_STATUS = {"not_an_image": 415, "polyglot": 415, "too_large": 413}  # every other code of ImageError is 400
+IMAGE_STATUS = {
+    "not_an_image": 415,
+    "polyglot": 415,
+    "too_large": 413,
+    "too_costly": 413,
+    "busy": 503,
+}  # every other code of ImageError is 400
 
 # %% ../../nbs/serve/03_problems.ipynb #refuse-image
 async def refuse_image(request: Request, e: Exception) -> JSONResponse:

@@ -10,25 +10,32 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..data.features import image_statistics
-from ..data.images import check_polyglot, decode_opened, open_image
+from celestial_ml.data.images import (
+    CHEAP,
+    LIMITS,
+    Head,
+    ImageError,
+    Limits,
+    Picture,
+    check_polyglot,
+    decode_opened,
+    open_image,
+    read_costly,
+)
 from .metrics import Metrics
 from .predictor import OVERLAY, Prediction, Predictor, as_prediction
 from .problems import Refusal
 from .why import shrink
 
 # %% auto #0
-__all__ = ['LARGE', 'Scored', 'busy', 'Scorer']
+__all__ = ['Scored', 'busy', 'Scorer']
 
 # %% ../../nbs/serve/08_scorer.ipynb #scored
-LARGE = 4_000_000  # pixels; decoding more takes some 50 ms or longer
-
-
 @dataclass(frozen=True)
 class Scored:
     "A picture's answer, and what else was seen on the way."
@@ -43,7 +50,7 @@ class Scored:
     picture: np.ndarray | None = None  # uint8 (height, width, 3), of at most `OVERLAY` pixels a side; where asked for
 
 # %% ../../nbs/serve/08_scorer.ipynb #job
-@dataclass
+@dataclass(eq=False)
 class _Job:
     "A picture that waits."
 
@@ -53,13 +60,18 @@ class _Job:
     future: asyncio.Future[Scored]
     until: float  # by the monotonic clock
     picture: bool = False  # whether the answer brings it along, made smaller
-    opened: Any = None  # of `open_image`
-    image: np.ndarray | None = None  # uint8 (height, width, 3)
+    head: Head | None = None  # of a small one
+    decoded: Picture | None = None
 
     @property
-    def is_large(self) -> bool:
-        "Whether it would hold up the small ones."
-        return bool(self.opened.width * self.opened.height > LARGE)
+    def is_costly(self) -> bool:
+        "Whether it would hold up the others; what is too large to look at is."
+        return self.head is None or self.head.is_costly
+
+    @property
+    def is_over(self) -> bool:
+        "Whether nobody waits for it any more."
+        return self.future.done() or time.monotonic() > self.until
 
 # %% ../../nbs/serve/08_scorer.ipynb #busy
 def busy(seconds: int = 1) -> Refusal:
@@ -110,11 +122,13 @@ class Scorer:
         waiting: int = 64,  # pictures that may wait
         patience: float = 5,  # seconds that one may wait
         batch: int = 8,  # pictures that are scored together
-        max_pixels: int = 50_000_000,
+        limits: Limits = LIMITS,
+        costly: int = 8,  # large or costly pictures that may wait
     ):
-        self.metrics, self.waiting, self.patience, self.max_pixels = metrics, waiting, patience, max_pixels
+        self.metrics, self.waiting, self.patience = metrics, waiting, patience
+        self.limits, self.costly = limits, costly
         self.small = Lane(self._answer, threads, batch)
-        self.large = Lane(lambda jobs: self._score(jobs, []), 1, 1)  # these hold up nobody but each other
+        self.large = Lane(self._answer_costly, 1, 1)  # these hold up nobody but each other
         self.under_way = 0  # pictures that were taken and not answered yet; of the event loop alone
         metrics.ask(lambda: [("gauge", "celestial_waiting", "Pictures taken and not answered", {}, self.under_way)])
 
@@ -126,10 +140,14 @@ class Scorer:
         job = _Job(content, model, loop, loop.create_future(), time.monotonic() + self.patience, picture)
         self.under_way += 1
         try:
-            self.small.queue.put(job)
-            return await job.future
+            async with asyncio.timeout(self.patience):
+                self.small.queue.put(job)
+                return await job.future
+        except TimeoutError:
+            raise busy() from None
         finally:
             self.under_way -= 1
+            job.content = b""  # it may stand in a queue for a while yet
 
     def close(self) -> None:
         "Finish what was taken, then stop."
@@ -137,54 +155,80 @@ class Scorer:
         self.large.close()
 
     def _answer(self, jobs: list[_Job]) -> None:
-        "Look at the pictures' heads, then score those that aren't large."
-        opened, bad = _opened(jobs, self.max_pixels)
-        for job in opened:
-            if job.is_large:
+        "Look at the pictures; score the small ones, and let the costly ones wait elsewhere."
+        good, errors = _tried(jobs, lambda job: _look(job, self.limits))
+        for job in good:
+            if job.is_costly and self.large.queue.qsize() < self.costly:
                 self.large.queue.put(job)
-        self._score([job for job in opened if not job.is_large], bad)
+            elif job.is_costly:
+                errors[job] = busy()
+        decoded, damaged = _tried([job for job in good if not job.is_costly], _decode)
+        self._score(decoded, errors | damaged)
 
-    def _score(self, jobs: list[_Job], bad: list[tuple[_Job, BaseException]]) -> None:
+    def _answer_costly(self, jobs: list[_Job]) -> None:
+        "Read costly pictures and score them."
+        self._score(*_tried(jobs, lambda job: _read(job, self.limits)))
+
+    def _score(self, jobs: list[_Job], errors: dict[_Job, BaseException]) -> None:
         "Score pictures and say so in the loop that waits for them."
         if jobs:
             self.metrics.batch.observe(len(jobs))
-        if results := [*bad, *_scored(jobs)]:
+        if results := [*errors.items(), *_scored(jobs)]:
             results[0][0].loop.call_soon_threadsafe(_deliver, results)
 
 # %% ../../nbs/serve/08_scorer.ipynb #opened
-def _opened(jobs: list[_Job], max_pixels: int) -> tuple[list[_Job], list[tuple[_Job, BaseException]]]:
-    "Look at the pictures' heads: the good ones, and the others with what is wrong with them."
-    good, bad = [], []
+def _tried(
+    jobs: list[_Job],
+    step: Callable[[_Job], None],
+) -> tuple[list[_Job], dict[_Job, BaseException]]:  # those that passed it; the others and why
+    "A step for each job that is still waited for."
+    good: list[_Job] = []
+    errors: dict[_Job, BaseException] = {}
     for job in jobs:
         try:
-            if time.monotonic() > job.until:
-                raise busy()
-            check_polyglot(job.content)
-            job.opened = open_image(job.content, max_pixels=max_pixels)
-            good.append(job)
+            if not job.is_over:
+                step(job)
+                good.append(job)
         except BaseException as e:
-            bad.append((job, e))
-    return good, bad
+            errors[job] = e
+    return good, errors
+
+
+def _look(job: _Job, limits: Limits) -> None:
+    "Take a picture's file apart, unless that alone would take too long."
+    if len(job.content) <= CHEAP:
+        job.head = open_image(job.content, max_pixels=limits.max_pixels)
+        check_polyglot(job.head)
+
+
+def _decode(job: _Job) -> None:
+    "Decode a small picture."
+    assert job.head is not None
+    job.decoded = Picture(decode_opened(job.head), job.head.width, job.head.height, job.head.format)
+
+
+def _read(job: _Job, limits: Limits) -> None:
+    "Read a costly picture, as long as somebody waits for it."
+    seconds = min(limits.seconds, job.until - time.monotonic() + 0.5)
+    try:
+        job.decoded = read_costly(job.content, limits=replace(limits, seconds=seconds), alone=True)
+    except ImageError as e:
+        raise busy() if e.code == "busy" else e from None
 
 # %% ../../nbs/serve/08_scorer.ipynb #alike
 def _alike(jobs: Sequence[_Job]) -> list[list[_Job]]:
     "Jobs that one call of a network can answer: the same model, the same size of picture."
     groups: dict[tuple[int, tuple[int, ...]], list[_Job]] = {}
     for job in jobs:
-        assert job.image is not None
-        groups.setdefault((id(job.model), job.image.shape), []).append(job)
+        assert job.decoded is not None
+        groups.setdefault((id(job.model), job.decoded.pixels.shape), []).append(job)
     return list(groups.values())
 
 # %% ../../nbs/serve/08_scorer.ipynb #scored-x
 def _scored(jobs: list[_Job]) -> list[tuple[_Job, Scored | BaseException]]:
-    "Pictures decoded and answered, or what went wrong."
+    "Decoded pictures answered, or what went wrong."
     results: list[tuple[_Job, Scored | BaseException]] = []
-    for job in jobs:
-        try:
-            job.image = decode_opened(job.opened)
-        except BaseException as e:
-            results.append((job, e))
-    for group in _alike([job for job in jobs if job.image is not None]):
+    for group in _alike(jobs):
         try:
             results += _answered(group)
         except Exception as e:
@@ -194,23 +238,24 @@ def _scored(jobs: list[_Job]) -> list[tuple[_Job, Scored | BaseException]]:
 # %% ../../nbs/serve/08_scorer.ipynb #answered
 def _answered(jobs: list[_Job]) -> list[tuple[_Job, Scored | BaseException]]:
     "One call of the network."
-    images = [job.image for job in jobs]
-    answers = jobs[0].model.run_batch(images[0][None] if len(images) == 1 else np.stack(images))  # type: ignore
+    images = [job.decoded.pixels for job in jobs if job.decoded is not None]
+    answers = jobs[0].model.run_batch(images[0][None] if len(images) == 1 else np.stack(images))
     return [(job, _as_scored(job, {name: value[i] for name, value in answers.items()})) for i, job in enumerate(jobs)]
 
 # %% ../../nbs/serve/08_scorer.ipynb #as-scored
 def _as_scored(job: _Job, answer: dict[str, np.ndarray]) -> Scored:
     "What there is to say of one picture."
-    assert job.image is not None
+    assert job.decoded is not None
+    pixels = job.decoded.pixels
     return Scored(
         prediction=as_prediction(job.model, answer, job.content),
         probabilities=answer["probabilities"],
         embedding=answer.get("embedding"),
-        width=job.opened.width,
-        height=job.opened.height,
-        format=job.opened.format,
-        statistics=image_statistics(job.image),
-        picture=shrink(job.image, OVERLAY) if job.picture else None,
+        width=job.decoded.width,
+        height=job.decoded.height,
+        format=job.decoded.format,
+        statistics=image_statistics(pixels),
+        picture=shrink(pixels, OVERLAY) if job.picture else None,
     )
 
 # %% ../../nbs/serve/08_scorer.ipynb #deliver

@@ -69,6 +69,8 @@ SORRY = {
     "animated": "That picture moves. Show me a single frame of it.",
     "too_small": "That picture is too small to see anything in. Show me one of at least 8 × 8 pixels.",
     "too_large": "That picture is larger than I can take. Make it smaller, or crop it.",
+    "too_narrow": "That picture is too narrow to see anything in. Crop it, and show me the part that matters.",
+    "too_costly": "That picture takes too much work to open. Save it anew, as an ordinary JPEG, and show me that.",
     "polyglot": "Something else hides in that file beside the picture. Save the picture anew, and show me that.",
     "gone": "That picture is not here any more: uploads are deleted soon. Drop it again.",
     "no_model": "There is no model yet. Train one with celestial run, then start me again.",
