@@ -300,6 +300,10 @@ def without_mistake(request: Request, send: Send) -> Send:
 # %% ../../nbs/serve/19_gate.ipynb #ga-call-routes
 async def checked_call(gate: Gate, request: Request, person: str, queued: bool) -> bytes:
     "The body for Gradio, written anew; `Refusal` for a call that the page doesn't make."
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refusal(
+            415, "bad_request", "the body is not JSON", "Load the page again."
+        )  # a form of another site is none
     sent = as_object(await read_body(request, BODY))
     call = fitting_call(gate.page, sent, queued, gate.uploads, person)
     call["session_hash"] = fingerprint(person, call["session_hash"])
