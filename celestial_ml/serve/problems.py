@@ -6,6 +6,7 @@
 __all__ = ['HANDLERS', 'ErrorForm', 'ErrorResponse', 'Refusal', 'refuse_image', 'refuse_http', 'errors']
 
 # %% ../../nbs/serve/03_problems.ipynb #9e5e73a9
+import json
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -48,6 +49,10 @@ class ErrorResponse(JSONResponse):
         self.code = code
         super().__init__({"error": {"code": code, "message": message, "hint": hint}}, status, headers)
 
+    def render(self, content: Any) -> bytes:
+        "JSON, also of what a client has sent that can't be UTF-8."
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         "Answer."
         scope.setdefault("state", {})["say"] = {"error": self.code}
@@ -78,16 +83,19 @@ async def refuse_image(request: Request, e: Exception) -> JSONResponse:
 async def refuse_http(request: Request, e: Exception) -> JSONResponse:
     "The answer to what the framework refuses, and to our own refusals."
     assert isinstance(e, StarletteHTTPException)
-    headers = dict(e.headers or {})
+    if isinstance(e, Refusal):
+        return e.response()
+    headers, status = dict(e.headers or {}), HTTPStatus(e.status_code)
     method, path, allowed = request.method, request.url.path, headers.get("Allow", "another method")
     says: dict[int, tuple[str, str, str]] = {
+        401: ("no_login", "this needs a login", "Open the demo's page and log in."),
         404: ("not_found", f"there is nothing at {path}", "GET /docs shows what there is."),
         405: ("method_not_allowed", f"{path} doesn't answer {method}", f"Use {allowed}."),
     }
-    if isinstance(e, Refusal):
-        return e.response()
-    code, message, hint = says.get(e.status_code, ("bad_request", str(e.detail), "GET /docs shows what is expected."))
-    return ErrorResponse(e.status_code, code, message, hint, headers)
+    # A framework's detail may be any value; only a sentence is for people.
+    message = e.detail if isinstance(e.detail, str) and e.detail else status.phrase
+    code, message, hint = says.get(status, (status.name.lower(), message, "GET /docs shows what is expected."))
+    return ErrorResponse(status, code, message, hint, headers)
 
 # %% ../../nbs/serve/03_problems.ipynb #refuse-form
 async def refuse_form(request: Request, e: Exception) -> JSONResponse:
