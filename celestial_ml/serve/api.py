@@ -296,12 +296,12 @@ async def read_files(
 ) -> list[tuple[str, bytes]]:  # (file name, content), in order
     "The files of a form; `Refusal` for none, for too many and for what is no form."
     kind, options = parse_options_header(request.headers.get("content-type", ""))
-    boundary = options.get(b"boundary")
     chunks, files = request.stream(), []
     try:
-        if kind == b"multipart/form-data" and not boundary:
-            raise Refusal(400, "bad_request", "the form has no boundary", "GET /docs shows what is expected.")
         if kind == b"multipart/form-data":
+            boundary = options.get(b"boundary")
+            if not boundary:
+                raise Refusal(400, "bad_request", "the form has no boundary", "GET /docs shows what is expected.")
             files = await cut_form(chunks, boundary, field, most)
         if not files:
             message = f"the request has no file in its form field '{field}'"
@@ -313,8 +313,8 @@ async def read_files(
     return files
 
 # %% ../../nbs/serve/20_api.ipynb #form-x
-class _Form:
-    "What a form's parser is told to do."
+class _Parts:
+    "What comes out of a form's parser."
 
     def __init__(self, field: str, most: int):
         self.field, self.most, self.parts, self.complete = field, most, 0, False
@@ -322,19 +322,6 @@ class _Form:
         self.files: list[tuple[str, bytes]] = []
         self.name: str | None = None  # of the file that is coming in; None: this part isn't kept
         self.content: list[bytes] = []
-
-    def callbacks(self) -> Any:
-        "For the parser."
-        return {
-            "on_part_begin": self.begin_part,
-            "on_header_field": lambda data, start, end: self.header.extend(data[start:end]),
-            "on_header_value": lambda data, start, end: self.value.extend(data[start:end]),
-            "on_header_end": self.end_header,
-            "on_headers_finished": self.end_headers,
-            "on_part_data": self.take,
-            "on_part_end": self.end_part,
-            "on_end": lambda: setattr(self, "complete", True),
-        }
 
     def begin_part(self) -> None:
         "Count it; a form may have some fields beside the files."
@@ -370,6 +357,23 @@ class _Form:
         if self.name is not None:
             self.files.append((self.name, b"".join(self.content)))
         self.content.clear()
+
+# %% ../../nbs/serve/20_api.ipynb #form-callbacks
+class _Form(_Parts):
+    "And what the parser is told to do."
+
+    def callbacks(self) -> Any:
+        "For the parser."
+        return {
+            "on_part_begin": self.begin_part,
+            "on_header_field": lambda data, start, end: self.header.extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self.value.extend(data[start:end]),
+            "on_header_end": self.end_header,
+            "on_headers_finished": self.end_headers,
+            "on_part_data": self.take,
+            "on_part_end": self.end_part,
+            "on_end": lambda: setattr(self, "complete", True),
+        }
 
 # %% ../../nbs/serve/20_api.ipynb #cut-form
 async def cut_form(

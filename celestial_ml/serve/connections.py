@@ -14,7 +14,7 @@ import select
 import time
 import uuid
 from collections import Counter
-from itertools import chain
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import httptools
@@ -143,9 +143,6 @@ class _Counted(_Measured):
             self.stop(400, "bad_request", "the pieces of the body are too small", "Send larger ones.")
 
 # %% ../../nbs/serve/19_connections.ipynb #c-host
-access = logging.getLogger("celestial_ml.access")
-
-
 def host_of(client: tuple[str, int] | None) -> str:
     "What counts as one address: somebody with IPv6 has a network of them."
     if client is None:
@@ -156,7 +153,7 @@ def host_of(client: tuple[str, int] | None) -> str:
     return client[0]
 
 
-Stage = dict["Connection", float]  # to each the time at which it entered, the first one first
+Stage = dict[Any, float]  # to each the time at which it entered, the first one first
 
 
 def has_news(transport: asyncio.Transport) -> bool:
@@ -168,6 +165,17 @@ def has_news(transport: asyncio.Transport) -> bool:
         return True  # it goes by itself
     look.register(socket.fileno(), select.POLLIN)
     return bool(look.poll(0))
+
+
+def first_to_go(others: "Iterable[Connection]", new: "Connection", stages: list[Stage]) -> "Connection | None":
+    "The longest silent one, then a page of the demo: its answer has begun and may take for ever. None: all are at work."
+    allowed = set(others) - {new}
+    waiting = (one for stage in stages for one in stage if one in allowed)
+    silent = next((one for one in waiting if not has_news(one.transport)), None)
+    return silent or next((one for one in allowed if one.active is not None and one.active.response_started), None)
+
+# %% ../../nbs/serve/19_connections.ipynb #c-notes
+access = logging.getLogger("celestial_ml.access")
 
 
 def as_bytes(problem: Refusal) -> bytes:
@@ -213,7 +221,7 @@ class Connections:
         self.most = room_for(settings.connections)
         self.open: Stage = {}  # the oldest first
         self.by_host: Counter[str] = Counter()
-        self.leaving, self.idle, self.head, self.body, self.unread = (Stage() for _ in range(5))
+        self.leaving, self.idle, self.head, self.body, self.unread = self.stages = [Stage() for _ in range(5)]
         self.timer: asyncio.TimerHandle | None = None
         words = "Connections that are open"
         metrics.ask(lambda: [("gauge", "celestial_connections", words, {}, len(self.open))])
@@ -224,23 +232,15 @@ class Connections:
         self.by_host[one.host] += 1
         self.timer = self.timer or one.loop.call_later(0.1, self.sweep, one.loop)
         trusted = one.client is not None and self.proxies.trusts(one.client[0])  # such a one speaks for many
-        if self.by_host[one.host] > self.settings.address_connections and not trusted:
-            self.make_way(one, one.host)
-        elif len(self.open) > self.most:
-            self.make_way(one, None)
-
-    def make_way(self, new: "Connection", host: str | None) -> None:
-        "End another connection, of this host if one is named, or refuse the new one."
-        answered = (one for one in self.open if one.active is not None and one.active.response_started)
-        waiting = chain(self.leaving, self.idle, self.head, self.body, self.unread, answered)
-        others = (one for one in waiting if one is not new and host in (None, one.host))
-        victim = next((one for one in others if not has_news(one.transport)), None)
-        if victim is not None:
-            victim.end()
+        crowded = self.by_host[one.host] > self.settings.address_connections and not trusted
+        if not crowded and len(self.open) <= self.most:
             return
-        new.refuse(CROWDED)
+        others = [other for other in self.open if not crowded or other.host == one.host]
+        if victim := first_to_go(others, one, self.stages):
+            return victim.end()
+        one.refuse(CROWDED)
         if len(self.leaving) > RESERVE // 8:
-            new.transport.abort()
+            one.transport.abort()
 
     def forget(self, one: "Connection") -> None:
         "It is closed."
@@ -270,7 +270,7 @@ class _Placed(_Counted):
     "And knows whom it waits for, and how to end."
 
     all: Connections
-    host: str
+    host = ""
     stage: Stage | None = None
     refused = False
 
@@ -279,9 +279,8 @@ class _Placed(_Counted):
         if self.refused:
             return
         all, active = self.all, self.active
-        if self.transport.is_closing():
-            stage = all.unread  # what was written last goes out first
-        elif self.flow.write_paused:
+        stage: Stage | None
+        if self.transport.is_closing() or self.flow.write_paused:  # what was written goes out first
             stage = all.unread
         elif active is not None and not active.response_complete:
             stage = None if self.in_head or self.cycle is not active else all.body
@@ -297,6 +296,15 @@ class _Placed(_Counted):
             if stage is not None:
                 stage[self] = self.loop.time()
             self.stage = stage
+
+# %% ../../nbs/serve/19_connections.ipynb #ended
+class _Ended(_Placed):
+    "And how it ends."
+
+    def on_response_complete(self) -> None:
+        "Wait for the next request."
+        super().on_response_complete()
+        self.place()
 
     def refuse(self, problem: Refusal) -> None:
         "Say why and wait for the client to go, or where nothing can be said any more, close."
@@ -334,14 +342,12 @@ class _Placed(_Counted):
             self.transport.abort()
 
 # %% ../../nbs/serve/19_connections.ipynb #connection
-class Connection(_Placed):
+class Connection(_Ended):
     "Uvicorn's, with limits."
 
     def __init__(self, connections: Connections, **uvicorn: Any):
         super().__init__(**uvicorn)
-        self.all, self.s, self.host = connections, connections.settings, ""
-        self.stage: Stage | None = None
-        self.refused = False
+        self.all, self.s = connections, connections.settings
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         "Take it, or refuse it."
@@ -354,6 +360,9 @@ class Connection(_Placed):
         "Forget it."
         self.move(None)
         self.all.forget(self)
+        if self.active is not None:  # Uvicorn tells the last request only
+            self.active.disconnected = True
+            self.active.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -365,11 +374,6 @@ class Connection(_Placed):
             self.place()
         except Refusal as e:
             self.refuse(e)
-
-    def on_response_complete(self) -> None:
-        "Wait for the next request."
-        super().on_response_complete()
-        self.place()
 
     def pause_writing(self) -> None:
         "The client doesn't read."

@@ -73,32 +73,17 @@ class Bodies:
         body.held = 0
 
 # %% ../../nbs/serve/06_guard.ipynb #boundedbody-x
-class BoundedBody:
-    "A request's `receive` that refuses more than `limit` bytes, or to wait longer than `seconds` for the whole."
+class _Body:
+    "What comes in of a request, up to a time."
 
-    def __init__(self, receive: Receive, headers: Headers, limit: int, seconds: float, bodies: Bodies | None = None):
-        self.receive, self.limit, self.count, self.held, self.bodies = receive, limit, 0, 0, bodies
+    def __init__(self, receive: Receive, headers: Headers, limit: int, seconds: float):
+        self.receive, self.limit, self.count = receive, limit, 0
         declared = headers.get("content-length", "")
         self.declared = int(declared) if declared.isdecimal() else 0
         self.waits = "expect" in headers  # such a client sends nothing before it is told to
         self.began = time.monotonic()
-        self.seconds, self.until, self.complete = seconds, self.began + seconds, False
+        self.until, self.complete = self.began + seconds, False
         self.clock: asyncio.Timeout | None = None  # while the next part is waited for
-
-    async def __call__(self) -> Message:
-        if self.complete:  # what follows is the news that the client has gone, whenever that is
-            return await self.receive()
-        if self.declared > self.limit and self.waits:
-            raise self.too_much()
-        message = await self.in_time()
-        self.count += len(message.get("body", b""))
-        if max(self.declared, self.count) > self.limit:
-            await self.drain(message)
-            raise self.too_much()
-        self.complete = not message.get("more_body", False)
-        if self.bodies is not None:
-            await self.keep(message)
-        return message
 
     async def in_time(self) -> Message:
         "The next part, if it comes in time."
@@ -110,20 +95,6 @@ class BoundedBody:
             raise Refusal(408, "too_slow", message, "Make the picture smaller, or try a better line.", CLOSE) from None
         finally:
             self.clock = None
-
-    async def keep(self, message: Message) -> None:
-        "Take a part into the common memory, or refuse it."
-        assert self.bodies is not None
-        try:
-            self.bodies.take(self, len(message.get("body", b"")))
-        except Refusal:
-            self.bodies.leave(self)
-            await self.drain(message)
-            raise
-        if self.complete:
-            self.bodies.coming.pop(self, None)
-        else:
-            self.bodies.coming.setdefault(self)
 
     def give_way(self) -> None:
         "Wait no longer."
@@ -142,6 +113,42 @@ class BoundedBody:
         allowed = f"{self.limit / 1e6:g} MB" if self.limit >= 1e6 else f"{self.limit / 1e3:g} kB"
         message = f"the request has more than the {allowed} that are allowed"
         return Refusal(413, "too_many_bytes", message, "Make the picture smaller, or save it as JPEG.", CLOSE)
+
+# %% ../../nbs/serve/06_guard.ipynb #boundedbody-keep
+class BoundedBody(_Body):
+    "A request's `receive` that refuses more than `limit` bytes, or to wait longer than `seconds` for the whole."
+
+    def __init__(self, receive: Receive, headers: Headers, limit: int, seconds: float, bodies: Bodies | None = None):
+        super().__init__(receive, headers, limit, seconds)
+        self.bodies, self.held = bodies, 0
+
+    async def __call__(self) -> Message:
+        if self.complete:  # what follows is the news that the client has gone, whenever that is
+            return await self.receive()
+        if self.declared > self.limit and self.waits:
+            raise self.too_much()
+        message = await self.in_time()
+        self.count += len(message.get("body", b""))
+        if max(self.declared, self.count) > self.limit:
+            await self.drain(message)
+            raise self.too_much()
+        self.complete = not message.get("more_body", False)
+        if self.bodies is not None:
+            await self.keep(message, self.bodies)
+        return message
+
+    async def keep(self, message: Message, bodies: Bodies) -> None:
+        "Take a part into the common memory, or refuse it."
+        try:
+            bodies.take(self, len(message.get("body", b"")))
+        except Refusal:
+            bodies.leave(self)
+            await self.drain(message)
+            raise
+        if self.complete:
+            bodies.coming.pop(self, None)
+        else:
+            bodies.coming.setdefault(self)
 
 # %% ../../nbs/serve/06_guard.ipynb #needs-key
 API = ("/predict", "/explain", "/feedback", "/model", "/metrics")
@@ -177,28 +184,29 @@ class Door:
         self.limiter = MovingWindowRateLimiter(MemoryStorage())
         self.bodies = Bodies(settings.body_memory)
 
-    def admit(
+    def identify(
         self,
         path: str,
         headers: Headers,
         address: str,  # of the client
     ) -> str:  # whom the request is counted for: the name of a key, else the address
-        "`Refusal` with 401 without a key, with 429 above the rate."
-        who = address
-        if self.keys and needs_key(path):
-            owner = key_owner(presented_key(path, headers), self.keys)
-            if owner is None:
-                message, hint = "this needs an API key", "Send one: Authorization: Bearer KEY, or X-API-Key: KEY."
-                way = 'Basic realm="the documentation: any name, and an API key as the password"'
-                raise Refusal(
-                    401, "no_key", message, hint, {"WWW-Authenticate": way if path.startswith(DOCS) else "Bearer"}
-                )
-            who = owner
+        "`Refusal` with 401 without a key."
+        if not (self.keys and needs_key(path)):
+            return address
+        owner = key_owner(presented_key(path, headers), self.keys)
+        if owner is None:
+            message, hint = "this needs an API key", "Send one: Authorization: Bearer KEY, or X-API-Key: KEY."
+            basic = 'Basic realm="the documentation: any name, and an API key as the password"'
+            way = basic if path.startswith(DOCS) else "Bearer"
+            raise Refusal(401, "no_key", message, hint, {"WWW-Authenticate": way})
+        return owner
+
+    def count(self, path: str, who: str) -> None:
+        "`Refusal` with 429 above the rate."
         if self.rate and path.startswith(ASKED) and not self.limiter.hit(self.rate, who):
             wait = max(1, round(self.limiter.get_window_stats(self.rate, who).reset_time - time.time()))
             message = f"more than {self.rate.amount} requests a {self.rate.GRANULARITY.name}"
             raise Refusal(429, "too_many_requests", message, f"Wait {wait} s.", {"Retry-After": str(wait)})
-        return who
 
 # %% ../../nbs/serve/06_guard.ipynb #claims
 CLAIMS = {b"x-forwarded-for": "for", b"x-forwarded-proto": "proto", b"x-forwarded-host": "host"}
@@ -235,6 +243,27 @@ def client_of(
             break
     return client
 
+# %% ../../nbs/serve/06_guard.ipynb #believe
+def believe(scope: Scope, claims: dict[str, str], networks: tuple[str, ...]) -> None:
+    "Take the client's address, its scheme and the host that it meant."
+    elements = [
+        {key.strip().lower(): value.strip().strip('"') for key, _, value in (p.partition("=") for p in one.split(";"))}
+        for one in claims.get("forwarded", "").split(",")
+    ]
+    ways = {client_of(claims["for"].split(","), networks)} if "for" in claims else set()
+    if any("for" in one for one in elements):
+        ways.add(client_of([one.get("for", "") for one in elements], networks))
+    if len(ways) == 1 and (client := ways.pop()):
+        scope["client"] = (client, 0)
+    for name, form in (("proto", re.compile("https?")), ("host", HOST)):
+        values = {elements[-1].get(name, ""), claims.get(name, "").rpartition(",")[2].strip()} - {""}
+        if len(values) == 1 and form.fullmatch(value := values.pop()):
+            if name == "proto":
+                scope["scheme"] = value
+            else:
+                kept = [header for header in scope["headers"] if header[0] != b"host"]
+                scope["headers"] = [(b"host", value.encode()), *kept]
+
 # %% ../../nbs/serve/06_guard.ipynb #proxies
 class Proxies:
     "Makes a request what it was before the proxies, as far as they are trusted."
@@ -258,7 +287,7 @@ class Proxies:
             scope["headers"] = [header for header in scope["headers"] if header[0] not in STRIPPED]
         prefix = self.prefix
         if claims and self.trusts((scope.get("client") or ("",))[0]):
-            self.believe(scope, claims)
+            believe(scope, claims, self.networks)
             stated = claims.get("prefix", "").rpartition(",")[2].strip().rstrip("/")
             prefix = prefix or (stated if is_clean_path(stated) else "")
         if prefix:
@@ -267,29 +296,6 @@ class Proxies:
                 path = path[len(prefix) :]
             scope["root_path"], scope["path"] = prefix, prefix + (path or "/")
             scope["raw_path"] = scope["path"].encode()
-
-    def believe(self, scope: Scope, claims: dict[str, str]) -> None:
-        "Take the client's address, its scheme and the host that it meant."
-        elements = [
-            {
-                key.strip().lower(): value.strip().strip('"')
-                for key, _, value in (p.partition("=") for p in one.split(";"))
-            }
-            for one in claims.get("forwarded", "").split(",")
-        ]
-        ways = {client_of(claims["for"].split(","), self.networks)} if "for" in claims else set()
-        if any("for" in one for one in elements):
-            ways.add(client_of([one.get("for", "") for one in elements], self.networks))
-        if len(ways) == 1 and (client := ways.pop()):
-            scope["client"] = (client, 0)
-        for name, form in (("proto", re.compile("https?")), ("host", HOST)):
-            values = {elements[-1].get(name, ""), claims.get(name, "").rpartition(",")[2].strip()} - {""}
-            if len(values) == 1 and form.fullmatch(value := values.pop()):
-                if name == "proto":
-                    scope["scheme"] = value
-                else:
-                    kept = [header for header in scope["headers"] if header[0] != b"host"]
-                    scope["headers"] = [(b"host", value.encode()), *kept]
 
 # %% ../../nbs/serve/06_guard.ipynb #pairs
 def _pairs(**headers: str) -> list[tuple[bytes, bytes]]:
@@ -345,7 +351,8 @@ class Guard:
         try:
             if CONTROL.search(path):  # no file and no route has one in its name, and some functions fail at it
                 raise Refusal(400, "bad_request", "the path has a control character", "Leave it out.")
-            seen.who = self.door.admit(path, headers, seen.address)
+            seen.state["who"] = self.door.identify(path, headers, seen.address)
+            self.door.count(path, seen.state["who"])
             await self.app(scope, body, seen.send)
         except Refusal as e:
             await e.response()(scope, receive, seen.send)
@@ -377,9 +384,10 @@ class _Exchange:
     def __init__(self, scope: Scope, send: Send, route: str):
         self.began, self.id, self.route, self.forward = time.perf_counter(), uuid.uuid4().hex, route, send
         self.method, self.path, self.status = scope["method"], scope["path"], 0
-        self.who = self.address = (scope.get("client") or ("",))[0]
+        self.address = (scope.get("client") or ("",))[0]
         self.state: dict[str, Any] = scope.setdefault("state", {})
         self.state["request_id"], self.state["began"] = self.id, self.began
+        self.state["who"] = self.address  # until a key or a login says more
 
     async def send(self, message: Message) -> None:
         "Add our headers to the head of the answer."
@@ -395,7 +403,7 @@ class _Exchange:
         said = {"request_id": self.id, "method": self.method, "path": self.path, "status": self.status}
         return said | {
             "ms": round(1000 * took, 2),
-            "client": self.who,
+            "client": self.state["who"],
             "address": self.address,
             **self.state.get("say", {}),
         }
