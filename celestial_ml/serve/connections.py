@@ -10,6 +10,7 @@ import asyncio
 import ipaddress
 import json
 import logging
+import math
 import select
 import time
 import uuid
@@ -252,17 +253,12 @@ class Connections:
     def sweep(self, loop: asyncio.AbstractEventLoop) -> None:
         "End what has taken too long, and write down what was refused."
         s, now = self.settings, loop.time()
-        times = (
-            (self.leaving, 1),
-            (self.idle, s.idle_seconds),
-            (self.head, s.head_seconds),
-            (self.unread, s.read_seconds),
-        )
-        for stage, seconds in times:
+        times = (1, s.idle_seconds, s.head_seconds, math.inf, s.read_seconds)  # the guard looks after bodies
+        for stage, seconds in zip(self.stages, times, strict=True):
             for one in [one for one, since in stage.items() if now - since > seconds]:
                 one.time_over()
         self.notes.write_down()
-        pause = min(1, s.idle_seconds / 4, s.head_seconds / 4, s.read_seconds / 4)
+        pause = min(1, *(seconds / 4 for seconds in times))
         self.timer = loop.call_later(pause, self.sweep, loop) if self.open or self.notes.unwritten else None
 
 # %% ../../nbs/serve/19_connections.ipynb #placed

@@ -320,8 +320,13 @@ FOR_PEOPLE = [*SAME, *_pairs(content_security_policy=f"{PAGE}; form-action 'self
 # %% ../../nbs/serve/06_guard.ipynb #guard
 access = logging.getLogger("celestial_ml.access")
 
-CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 GONE = 499  # the client went before the answer; nginx counts it so
+
+
+def refuse_control(path: str) -> None:
+    "No file and no route has a control character in its name, and some functions fail at one."
+    if re.search(r"[\x00-\x1f\x7f]", path):
+        raise Refusal(400, "bad_request", "the path has a control character", "Leave it out.")
 
 # %% ../../nbs/serve/06_guard.ipynb #guard-x
 class Guard:
@@ -345,12 +350,11 @@ class Guard:
 
     async def answer(self, seen: "_Exchange", path: str, scope: Scope, receive: Receive) -> None:
         "Let the app answer, or say why not."
-        headers, s = Headers(scope=scope), self.settings
-        bodies = None if path == UPLOAD else self.door.bodies
-        body = BoundedBody(receive, headers, most_bytes(path, s), s.body_seconds, bodies)
+        headers, bodies = Headers(scope=scope), None if path == UPLOAD else self.door.bodies
+        limits = most_bytes(path, self.settings), self.settings.body_seconds
+        body = BoundedBody(receive, headers, *limits, bodies)
         try:
-            if CONTROL.search(path):  # no file and no route has one in its name, and some functions fail at it
-                raise Refusal(400, "bad_request", "the path has a control character", "Leave it out.")
+            refuse_control(path)
             seen.state["who"] = self.door.identify(path, headers, seen.address)
             self.door.count(path, seen.state["who"])
             await self.app(scope, body, seen.send)
@@ -369,10 +373,10 @@ class Guard:
 
     def count(self, seen: "_Exchange") -> None:
         "Into the metrics and, if asked for, into the access log."
-        took = time.perf_counter() - seen.began
+        took, code = time.perf_counter() - seen.began, seen.state.get("say", {}).get("error")
         self.metrics.requests.labels(seen.route, seen.status).inc()
         self.metrics.seconds.labels(seen.route).observe(took)
-        if code := seen.state.get("say", {}).get("error"):
+        if code:
             self.metrics.refusals.labels(code).inc()
         if access.isEnabledFor(logging.INFO):
             access.info("request", extra=seen.line(took))
