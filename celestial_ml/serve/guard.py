@@ -351,8 +351,7 @@ class Guard:
     async def answer(self, seen: "_Exchange", path: str, scope: Scope, receive: Receive) -> None:
         "Let the app answer, or say why not."
         headers, bodies = Headers(scope=scope), None if path == UPLOAD else self.door.bodies
-        limits = most_bytes(path, self.settings), self.settings.body_seconds
-        body = BoundedBody(receive, headers, *limits, bodies)
+        body = BoundedBody(receive, headers, most_bytes(path, self.settings), self.settings.body_seconds, bodies)
         try:
             refuse_control(path)
             seen.state["who"] = self.door.identify(path, headers, seen.address)
@@ -364,7 +363,7 @@ class Guard:
             seen.status = GONE  # nobody is there to hear it; for the counters and the log
         except Exception:
             log.exception("%s %s failed, request %s", scope["method"], scope["path"], seen.id)
-            if seen.status:  # half an answer is out; only closing the connection tells the client
+            if seen.status:  # half an answer is out; only closing tells the client
                 raise
             message, hint = "the server made a mistake", f"Its log says more: look for request {seen.id}."
             await ErrorResponse(500, "internal_error", message, hint)(scope, receive, seen.send)
