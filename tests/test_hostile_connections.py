@@ -1,7 +1,6 @@
 "Heads, connections and bodies that are meant to hurt: a whole server, raw sockets, and a healthy client beside them."
 
 import json
-import os
 import socket
 import threading
 import time
@@ -56,7 +55,7 @@ class Served:
         return int(Path(f"/proc/{self.pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1000
 
     def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
+        return sum(1 for _ in Path(f"/proc/{self.pid}/fd").iterdir())
 
 
 @contextmanager

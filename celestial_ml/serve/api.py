@@ -37,7 +37,7 @@ from .guard import Door, Guard, Proxies
 from .metrics import Metrics
 from .models import Models
 from .predictor import Predictor
-from .problems import HANDLERS, Refusal, errors, refuse_http, refuse_image
+from .problems import HANDLERS, Refusal, errors, refuse_demo, refuse_http, refuse_image
 from .scorer import Scored, Scorer, busy
 from .settings import ServeSettings, is_password
 
@@ -674,5 +674,5 @@ def build_app(
     if demo:
         from celestial_ml.serve.demo import mount_demo  # here, because Gradio takes seconds to import
 
-        mount_demo(app, demo_host(service), HANDLERS, demo_login(settings))
+        mount_demo(app, demo_host(service), HANDLERS | {Exception: refuse_demo}, demo_login(settings))
     return app

@@ -26,7 +26,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .metrics import Metrics
-from .problems import ErrorResponse, Refusal
+from .problems import Refusal, our_mistake
 from .settings import ServeSettings, is_clean_path, key_owner, new_key
 
 # %% ../../nbs/serve/06_guard.ipynb #boundedbody
@@ -44,7 +44,7 @@ def most_bytes(path: str, settings: ServeSettings) -> int:
         return settings.max_bytes
     if path.startswith(("/feedback", "/login")):
         return 16_000
-    return PATIENCE * settings.max_bytes if path == UPLOAD else 256_000  # what the demo asks in JSON
+    return PATIENCE * settings.max_bytes if path == UPLOAD else 128_000  # what the demo asks in JSON
 
 # %% ../../nbs/serve/06_guard.ipynb #bodies
 class Bodies:
@@ -362,11 +362,12 @@ class Guard:
         except ClientDisconnect:
             seen.status = GONE  # nobody is there to hear it; for the counters and the log
         except Exception:
+            if seen.complete:  # it was answered, and written down, where it failed
+                return
             log.exception("%s %s failed, request %s", scope["method"], scope["path"], seen.id)
             if seen.status:  # half an answer is out; only closing tells the client
                 raise
-            message, hint = "the server made a mistake", f"Its log says more: look for request {seen.id}."
-            await ErrorResponse(500, "internal_error", message, hint)(scope, receive, seen.send)
+            await our_mistake(seen.id)(scope, receive, seen.send)
         finally:
             self.door.bodies.leave(body)
 
@@ -386,7 +387,7 @@ class _Exchange:
 
     def __init__(self, scope: Scope, send: Send, route: str):
         self.began, self.id, self.route, self.forward = time.perf_counter(), uuid.uuid4().hex, route, send
-        self.method, self.path, self.status = scope["method"], scope["path"], 0
+        self.method, self.path, self.status, self.complete = scope["method"], scope["path"], 0, False
         self.address = (scope.get("client") or ("",))[0]
         self.state: dict[str, Any] = scope.setdefault("state", {})
         self.state["request_id"], self.state["began"] = self.id, self.began
@@ -399,6 +400,7 @@ class _Exchange:
             page = self.route in ("demo", "/docs")
             own = FOR_PEOPLE if page else FOR_PROGRAMS
             message["headers"] = [*message["headers"], (b"x-request-id", self.id.encode()), *own]
+        self.complete = message["type"] == "http.response.body" and not message.get("more_body", False)
         await self.forward(message)
 
     def line(self, took: float) -> dict[str, Any]:
