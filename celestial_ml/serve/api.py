@@ -11,7 +11,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -28,18 +28,20 @@ from limits.strategies import MovingWindowRateLimiter
 from pydantic import BaseModel, ConfigDict, Field
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette._utils import get_route_path
 from starlette.concurrency import run_in_threadpool
+from starlette.responses import RedirectResponse
 from starlette.types import Receive, Scope, Send
 
 from .. import __version__
 from ..core.errors import CelestialError
 from ..data.images import ImageError, Limits
-from .guard import Door, Guard
+from .guard import Door, Guard, Proxies
 from .login import Logins
 from .metrics import Metrics
 from .models import Models
 from .predictor import Predictor, Seen
-from .problems import HANDLERS, Refusal, errors, refuse_http, refuse_image
+from .problems import HANDLERS, Refusal, errors, refuse_demo, refuse_http, refuse_image
 from .scorer import Scored, Scorer, busy
 from .settings import ServeSettings
 from .uploads import Uploads, upload_figures
@@ -132,6 +134,9 @@ class BatchAnswer(BaseModel):
     answers: list[dict[str, Any]]
 
 # %% ../../nbs/serve/20_api.ipynb #feedback-x
+NO_NUL = r"^[^\x00]*$"  # PostgreSQL can't keep one
+
+
 class Feedback(BaseModel):
     "What a person says of an answer."
 
@@ -140,10 +145,10 @@ class Feedback(BaseModel):
         json_schema_extra={"example": {"request_id": EXAMPLE["request_id"], "correct": False, "label": "Uranus"}},
     )
 
-    request_id: str = Field(min_length=1, max_length=64)
+    request_id: str = Field(min_length=1, max_length=64, pattern=NO_NUL)
     correct: bool
-    label: str | None = Field(None, max_length=100)  # what it is: one of the classes, or "unknown"
-    comment: str | None = Field(None, max_length=2000)
+    label: str | None = Field(None, max_length=100, pattern=NO_NUL)  # what it is: one of the classes, or "unknown"
+    comment: str | None = Field(None, max_length=2000, pattern=NO_NUL)
 
 # %% ../../nbs/serve/20_api.ipynb #thanks
 class Thanks(BaseModel):
@@ -301,60 +306,105 @@ async def read_files(
 ) -> list[tuple[str, bytes]]:  # (file name, content), in order
     "The files of a form; `Refusal` for none, for too many and for what is no form."
     kind, options = parse_options_header(request.headers.get("content-type", ""))
-    body = await request.body()
-    files: list[tuple[str, bytes]] = []
-    if kind == b"multipart/form-data":
-        boundary = options.get(b"boundary")
-        if not boundary:
-            raise Refusal(400, "bad_request", "the form has no boundary", "GET /docs shows what is expected.")
-        files = [(name, content) for part, name, content in cut_form(body, boundary) if part == field]
-    if not files:
-        message = f"the request has no file in its form field '{field}'"
-        raise Refusal(422, "no_image", message, f"Send one: curl -F {field}=@saturn.jpg {request.url}")
-    if len(files) > most:
-        message = f"the request has {len(files)} files in its form field '{field}', of {most} allowed"
-        raise Refusal(413, "too_many_files", message, "Send several requests.")
+    chunks, files = request.stream(), []
+    try:
+        if kind == b"multipart/form-data":
+            boundary = options.get(b"boundary")
+            if not boundary:
+                raise Refusal(400, "bad_request", "the form has no boundary", "GET /docs shows what is expected.")
+            files = await cut_form(chunks, boundary, field, most)
+        if not files:
+            message = f"the request has no file in its form field '{field}'"
+            raise Refusal(422, "no_image", message, f"Send one: curl -F {field}=@saturn.jpg {request.url}")
+    except Refusal:
+        async for _ in chunks:  # or a client that is still sending won't hear it
+            pass
+        raise
     return files
 
+# %% ../../nbs/serve/20_api.ipynb #form-x
+class _Parts:
+    "What comes out of a form's parser."
+
+    def __init__(self, field: str, most: int):
+        self.field, self.most, self.parts, self.complete = field, most, 0, False
+        self.header, self.value, self.headers = bytearray(), bytearray(), dict[bytes, bytes]()
+        self.files: list[tuple[str, bytes]] = []
+        self.name: str | None = None  # of the file that is coming in; None: this part isn't kept
+        self.content: list[bytes] = []
+
+    def begin_part(self) -> None:
+        "Count it; a form may have some fields beside the files."
+        self.headers.clear()
+        self.parts += 1
+        if self.parts > self.most + 32:
+            message = f"the form has more than {self.most + 32} parts"
+            raise Refusal(413, "too_many_parts", message, "Send several requests.")
+
+    def end_header(self) -> None:
+        "Keep a header of the part."
+        self.headers[bytes(self.header).lower()] = bytes(self.value)
+        self.header.clear()
+        self.value.clear()
+
+    def end_headers(self) -> None:
+        "Decide whether the part is a file of the field; a part without file name or type holds words."
+        _, options = parse_options_header(self.headers.get(b"content-disposition", b""))
+        name, file = (options.get(key, b"").decode("utf-8", "replace") for key in (b"name", b"filename"))
+        is_file = b"filename" in options or self.headers.get(b"content-type", b"").startswith(b"image/")
+        self.name = file if is_file and name == self.field else None
+        if self.name is not None and len(self.files) == self.most:
+            message = f"the request has more than {self.most} files in its form field '{self.field}'"
+            raise Refusal(413, "too_many_files", message, "Send several requests.")
+
+    def take(self, data: bytes, start: int, end: int) -> None:
+        "Keep a piece of a file."
+        if self.name is not None:
+            self.content.append(data[start:end])
+
+    def end_part(self) -> None:
+        "Keep the file."
+        if self.name is not None:
+            self.files.append((self.name, b"".join(self.content)))
+        self.content.clear()
+
+# %% ../../nbs/serve/20_api.ipynb #form-callbacks
+class _Form(_Parts):
+    "And what the parser is told to do."
+
+    def callbacks(self) -> Any:
+        "For the parser."
+        return {
+            "on_part_begin": self.begin_part,
+            "on_header_field": lambda data, start, end: self.header.extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self.value.extend(data[start:end]),
+            "on_header_end": self.end_header,
+            "on_headers_finished": self.end_headers,
+            "on_part_data": self.take,
+            "on_part_end": self.end_part,
+            "on_end": lambda: setattr(self, "complete", True),
+        }
+
 # %% ../../nbs/serve/20_api.ipynb #cut-form
-def cut_form(body: bytes, boundary: bytes) -> list[tuple[str, str, bytes]]:
-    "The files of a form's body: field, file name, content. `Refusal` with 400 where it is broken."
-    parts: list[tuple[str, str, bytes]] = []
-    header, value, headers, content, ended = bytearray(), bytearray(), {}, bytearray(), [False]
-
-    def finish_header() -> None:
-        headers[bytes(header).lower()] = bytes(value)
-        header.clear()
-        value.clear()
-
-    def finish_part() -> None:
-        _, said = parse_options_header(headers.get(b"content-disposition", b""))
-        kind = headers.get(b"content-type", b"")
-        if b"filename" in said or kind.startswith(b"image/"):  # a field without either holds words, no file
-            name, file = (said.get(key, b"").decode("utf-8", "replace") for key in (b"name", b"filename"))
-            parts.append((name, file, bytes(content)))
-        headers.clear()
-        content.clear()
-
+async def cut_form(
+    chunks: AsyncIterator[bytes],  # of a form's body
+    boundary: bytes,
+    field: str,
+    most: int,  # files of this field
+) -> list[tuple[str, bytes]]:  # (file name, content), in order
+    "The files of a form's field. `Refusal` with 400 where the form is broken, with 413 where it has too many parts."
+    form, empty = _Form(field, most), True
     try:
-        parser = MultipartParser(
-            boundary,
-            {
-                "on_header_field": lambda data, start, end: header.extend(data[start:end]),
-                "on_header_value": lambda data, start, end: value.extend(data[start:end]),
-                "on_header_end": finish_header,
-                "on_part_data": lambda data, start, end: content.extend(data[start:end]),
-                "on_part_end": finish_part,
-                "on_end": lambda: ended.__setitem__(0, True),
-            },
-        )
-        parser.write(body)
+        parser = MultipartParser(boundary, form.callbacks())
+        async for chunk in chunks:
+            empty = empty and not chunk
+            parser.write(chunk)
         parser.finalize()
     except MultipartParseError as e:
         raise Refusal(400, "bad_request", f"the form is broken: {e}", "GET /docs shows what is expected.") from None
-    if body and not ended[0]:
+    if not (empty or form.complete):
         raise Refusal(400, "bad_request", "the form ends too early", "Send it again, the whole of it.")
-    return parts
+    return form.files
 
 # %% ../../nbs/serve/20_api.ipynb #the-service
 async def the_service(request: Request) -> Service:
@@ -381,6 +431,7 @@ FORM = {
     "bad_request": (400, "the form is broken"),
     "too_slow": (408, "the request took longer than 30 s to come in"),
     "too_many_bytes": (413, "the request has more than the 20 MB that are allowed"),
+    "too_many_parts": (413, "the form has more than 33 parts"),
     "no_image": (422, "the request has no file in its form field 'image'"),
 }
 BAD_FORM = errors(**FORM)
@@ -474,6 +525,8 @@ async def explain(request: Request, service: TheService, model: TheModel) -> Res
 NO_LOG = errors(no_log=(503, "this service keeps no prediction log"), log_unavailable=(503, "the log can't be reached"))
 BAD_FEEDBACK = errors(
     bad_request=(400, "the body is no JSON"),
+    too_slow=(408, "the request took longer than 30 s to come in"),
+    too_many_bytes=(413, "the request has more than the 16 kB that are allowed"),
     unknown_request=(404, "no request of that id was answered"),
     unknown_label=(409, "the model knows no 'Satrun'"),
     invalid_request=(422, "body request_id: Field required"),
@@ -586,14 +639,18 @@ def demo_host(service: Service) -> "Host":
 
 # %% ../../nbs/serve/20_api.ipynb #app
 class App(FastAPI):
-    "FastAPI, with a short way to /predict."
+    "FastAPI, with a short way to /predict; behind a proxy too."
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == "/predict" and scope["method"] == "POST" and self.state.short:
-            scope["app"] = self
-            await self.state.short(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
+        if scope["type"] == "http":
+            bare = scope["path"]
+            self.state.proxies(scope)
+            if bare == scope.get("root_path") and scope["method"] == "GET":  # links are relative to a folder
+                return await RedirectResponse(f"{bare}/")(scope, receive, send)
+            if self.state.short and scope["method"] == "POST" and get_route_path(scope) == "/predict":
+                scope["app"] = self
+                return await self.state.short(scope, receive, send)
+        await super().__call__(scope, receive, send)
 
 # %% ../../nbs/serve/20_api.ipynb #predict-directly
 async def predict_directly(scope: Scope, receive: Receive, send: Send) -> None:
@@ -626,7 +683,9 @@ def build_app(
     )
     service = app.state.service = Service(folder, settings, log)
     # One door for both ways in, or a key could ask twice as often as it may.
-    metrics, door = service.metrics, Door(settings)
+    metrics, door, app.state.proxies = service.metrics, Door(settings), Proxies(settings)
+    words = "Bytes of the requests that are in memory"
+    metrics.ask(lambda: [("gauge", "celestial_body_bytes", words, {}, door.bodies.used)])
     app.state.short = None if settings.cors_origins else Guard(predict_directly, settings, metrics, door)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"])
@@ -638,5 +697,5 @@ def build_app(
 
         service.uploads = Uploads(settings)
         logins = Logins(settings) if settings.demo_login else None
-        mount_demo(app, demo_host(service), HANDLERS, logins, 3600 * settings.login_hours)
+        mount_demo(app, demo_host(service), HANDLERS | {Exception: refuse_demo}, logins, 3600 * settings.login_hours)
     return app

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -158,6 +159,7 @@ def serve(
     try:
         with open_port(host, port) as listener:
             from celestial_ml.serve.api import build_app  # after the port, which may be taken
+            from celestial_ml.serve.connections import Connection, Connections
 
             if demo and (why := why_no_demo(settings, host)):
                 demo = False
@@ -171,7 +173,16 @@ def serve(
             print(greeting(host, listener.getsockname()[1], version, demo, keys), flush=True)
             seconds = int(settings.patience + settings.body_seconds) + 1
             config = uvicorn.Config(
-                app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=seconds
+                app,
+                http=partial(Connection, Connections(settings, service.metrics)),  # type: ignore[arg-type]
+                ws="none",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                proxy_headers=False,  # the app's own, see `Proxies`
+                server_header=False,
+                timeout_keep_alive=int(settings.idle_seconds) + 1,  # the connection's own comes first
+                timeout_graceful_shutdown=seconds,
             )
             try:
                 Server(config, service).run(sockets=[listener])
