@@ -133,7 +133,7 @@ def look_into(
                     chunks.append(np.array(chunk))
                     chunk = []
     except OSError:  # what was listed until then counts
-        passed.add("unreadable", folder)
+        passed.add("unreadable", str(folder))
     return np.sort(np.concatenate([*chunks, np.array(chunk, bytes)])), sorted(inside["folder"]), sorted(inside["link"])
 
 # %% ../../nbs/core/08_folders.ipynb #kind
