@@ -76,6 +76,11 @@ class PassedOver:
         "How many may be pictures that somebody expects to be there."
         return sum(n for reason, n in self.counts.items() if _MISSED.fullmatch(reason))
 
+    @property
+    def missed_examples(self) -> list[str]:
+        "Some of those."
+        return [path for reason, paths in self.examples.items() if _MISSED.fullmatch(reason) for path in paths]
+
     def __str__(self) -> str:  # "" where nothing was
         "The counts, as words."
         return ", ".join(f"{n} {REASONS.get(reason, reason)}" for reason, n in self.counts.most_common())

@@ -131,7 +131,9 @@ class Package(Section):
 class Register(Section):
     "Where the model is registered, and what a champion must reach."
 
-    name: str = Field("celestial", pattern=r"^[A-Za-z0-9_-]+$", description="name of the model in the registry")
+    name: str = Field(
+        "celestial", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]{0,99}$", description="name of the model in the registry"
+    )
     min_accuracy: float = Field(0.9, ge=0, le=1, description="accuracy on held-out images, at least")
     min_macro_f1: float = Field(0.9, ge=0, le=1, description="mean F1 of the classes, at least")
     min_class_f1: float = Field(0.7, ge=0, le=1, description="F1 of the worst class, at least")
