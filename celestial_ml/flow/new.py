@@ -38,7 +38,7 @@ def package_name(
             "Begin with a letter from A to Z, and go on with letters, digits, - and _.",
         )
     taken = {"celestial_ml", "tests", "nbs", "params", "output", "data", *sys.stdlib_module_names}
-    if package in taken or iskeyword(package) or _is_installed(package):
+    if package in taken or iskeyword(package) or any(map(_is_installed, (package, project))):
         raise CelestialError(
             f"{project!r} can't be the name of a project: {package} means something else",
             f"Add a word: {project}-pictures.",
@@ -51,7 +51,7 @@ def _is_installed(package: str) -> bool:
     try:
         distribution(package)
     except PackageNotFoundError:
-        spec = find_spec(package)
+        spec = find_spec(package.replace("-", "_"))
         return spec is not None and spec.origin is not None  # a folder beside without Python in it isn't one
     return True
 
