@@ -66,7 +66,7 @@ def test_a_terminal_hides_the_password() -> None:
 
 def test_mistakes_are_words() -> None:
     for arguments, words, expected in (
-        (("new", "a b"), "", "can't name a key"),
+        (("new", "a b"), "", "can't be the name of a key"),
         (("login", "a,b"), "per aspera\n", "can't be a name"),
         (("login", "anna"), "short\n", "too short"),
         (("login", "anna"), "", "too short"),

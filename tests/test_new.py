@@ -141,7 +141,7 @@ def test_makefile_explains_itself(pets: Path) -> None:
         (["my-pets", "--classes", "cat,,dog"], "it's empty"),
         (["my-pets", "--classes", "cat,a/b"], "it holds '/'"),
         (["my-pets", "--classes", "cat,.."], "a dot"),
-        (["my-pets", "--classes", "cat,unknown"], "none of its classes"),
+        (["my-pets", "--classes", "cat,unknown"], "none of the classes"),
         (["my-pets", "--classes", "cat,dog", "--size", "4"], "can't be 4"),
         (["my-pets", "--data", "nowhere"], "no folder"),
         (["my-pets", "--data", "."], "no class folder"),

@@ -8,6 +8,7 @@ __all__ = ['app', 'data_app', 'main']
 # %% ../../nbs/cli/09_app.ipynb #bbc46a24
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,8 @@ from .sweep import sweep_app
 from .words import print_error, words_for_mistakes
 from ..core.errors import CelestialError
 from ..core.files import project_root
+from ..core.folders import PassedOver
+from ..core.names import printable
 
 # %% ../../nbs/cli/09_app.ipynb #d9a39e7e
 app = typer.Typer(
@@ -128,22 +131,28 @@ def _print_tuned(result: dict[str, Any], as_json: bool) -> None:
     print("next:  celestial run tuned")
 
 # %% ../../nbs/cli/09_app.ipynb #images-in
-def _images_in(paths: list[Path]) -> list[Path]:
-    "The images that are meant: files as they are, folders with all images below them."
-    from celestial_ml.data.images import SUFFIXES
+def _images_in(paths: list[Path]) -> "tuple[list[Path], PassedOver]":
+    "The images that are meant, files as they are, folders with all images below them; and what was passed over."
+    from celestial_ml.data.images import SUFFIXES, find_pictures
 
-    found: list[Path] = []
+    images: list[Path] = []
+    passed = PassedOver()
     for path in paths:
         if path.is_dir():
-            inside = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+            inside = sorted(map(Path, find_pictures(path, passed)))
             if not inside:
-                raise CelestialError(f"there is no image in {path}", f"Images end in {', '.join(SUFFIXES)}.")
-            found += inside
-        elif path.exists():
-            found.append(path)
+                rest = f"; passed over: {passed}" if passed.counts else ""
+                raise CelestialError(
+                    f"there is no image in {printable(path)}{rest}", f"Images end in {', '.join(SUFFIXES)}."
+                )
+            images += inside
+        elif path.is_file():
+            images.append(path)
+        elif path.exists():  # reading a pipe or a device may not end
+            raise CelestialError(f"{printable(path)} is not a regular file", "Name image files, or folders of them.")
         else:
-            raise CelestialError(f"there is no {path}", "Name image files, or folders of them.")
-    return found
+            raise CelestialError(f"there is no {printable(path)}", "Name image files, or folders of them.")
+    return images, passed
 
 # %% ../../nbs/cli/09_app.ipynb #predict
 @app.command(epilog="Example: celestial predict saturn.jpg more-pictures/ --json")
@@ -156,22 +165,27 @@ def predict(
     with words_for_mistakes():
         from celestial_ml.serve.predictor import Predictor, find_model
 
-        images = _images_in(paths)
+        images, passed = _images_in(paths)
         predictor = Predictor(find_model(model))
+    if passed.counts:
+        print(f"passed over: {passed}", file=sys.stderr)
     failed = 0
     for path in images:
         try:
             answer = predictor.predict(path)
-        except CelestialError as e:
-            print_error(e)
+        except (CelestialError, OSError) as e:
+            unread = CelestialError(f"{printable(path)} can't be read: {e}", "It must be a file that you may read.")
+            print_error(e if isinstance(e, CelestialError) else unread)
             failed += 1
             continue
         if json_:
-            print(json.dumps({"path": str(path)} | answer.to_dict()), flush=True)
+            print(
+                json.dumps({"path": os.fsencode(path).decode(errors="backslashreplace")} | answer.to_dict()), flush=True
+            )
         elif answer.known:
-            print(f"{path}: {answer.label} ({answer.confidence:.1%})")
+            print(f"{printable(path)}: {answer.label} ({answer.confidence:.1%})")
         else:
-            print(f"{path}: unknown; looks most like {answer.label}")
+            print(f"{printable(path)}: unknown; looks most like {answer.label}")
     if failed:
         raise typer.Exit(2)
 

@@ -47,8 +47,10 @@ class Data(Section):
     folder: str | None = Field(None, description="for source folder: a folder with a folder of images a class")
     per_class: int = Field(150, ge=1, le=1_000_000, description="for source render: images of each class")
     image_px: int = Field(128, ge=16, le=1024, description="for source render: side of an image, in pixels")
-    split: Literal["stratified", "guide"] = Field(
-        "stratified", description="stratified: val and test from every class; guide: the guide's, val only"
+    split: Literal["auto", "folders", "stratified", "guide"] = Field(
+        "auto",
+        description="auto: folders where there are train, val and test, else stratified; folders: as those are; "
+        "stratified: val and test from every class; guide: the guide's, val only",
     )
     val: Fraction = Field(0.15, description="share of the images that training watches but doesn't learn from")
     test: Fraction = Field(0.2, description="share of the images that nobody looks at before `evaluate`")
@@ -63,6 +65,7 @@ class Check(Section):
     min_per_class: int = Field(5, ge=2, description="readable images that each class needs")
     min_px: int = Field(16, ge=1, description="shortest side that an image may have, in pixels")
     max_unreadable: Fraction = Field(0.0, description="share of unreadable images that is tolerated")
+    max_passed_over: Fraction = Field(0.0, description="share of pictures passed over that gives no warning")
     max_imbalance: float = Field(20.0, ge=1, description="largest class over smallest class, at most")
 
 # %% ../../nbs/core/04_params.ipynb #prepare
@@ -128,7 +131,9 @@ class Package(Section):
 class Register(Section):
     "Where the model is registered, and what a champion must reach."
 
-    name: str = Field("celestial", pattern=r"^[A-Za-z0-9_-]+$", description="name of the model in the registry")
+    name: str = Field(
+        "celestial", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]{0,99}$", description="name of the model in the registry"
+    )
     min_accuracy: float = Field(0.9, ge=0, le=1, description="accuracy on held-out images, at least")
     min_macro_f1: float = Field(0.9, ge=0, le=1, description="mean F1 of the classes, at least")
     min_class_f1: float = Field(0.7, ge=0, le=1, description="F1 of the worst class, at least")

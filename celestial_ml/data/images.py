@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'SUFFIXES', 'MIN_SIDE', 'MAX_RATIO', 'MAX_PIXELS', 'SIDE', 'CHEAP', 'MAX_PARTS', 'MAX_SCANS', 'LIMITS',
-           'ImageError', 'Head', 'open_image', 'decode_opened', 'Limits', 'Picture', 'read_costly', 'read_image',
-           'decode_image', 'check_polyglot']
+           'ImageError', 'is_picture', 'find_pictures', 'Head', 'open_image', 'decode_opened', 'Limits', 'Picture',
+           'read_costly', 'read_image', 'decode_image', 'check_polyglot']
 
 # %% ../../nbs/data/03_images.ipynb #1d3fd01d
 import atexit
@@ -17,18 +17,19 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ..core.errors import CelestialError
+from ..core.folders import PassedOver, find_files, is_leftover
 from ..core.isolated import Isolated, IsolatedError
 
 # %% ../../nbs/data/03_images.ipynb #imageerror
 FORMATS = ("JPEG", "PNG", "WEBP")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".jpe", ".pjpeg", ".pjp", ".png", ".webp")
 MIN_SIDE = 8  # pixels; there is nothing to see in less
 MAX_RATIO = 50  # of the longer side to the shorter; a panorama all around has 10 to 20
 MAX_PIXELS = 50_000_000  # a 50-megapixel camera
@@ -45,6 +46,21 @@ class ImageError(CelestialError):
     def __init__(self, code: str, message: str, hint: str):
         self.code = code
         super().__init__(message, hint)
+
+# %% ../../nbs/data/03_images.ipynb #find-pictures
+def is_picture(
+    path: PurePath | str,  # below the folder or the archive that was named
+) -> bool:
+    "Whether somebody put a file there as a picture, by its name."
+    return str(path).lower().endswith(SUFFIXES) and not is_leftover(path)
+
+
+def find_pictures(
+    folder: Path | str,
+    passed: PassedOver | None = None,  # counts what is left out
+) -> Iterator[str]:  # paths that begin with `folder`; always in the same order
+    "The pictures below a folder, as `find_files`: leftovers are left out, linked folders are followed once."
+    return find_files(folder, SUFFIXES, passed)
 
 # %% ../../nbs/data/03_images.ipynb #head
 @dataclass(frozen=True)

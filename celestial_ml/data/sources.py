@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -119,10 +120,19 @@ def make_data_set(
     if data.test_source is None:
         return with_split(catalog, data, seed)
     learned = with_split(catalog, data.model_copy(update={"test": 0.0}), seed)
+    if (learned.split == "test").any():
+        raise CelestialError(
+            f"data.source {data.source} has a folder test, and data.test_source is {data.test_source}",
+            "Set one of them to null, or data.split=stratified to learn from all images of data.source.",
+        )
     asked = make_catalog(get_source(data.test_source).fetch(data, seed, root, run), root)
+    asked = asked.drop(columns="part", errors="ignore")
     if strange := sorted(set(asked.label) - set(learned.label)):
         raise CelestialError(
             f"data.test_source {data.test_source} has classes that data.source {data.source} lacks: {', '.join(strange)}",
             "Test on images of the classes that are learned.",
         )
-    return pd.concat([learned, asked.assign(source=data.test_source, split="test")], ignore_index=True)
+    both = pd.concat([learned, asked.assign(source=data.test_source, split="test")], ignore_index=True)
+    passed = Counter(learned.attrs["passed_over"]) + Counter(asked.attrs["passed_over"])
+    both.attrs = asked.attrs | learned.attrs | {"passed_over": dict(passed)}
+    return both

@@ -26,6 +26,7 @@ from celestial_ml.flow.report import (
     params_block,
     verdict_words,
 )
+from .steps import run_folder
 from ..registry.difference import Comparison, flat, make_comparison
 from ..registry.evidence import EVIDENCE, Evidence
 from ..registry.pages import Beside, Block, Card, Picture, Table, block_markdown
@@ -128,7 +129,7 @@ def read_run(
     run: str,  # a folder under output/
 ) -> Side:
     "A run that was made here; `CelestialError` where there is none."
-    folder = root / "output" / run
+    folder = root / run_folder(run)
     if not (folder / "metrics.json").is_file():
         made = [path.parent.name for path in (root / "output").glob("*/metrics.json")]
         if made and not (root / "params" / f"{run}.yaml").is_file():

@@ -15,6 +15,7 @@ from typing import Any
 
 import celestial_ml
 from ..core.files import read_json, sha256_of, write_json
+from ..core.folders import PassedOver, find_files
 from ..core.own import own_file
 from .steps import Task
 
@@ -66,11 +67,16 @@ def module_closure(
 def folder_checksum(
     folder: Path,
 ) -> str:  # 64 hexadecimal digits
-    "One checksum for the names and contents of all files below a folder."
-    total = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            total.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
+    "One checksum for the names and contents of all files below a folder, behind links too; leftovers don't count."
+    total, passed = hashlib.sha256(), PassedOver()
+    for path in sorted(map(Path, find_files(folder, ("",), passed))):  # every name ends in nothing
+        try:
+            content = sha256_of(path)
+        except OSError as e:
+            content = str(e.errno)
+        total.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode(errors="surrogateescape"))
+    if links := passed.counts["link_again"]:  # one more is one more class
+        total.update(f"{links} links".encode())
     return total.hexdigest()
 
 # %% ../../nbs/flow/01_state.ipynb #step-modules

@@ -15,6 +15,7 @@ import yaml
 
 from ..core.errors import CelestialError, unknown
 from ..core.files import project_root
+from ..core.names import check_name
 from ..core.params import Params
 
 # %% ../../nbs/flow/00_steps.ipynb #task
@@ -32,10 +33,8 @@ def run_folder(
     run: str,  # a name; those of a sweep have two: "sweep/run"
 ) -> Path:  # relative to the project's root
     "Where a run's products are; `CelestialError` for a name that is no folder's."
-    names = run.split("/")
-    if len(names) > 2 or any(not name or name != Path(name).name or name.startswith(".") for name in names):
-        raise CelestialError(f"{run!r} can't be the name of a run", "Use letters, digits, - and _.")
-    return Path("output") / run
+    names = run.split("/", 1)
+    return Path("output", *(check_name("run", name) for name in names))
 
 # %% ../../nbs/flow/00_steps.ipynb #task-specs
 def task_specs(

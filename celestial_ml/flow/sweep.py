@@ -88,7 +88,8 @@ def run_name(
         said = re.sub(r"[^\w.+-]+", "-", _said(value)).strip("-.") or "empty"
         parts.append(said if key == "params" else f"{leaf if leaves.count(leaf) == 1 else key}-{said}")
     name = "_".join(parts) or "run"
-    return name if len(name) <= 80 else f"{name[:70]}~{sha256_of(name.encode())[:8]}"
+    short = name.encode()[:70].decode(errors="ignore")
+    return name if len(name.encode()) <= 80 else f"{short}~{sha256_of(name.encode())[:8]}"
 
 # %% ../../nbs/flow/07_sweep.ipynb #notebook
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -102,20 +103,27 @@ def block_markdown(
 ) -> str:
     "A block as Markdown."
     if isinstance(block, str):
-        return block
+        return _plain(block)
     if isinstance(block, list):
-        return "\n".join(f"- {item}" for item in block)
+        return "\n".join(f"- {_plain(item)}" for item in block)
     if isinstance(block, Links):
         return " · ".join(f"[{name}]({address})" for name, address in block.pages)
     if isinstance(block, Gallery):
-        return "\n".join(f"- {words}" for _, words, _ in block.pictures if block.told)
+        return "\n".join(f"- {_plain(words)}" for _, words, _ in block.pictures if block.told)
     if isinstance(block, Picture):
-        return "" if plots is None else f"![{block.caption}]({plots}{block.path.name})"
+        return "" if plots is None else f"![{_plain(block.caption)}]({plots}{block.path.name})"
     if isinstance(block, Beside):
         return "\n\n".join(filter(None, (block_markdown(picture, plots) for picture in block.pictures)))
     lines = [block.header, ["---"] * len(block.header)]
-    lines += [[_cell(v, i in block.shares).replace("|", "\\|") for i, v in enumerate(row)] for row in block.rows]
+    lines += [
+        [_plain(_cell(v, i in block.shares)).replace("|", "\\|") for i, v in enumerate(row)] for row in block.rows
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    "Text in which Markdown sees no HTML: a class may be called `<b>`."
+    return re.sub(r"<(?=[A-Za-z/!?])", r"\\<", text)
 
 # %% ../../nbs/registry/06_pages.ipynb #card-markdown
 def card_markdown(

@@ -20,6 +20,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ..core.errors import CelestialError
+from ..core.names import check_name
 
 # %% ../../nbs/serve/04_settings.ipynb #pairs
 def _pairs(value: Any) -> Any:
@@ -156,8 +157,7 @@ def new_key(
     name: str,  # whose it is; shows up in logs and in the rate limit
 ) -> tuple[str, str]:  # the key, which is shown once, and NAME:HASH for the environment
     "Draw an API key."
-    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,40}", name):
-        raise CelestialError(f"{name!r} can't name a key", "Use letters, digits, dots, dashes; 40 at most.")
+    check_name("key", name)
     key = f"ck_{secrets.token_urlsafe(32)}"
     return key, f"{name}:{key_hash(key)}"
 
