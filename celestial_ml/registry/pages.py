@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.files import atomic
+from ..core.many import few_of
 
 if TYPE_CHECKING:  # both would slow a rollback down, which writes a word on a card
     import numpy as np
     from PIL import Image
 
 # %% auto #0
-__all__ = ['Block', 'Table', 'Picture', 'Beside', 'Gallery', 'Links', 'Card', 'share', 'block_markdown', 'card_markdown',
-           'card_html', 'write_card', 'mark_retired']
+__all__ = ['Block', 'Table', 'Picture', 'Beside', 'Gallery', 'Links', 'Card', 'share', 'few_rows', 'block_markdown',
+           'card_markdown', 'card_html', 'write_card', 'mark_retired']
 
 # %% ../../nbs/registry/06_pages.ipynb #table
 @dataclass(frozen=True)
@@ -94,6 +95,19 @@ def _cell(value: Any, as_share: bool) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return "–" if value is None else str(value)
+
+# %% ../../nbs/registry/06_pages.ipynb #few-rows
+def few_rows(
+    table: Table,
+    first: Callable[[Sequence[Any]], Any],  # the key by which rows are sorted where there are many
+    which: str,  # what the first ones are
+) -> list[Block]:
+    "A table; of many rows the first few, and a line that says how many there are."
+    shown = few_of(table.rows)
+    if len(shown) == len(table.rows):
+        return [table]
+    shown = sorted(table.rows, key=first)[: len(shown)]
+    return [Table(table.header, shown, table.shares), f"{len(shown)} of {len(table.rows)} are shown: {which}."]
 
 # %% ../../nbs/registry/06_pages.ipynb #block-markdown
 def block_markdown(
