@@ -91,7 +91,7 @@ def plot_errors(
             ax.imshow(picture.squeeze(), cmap="gray")
             ax.axis("off")
             colour = "#2e9e5b" if name == said.label else "#d64545" if name == said.predicted else "gray"
-            ax.set_title(f"looks like\n{in_figure(name, 18)}", fontsize=8, color=colour)
+            ax.set_title(f"looks like\n{in_figure(name, 16)}", fontsize=8, color=colour)
     mistakes = int((~table.correct).sum())
     shown = "the surest first" if mistakes else "the least sure answers"
     fig.suptitle(f"mistakes: {mistakes or 'none'} in {len(table)} images; {shown}", fontsize=10)

@@ -14,10 +14,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from ..core.files import atomic
 from ..core.many import FEW, MANY, shortened
+from ..data.sheet import save_sheet
 
 # %% ../../nbs/model/04_plots.ipynb #in-figure
 def in_figure(
@@ -87,6 +89,7 @@ def _plot_image(counts: np.ndarray, classes: list[str], title: str) -> Figure:
     ax.set_xticks(places, names, rotation=45, ha="right", fontsize=8)
     ax.set_yticks(places, names, fontsize=8)
     ax.set(xlabel=f"predicted, {len(places)} of {len(classes)} classes named", ylabel="true", title=title)
+    fig.set_layout_engine("constrained", w_pad=0.15)
     _plot_pairs(pairs, counts, classes)
     return fig
 
@@ -123,7 +126,7 @@ def show_prediction(ax: Any, pixels: np.ndarray, row: Any) -> None:
     for spine in ax.spines.values():
         spine.set(edgecolor=colour, linewidth=3)
     ax.set(xticks=[], yticks=[])
-    names = [in_figure(name, 18) for name in ((row.predicted,) if row.correct else (row.label, row.predicted))]
+    names = [in_figure(name, 14) for name in ((row.predicted,) if row.correct else (row.label, row.predicted))]
     said = ", not ".join(names)
     if len(said) > 24:  # it would run into the next picture's
         said = "\nnot ".join(names)
@@ -155,7 +158,9 @@ def save_figure(
     fig: Figure,
     path: Path | str,  # a .png
 ) -> None:
-    "Write the figure, atomically, at most `LARGEST` pixels a side, the same one as the same file."
+    "Write the figure, atomically, the same one as the same file: at most `LARGEST` pixels a side and 1 MB."
     with atomic(path) as f:
         fig.savefig(f, dpi=min(110, LARGEST / max(fig.get_size_inches())), metadata={"Software": None})
+        if f.stat().st_size > 1_000_000:
+            save_sheet(Image.open(f).convert("RGB"), f)
     plt.close(fig)

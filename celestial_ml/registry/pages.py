@@ -175,7 +175,7 @@ background:linear-gradient(90deg,var(--accent) var(--v),var(--bar) 0)}td.name{fo
 td.num{white-space:nowrap}td.yes{color:var(--good);font-weight:700}td.no{color:var(--bad);font-weight:700}
 figure{margin:1.1rem 0;padding:1rem;background:#fff;border:1px solid var(--line);border-radius:10px;text-align:center}
 figure img{max-width:100%;max-height:46rem;height:auto}figcaption{color:#5d6880;font-size:.85rem;margin-top:.4rem}
-.beside{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:1rem}.beside figure{margin:0}
+.beside{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:1rem}.beside figure{margin:0}.beside .whole{grid-column:1/-1}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(7.2rem,1fr));gap:.8rem;margin:.9rem 0}
 .gallery figure{margin:0;padding:0;border:0;border-radius:0;background:none;text-align:left}
 .gallery img{display:block;width:100%;aspect-ratio:1;object-fit:contain;background:#000;border-radius:9px;
@@ -235,7 +235,8 @@ def _html(block: Block) -> str:
         shown = (_figure(Image.fromarray(image), words, 160, kind) for image, words, kind in block.pictures)
         return f'<div class="gallery">{"".join(shown)}</div>'
     if isinstance(block, Picture):
-        return _figure(Image.open(block.path), block.caption)
+        image = Image.open(block.path)
+        return _figure(image, block.caption, kind="whole" if image.width > 1.8 * image.height else "")
     if isinstance(block, Beside):
         return f'<div class="beside">{"".join(map(_html, block.pictures))}</div>'
     head = "".join(f"<th>{escape(name)}</th>" if name else "<td></td>" for name in block.header)
