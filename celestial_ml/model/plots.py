@@ -33,12 +33,13 @@ def in_figure(
 # %% ../../nbs/model/04_plots.ipynb #plot-confusion
 def _plot_matrix(counts: np.ndarray, classes: list[str], title: str) -> Figure:
     "A number in each cell."
-    fig, ax = plt.subplots(figsize=(1.5 + 0.55 * len(classes),) * 2, layout="constrained")
+    names = [in_figure(name) for name in classes]
+    for_names = 0.08 * max(0, max(map(len, names)) - 10)  # inches
+    fig, ax = plt.subplots(figsize=(min(1.5 + 0.55 * len(classes) + for_names, 18),) * 2, layout="constrained")
     ax.imshow(counts, cmap="Blues", vmin=0)
     for (row, column), n in np.ndenumerate(counts):
         if n:
             ax.text(column, row, n, ha="center", va="center", color="white" if n > counts.max() / 2 else "black")
-    names = [in_figure(name) for name in classes]
     ax.set_xticks(range(len(classes)), names, rotation=45, ha="right")
     ax.set_yticks(range(len(classes)), names)
     ax.set(xlabel="predicted", ylabel="true", title=title)

@@ -258,7 +258,7 @@ def _lineage(about: dict[str, Any]) -> list[Block]:
         ("MLflow run", lineage["mlflow_run"]),
         ("code", lineage["code_revision"]),
         ("data, SHA-256", lineage["data_sha256"]),
-        ("largest difference of a logit, Keras against ONNX", about.get("parity")),
+        ("largest difference of a logit, Keras against ONNX, over the largest logit", about.get("parity")),
     ]
     settings = [
         (f"{section}.{key}", str(value))
