@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from celestial_ml.core.many import FEW, MANY, PAIRS
 from celestial_ml.data.sheet import contact_sheet, save_sheet, some_of_each
-from celestial_ml.model.errors import confused_pairs, plot_errors, worst_mistakes
+from celestial_ml.model.errors import confused_pairs
 from celestial_ml.model.evaluate import compute_metrics, predictions_table
 from celestial_ml.model.explain import EXPLAINED, choose_explained, plot_explanations
 from celestial_ml.model.performance import write_performance
@@ -114,11 +114,6 @@ def test_explanations_have_a_budget(tmp_path: Path, crowd: pd.DataFrame) -> None
     saved(plot_explanations(pixels, chosen, {"a": rng.random((EXPLAINED, 64, 64))}, near), tmp_path)
 
 
-def test_mistakes_of_long_names(tmp_path: Path, crowd: pd.DataFrame) -> None:
-    pixels, chosen = np.zeros((len(crowd), 16, 16, 3), np.uint8), worst_mistakes(crowd)
-    saved(plot_errors(pixels, crowd, chosen, [pixels[:3]] * 8, [crowd.label[:3]] * 8), tmp_path)
-
-
 @pytest.mark.parametrize("count", [2, 10, 62, 300, 3000])
 def test_a_contact_sheet_has_a_largest_size(tmp_path: Path, count: int) -> None:
     labels = pd.Series(np.repeat(names(count), 12))
@@ -187,10 +182,9 @@ def test_the_demos_matrix_of_many_classes_is_a_list(tmp_path: Path, crowd: pd.Da
 
 
 def test_a_model_that_confuses_everything_still_has_pictures(tmp_path: Path) -> None:
-    table = answers(names(25), right=0.0)
-    table = pd.concat([table] * 5).reset_index(drop=True)
-    table["predicted"] = np.tile(names(25), 30)
-    table["correct"] = table.label == table.predicted
+    pairs = [(truth, said) for truth in names(25) for said in names(25)]
+    about = pd.DataFrame({"path": range(625), "label": [truth for truth, _ in pairs]})
+    table = predictions_table(about, np.eye(25)[[names(25).index(said) for _, said in pairs]], names(25))
     sheet = write_performance(
         tmp_path / "a.json", tmp_path / "a.webp", table, names(25), lambda path: np.zeros((8, 8, 3), np.uint8)
     )
