@@ -63,6 +63,8 @@ def fit_distance(
     classes = np.unique(labels)
     means = np.stack([unit[labels == c].mean(axis=0) for c in classes])
     within = unit - means[np.searchsorted(classes, labels)]
+    if len(labels) < 2 * len(classes):  # too few of a class to tell its spread: that of all stands for it
+        within = unit
     covariance = LedoitWolf(assume_centered=True).fit(within.astype(np.float64)).covariance_
     covariance += np.eye(len(covariance)) * 1e-6
     values, vectors = np.linalg.eigh(covariance)
