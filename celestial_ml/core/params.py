@@ -123,7 +123,12 @@ class Explain(Section):
 class Package(Section):
     "What the served file must fulfil."
 
-    tolerance: float = Field(1e-3, gt=0, le=1, description="largest difference of a logit, Keras against ONNX")
+    tolerance: float = Field(
+        1e-3,
+        gt=0,
+        le=1,
+        description="difference of a logit, Keras against ONNX, as a share of the largest, at most",
+    )
     serve: Literal["float32", "int8"] = Field("float32", description="int8: the smaller file, where it's as good")
     int8_loss: Fraction = Field(0.002, description="accuracy that the int8 file may lose and still be served")
 
@@ -144,7 +149,9 @@ class Register(Section):
     max_ms: float = Field(25.0, gt=0, description="median time for an image in-process, in milliseconds, at most")
     max_mb: float = Field(20.0, gt=0, description="size of the served file, in megabytes, at most")
     max_difference: float = Field(
-        1e-3, gt=0, description="difference of a logit, Keras against what is served, at most"
+        1e-3,
+        gt=0,
+        description="difference of a logit, Keras against what is served, as a share of the largest, at most",
     )
     must_beat: list[Literal["trivial", "guide-baseline"]] = Field(
         ["trivial", "guide-baseline"], description="what it must be significantly better than, on the same images"

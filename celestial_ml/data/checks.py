@@ -18,6 +18,7 @@ import pandas as pd
 
 from ..core.errors import AnswerIsNo
 from ..core.folders import PassedOver
+from ..core.many import listed
 from ..core.names import printable
 from ..core.params import Check
 
@@ -101,7 +102,7 @@ def enough_images(catalog: pd.DataFrame, p: Check) -> Finding:
     counts = catalog[catalog.error.isna()].groupby("label").sha256.nunique()
     counts = counts.reindex(catalog.label.unique(), fill_value=0)
     few = counts[counts < p.min_per_class]
-    saw = ", ".join(f"{label} has {n}" for label, n in few.items()) or f"the smallest class has {counts.min()}"
+    saw = listed(f"{label} has {n}" for label, n in few.items()) or f"the smallest class has {counts.min()}"
     return _finding("enough_images", few.empty, f"{saw}; {p.min_per_class} distinct images a class are needed")
 
 # %% ../../nbs/data/07_checks.ipynb #balanced
@@ -142,7 +143,7 @@ def every_class_in_every_split(catalog: pd.DataFrame, p: Check) -> Finding:
     "Can every class be learned and measured?"
     table = pd.crosstab(catalog.label, catalog.split)
     missing = [f"{label} in {split}" for split in table for label in table.index[table[split] == 0]]
-    saw = f"missing: {', '.join(missing)}" if missing else f"every class is in {', '.join(table.columns)}"
+    saw = f"missing: {listed(missing)}" if missing else f"every class is in {', '.join(table.columns)}"
     return _finding("every_class_in_every_split", not missing, saw)
 
 # %% ../../nbs/data/07_checks.ipynb #run-checks

@@ -29,7 +29,7 @@ from celestial_ml.flow.report import (
 from .steps import run_folder
 from ..registry.difference import Comparison, flat, make_comparison
 from ..registry.evidence import EVIDENCE, Evidence
-from ..registry.pages import Beside, Block, Card, Picture, Table, block_markdown
+from ..registry.pages import Beside, Block, Card, Picture, Table, block_markdown, few_rows
 from ..registry.versions import damage, published, read_version, versions
 
 if TYPE_CHECKING:
@@ -271,13 +271,14 @@ def _score(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 # %% ../../nbs/flow/10_compare.ipynb #classes-block
-def _classes_block(found: Comparison) -> Block:
-    "The F1 of each class."
+def _classes_block(found: Comparison) -> list[Block]:
+    "The F1 of each class; of many those that changed most."
     rows = [
         (name, _score(theirs), _score(ours), "–" if ours is None or theirs is None else f"{ours - theirs:+.3f}")
         for name, (ours, theirs) in found.classes.items()
     ]
-    return Table(("class", f"F1, {found.theirs}", f"F1, {found.ours}", ""), rows)
+    table = Table(("class", f"F1, {found.theirs}", f"F1, {found.ours}", ""), rows)
+    return few_rows(table, lambda row: -abs(float(row[3])) if row[3] != "–" else -1, "those that changed most")
 
 # %% ../../nbs/flow/10_compare.ipynb #title
 def title(
@@ -313,7 +314,7 @@ def report_markdown(
         gate,
         rules,
         _folded("Mistakes that got more or fewer", block_markdown(mistakes_block(found))),
-        _folded("Class by class", block_markdown(_classes_block(found)), chart(found)),
+        _folded("Class by class", *map(block_markdown, _classes_block(found)), chart(found)),
         _folded("Pictures", pictures) if pictures else "",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -390,7 +391,7 @@ def report_page(
             sections += [
                 (f"{prefix}parameters", [*filter(None, [report.base.note]), params_block(found)]),
                 (f"{prefix}figures", [figures_block(found)]),
-                (f"{prefix}mistakes", [mistakes_block(found), _classes_block(found)]),
+                (f"{prefix}mistakes", [mistakes_block(found), *_classes_block(found)]),
             ]
         sections += [
             (f"{prefix}pictures", _pictures(report, folder)),

@@ -15,7 +15,7 @@ import numpy as np
 from ..data.images import ImageError, decode_image
 from ..registry.difference import Comparison, Difference, flat, make_comparison, strangers
 from ..registry.evidence import Evidence, Paired
-from ..registry.pages import Beside, Block, Card, Gallery, Links, Picture, Table, share
+from ..registry.pages import Beside, Block, Card, Gallery, Links, Picture, Table, few_rows, share
 from ..registry.versions import damage, published, read_version
 
 if TYPE_CHECKING:
@@ -298,7 +298,7 @@ def _data(
         f"{total} pictures of {len(counts)} classes, {sources.get(source, f'from the source {source}')}. It learned from train, was set up "
         "on val, and was measured on test.",
         Gallery([(image, label, "") for label, image in samples], told=False),
-        Table(("class", *splits, "all"), rows),
+        *few_rows(Table(("class", *splits, "all"), rows), lambda row: row[-1], "the smallest classes"),
         found,
     ]
 
@@ -311,10 +311,11 @@ def _result(about: Mapping[str, Any], plots: Mapping[str, Path]) -> list[Block]:
         (name, round(f["recall"] * f["images"]), f["images"], f["recall"], f["precision"])
         for name, f in metrics["per_class"].items()
     ]
+    table = Table(("class", "named rightly", "pictures", "of its pictures", "of its answers"), rows, (3, 4))
     gap = metrics["intervals"].get("ece", {}).get("value")
     return [
         f"Taken most often: {', '.join(confused)}." if confused else "No picture was taken for another class.",
-        Table(("class", "named rightly", "pictures", "of its pictures", "of its answers"), rows, (3, 4)),
+        *few_rows(table, lambda row: row[3], "those of which the fewest pictures are named rightly"),
         *(
             []
             if gap is None

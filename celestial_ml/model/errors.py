@@ -15,18 +15,19 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .plots import show_prediction
+from ..core.many import PAIRS
+from .plots import in_figure, show_prediction
 
 # %% ../../nbs/model/11_errors.ipynb #confused-pairs
 def confused_pairs(
     table: pd.DataFrame,  # of `predictions_table`
-) -> list[dict[str, Any]]:  # label, predicted, images, share: most frequent first; empty without a mistake
+) -> list[dict[str, Any]]:  # label, predicted, images, share: most frequent first, at most `PAIRS`
     "What is taken for what, how often, and in which share of the images of that label."
     of_label, mistakes = Counter(table.label), table[~table.correct]
     pairs = Counter(zip(mistakes.label, mistakes.predicted, strict=True))
     return [
         {"label": label, "predicted": predicted, "images": n, "share": n / of_label[label]}
-        for (label, predicted), n in sorted(pairs.items(), key=lambda pair: (-pair[1], pair[0]))
+        for (label, predicted), n in sorted(pairs.items(), key=lambda pair: (-pair[1], pair[0]))[:PAIRS]
     ]
 
 # %% ../../nbs/model/11_errors.ipynb #worst-mistakes
@@ -90,7 +91,7 @@ def plot_errors(
             ax.imshow(picture.squeeze(), cmap="gray")
             ax.axis("off")
             colour = "#2e9e5b" if name == said.label else "#d64545" if name == said.predicted else "gray"
-            ax.set_title(f"looks like\n{name}", fontsize=8, color=colour)
+            ax.set_title(f"looks like\n{in_figure(name, 16)}", fontsize=8, color=colour)
     mistakes = int((~table.correct).sum())
     shown = "the surest first" if mistakes else "the least sure answers"
     fig.suptitle(f"mistakes: {mistakes or 'none'} in {len(table)} images; {shown}", fontsize=10)

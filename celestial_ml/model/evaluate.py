@@ -43,12 +43,6 @@ def predictions_table(
         logits=list(logits.astype(np.float32)),
     )
 
-# %% ../../nbs/model/03_evaluate.ipynb #scores
-def _scores(label: Any, predicted: Any, **options: Any) -> dict[str, float]:
-    "Precision, recall and F1."
-    scores = precision_recall_fscore_support(label, predicted, zero_division=0, **options)
-    return dict(zip(("precision", "recall", "f1"), (float(np.squeeze(s)) for s in scores[:3]), strict=True))
-
 # %% ../../nbs/model/03_evaluate.ipynb #compute-metrics
 def compute_metrics(
     table: pd.DataFrame,  # of `predictions_table`
@@ -56,15 +50,16 @@ def compute_metrics(
 ) -> dict[str, Any]:  # images, accuracy, loss, macro and per_class
     "The figures of a model: accuracy, cross-entropy, and precision, recall and F1 of each class and their mean."
     probabilities = np.stack(table.probabilities.tolist())
+    *scores, images = precision_recall_fscore_support(table.label, table.predicted, labels=classes, zero_division=0)
+    by_class = pd.DataFrame(np.transpose(scores), classes, ["precision", "recall", "f1"])
     return {
         "images": len(table),
         "accuracy": float(accuracy_score(table.label, table.predicted)),
         "loss": float(log_loss(table.label, probabilities, labels=classes)),
-        "macro": _scores(table.label, table.predicted, labels=classes, average="macro"),
+        "macro": {name: float(np.average(by_class[name])) for name in by_class},
         "per_class": {
-            name: _scores(table.label, table.predicted, labels=[name], average=None)
-            | {"images": int((table.label == name).sum())}
-            for name in classes
+            name: figures | {"images": int(n)}
+            for (name, figures), n in zip(by_class.to_dict("index").items(), images, strict=True)
         },
     }
 

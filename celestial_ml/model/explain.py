@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['SANITY_LIMIT', 'occlusion_map', 'share_on_body', 'grad_cam', 'weighted_layers', 'randomised', 'map_similarity',
-           'sanity_check', 'plot_sanity', 'nearest_images', 'plot_explanations']
+__all__ = ['SANITY_LIMIT', 'EXPLAINED', 'occlusion_map', 'share_on_body', 'grad_cam', 'weighted_layers', 'randomised',
+           'map_similarity', 'sanity_check', 'plot_sanity', 'nearest_images', 'choose_explained', 'plot_explanations']
 
 # %% ../../nbs/model/05_explain.ipynb #margin
 def _margin(logits: np.ndarray, target: int) -> np.ndarray:  # (n,)
@@ -171,6 +171,25 @@ def nearest_images(
     unit = [e / np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-9) for e in (embeddings, known)]
     return np.argsort(-(unit[0] @ unit[1].T), axis=1, kind="stable")[:, :k]
 
+# %% ../../nbs/model/05_explain.ipynb #choose-explained
+EXPLAINED = 24  # images, at most
+
+
+def choose_explained(
+    table: pd.DataFrame,  # of `predictions_table`
+    per_class: int,
+    most: int = EXPLAINED,  # in all
+) -> pd.DataFrame:  # rows of the table, by label
+    "The images to explain."
+    chosen = table.sort_values("confidence").groupby("label").head(per_class)
+    if len(chosen) > most:
+        alike = table.groupby(["label", "predicted"]).label.transform("size").loc[chosen.index]
+        order = chosen.assign(times=alike.where(~chosen.correct, 0)).sort_values(
+            ["times", "confidence"], ascending=[False, True]
+        )
+        chosen = chosen.loc[order.index[:most]]
+    return chosen.sort_values("label")
+
 # %% ../../nbs/model/05_explain.ipynb #plot-explanations
 def plot_explanations(
     pixels: np.ndarray,  # uint8 (n, size, size, channels)
@@ -178,20 +197,25 @@ def plot_explanations(
     maps: dict[str, Sequence[np.ndarray]],  # by the name of the method: their maps
     reminded: list[np.ndarray],  # uint8 (k, size, size, channels) each: the nearest training images
 ) -> Figure:
-    "A row an image: the picture, what the answer rests on, and the training images it looks most like."
-    columns = 1 + len(maps) + len(reminded[0])
+    "A row an image, or two: the picture, what the answer rests on, and the training images it looks most like."
+    columns, beside = 1 + len(maps) + len(reminded[0]), 1 if len(pixels) <= 12 else 2
+    rows = -(-len(pixels) // beside)
     fig, axes = plt.subplots(
-        len(pixels), columns, figsize=(1.3 * columns, 1.5 * len(pixels)), layout="constrained", squeeze=False
+        rows, columns * beside, figsize=(1.3 * columns * beside, 1.5 * rows), layout="constrained", squeeze=False
     )
-    for row, (picture, said, others) in enumerate(zip(pixels, table.itertuples(), reminded, strict=True)):
-        show_prediction(axes[row, 0], picture, said)
-        for ax, saliency in zip(axes[row, 1:], (of_method[row] for of_method in maps.values()), strict=False):
+    lines = np.concatenate(np.split(axes, beside, axis=1))
+    for ax in lines[len(pixels) :].flat:
+        ax.axis("off")
+    for i, (line, picture, said, others) in enumerate(zip(lines, pixels, table.itertuples(), reminded, strict=False)):
+        show_prediction(line[0], picture, said)
+        for ax, saliency in zip(line[1:], (of_method[i] for of_method in maps.values()), strict=False):
             ax.imshow(picture.mean(axis=-1), cmap="gray")
             ax.imshow(saliency, cmap="inferno", alpha=0.65, vmin=0, vmax=max(np.abs(saliency).max(), 1e-6))
-        for ax, other in zip(axes[row, 1 + len(maps) :], others, strict=True):
+        for ax, other in zip(line[1 + len(maps) :], others, strict=True):
             ax.imshow(other.squeeze(), cmap="gray")
-        for ax in axes[row, 1:]:
+        for ax in line[1:]:
             ax.axis("off")
-    for ax, name in zip(axes[0, 1:], [*maps, "looks most like"], strict=False):
-        ax.set_title(name, fontsize=8)
+    for top in lines[::rows]:
+        for ax, name in zip(top[1:], [*maps, "looks most like"], strict=False):
+            ax.set_title(name, fontsize=8)
     return fig

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['answer_graph', 'serving_graph', 'same_size', 'write_selftest']
+__all__ = ['answer_graph', 'serving_graph', 'logit_difference', 'same_size', 'write_selftest']
 
 # %% ../../nbs/model/07_export.ipynb #network-graph
 def network_graph(
@@ -100,6 +100,14 @@ def serving_graph(
     assert merged is not None
     onnx.checker.check_model(merged, full_check=True)
     return merged
+
+# %% ../../nbs/model/07_export.ipynb #logit-difference
+def logit_difference(
+    logits: np.ndarray,  # float (n, classes)
+    others: np.ndarray,  # float (n, classes), of the same pictures
+) -> float:
+    "The largest difference of a logit, as a share of the largest logit where that is above 1."
+    return float(abs(logits - others).max() / max(1.0, abs(others).max()))
 
 # %% ../../nbs/model/07_export.ipynb #same-size
 def same_size(

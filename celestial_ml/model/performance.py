@@ -15,6 +15,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from ..core.files import atomic, write_json
+from ..core.many import FEW, MANY
 from .calibrate import confidence_bins
 
 # %% auto #0
@@ -26,13 +27,21 @@ def cell_rows(
     mistakes: int = 12,  # of each cell, at most
     right: int = 6,
     most: int = 400,  # in all; a bound for a model that confuses everything with everything
+    cells: int = 400,  # that are looked at, at most: the largest mistakes, a third for what is recognised least
 ) -> dict[tuple[str, str], list[int]]:  # (truth, answer) → places in `predictions`
     "The answers of each cell of the confusion matrix that are worth a look."
     numbered = predictions.reset_index(drop=True)
+    groups: dict[Any, Any] = dict(numbered.groupby(["label", "predicted"]).groups)
+    if len(groups) > cells:
+        recalls, third = numbered.groupby("label").correct.mean(), cells // 3
+        wrong = sorted((c for c in groups if c[0] != c[1]), key=lambda c: -len(groups[c]))
+        least = sorted((c for c in groups if c[0] == c[1]), key=lambda c: recalls[c[0]])
+        least = least[: max(third, cells - len(wrong))]
+        groups = {cell: groups[cell] for cell in wrong[: cells - len(least)] + least}
     chosen: dict[tuple[str, str], list[int]] = {}
-    for (label, predicted), rows in numbered.groupby(["label", "predicted"]):
+    for (label, predicted), rows in groups.items():
         same = label == predicted
-        ordered = rows.confidence.sort_values(ascending=same, kind="stable").index
+        ordered = numbered.confidence[rows].sort_values(ascending=same, kind="stable").index
         chosen[(str(label), str(predicted))] = ordered[: right if same else mistakes].tolist()
     while sum(map(len, chosen.values())) > most:
         longest = max(map(len, chosen.values()))
@@ -100,20 +109,23 @@ def write_performance(
     read: Callable[[str], np.ndarray],  # path → uint8 (height, width, 3)
 ) -> dict[str, Any]:  # what performance.json says
     "Write what a server shows of an evaluation beside its figures."
-    cells = cell_rows(predictions)
+    many = len(classes) > MANY
+    cells = cell_rows(predictions, cells=3 * FEW) if many else cell_rows(predictions)
     chosen = [row for rows in cells.values() for row in rows]
     save_strip(contact_strip([read(predictions.path.iloc[row]) for row in chosen]), thumbnails)
     number = iter(range(len(chosen)))
+    counts, place = confusion_matrix(predictions.label, predictions.predicted, labels=classes), list(classes).index
     sheet = {
         "classes": list(classes),
         "images": len(predictions),
-        "confusion": confusion_matrix(predictions.label, predictions.predicted, labels=classes).tolist(),
+        "confusion": None if many else counts.tolist(),
         "reliability": reliability(predictions),
         "thumbnails": {"side": SIDE, "columns": COLUMNS, "count": len(chosen)},
         "cells": [
             {
                 "label": label,
                 "predicted": predicted,
+                "images": int(counts[place(label), place(predicted)]),
                 "pictures": [
                     {"at": next(number), "confidence": round(float(predictions.confidence.iloc[row]), 4)}
                     for row in rows

@@ -14,8 +14,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ..core.many import MANY, few_of
 from ..core.shares import share_interval
 from .calibrate import confidence_bins
+from .plots import in_figure
 
 # %% ../../nbs/model/09_slices.ipynb #accuracy-interval
 def accuracy_interval(
@@ -207,12 +209,23 @@ def fairness(
         "gap_by_chance": float(np.percentile(np.ptp(shares, axis=1), 95)),
     } | found
 
+# %% ../../nbs/model/09_slices.ipynb #worst-bins
+def _worst_bins(slices: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    "Of a slice with many bins the judged ones and of these the worst, in that order; and what was left out, in words."
+    ordered = slices.sort_values(["judged", "accuracy", "low"], ascending=[False, True, True], kind="stable")
+    many = slices.groupby("slice", sort=False).size().loc[lambda n: n > MANY]
+    shown = slices[~slices["slice"].isin(many.index)]
+    parts = {name: few_of(ordered[ordered["slice"] == name]) for name in many.index}
+    words = [f"{len(rows)} of {many[name]} bins of {name} are shown, the worst" for name, rows in parts.items()]
+    return pd.concat([shown, *(pd.DataFrame(rows) for rows in parts.values())]), "; ".join(words)
+
 # %% ../../nbs/model/09_slices.ipynb #plot-slices
 def plot_slices(
     slices: pd.DataFrame,  # of `slice_table`
 ) -> Figure:
     "The accuracy on each kind of picture with its interval; the worst in red, the unjudged hollow."
-    worst = fairness(slices)["worst"]
+    worst, mean = fairness(slices)["worst"], np.average(slices.accuracy, weights=slices.images)
+    slices, left_out = _worst_bins(slices)
     fig, ax = plt.subplots(figsize=(7, 1 + 0.21 * (len(slices) + slices["slice"].nunique())), layout="constrained")
     places, names, y = [], [], 0.0
     for kind, rows in slices.groupby("slice", sort=False):
@@ -223,13 +236,14 @@ def plot_slices(
             fill = colour if row["judged"] else "white"
             ax.plot(row["accuracy"], y, "o", color=colour, markerfacecolor=fill, ms=5, clip_on=False)
             places.append(y)
-            names.append(f"{kind}: {row['bin']} ({row['images']})")
+            names.append(f"{kind}: {in_figure(row['bin'])} ({row['images']})")
             y += 1
         y += 0.6
-    ax.axvline(np.average(slices.accuracy, weights=slices.images), color="gray", lw=1, ls=":")
+    ax.axvline(mean, color="gray", lw=1, ls=":")
     ax.set_yticks(places, names, fontsize=8)
     ax.set(
         ylim=(y - 0.6, -1), xlabel="accuracy, with its 95 % interval", xlim=(min(slices.low.min(), 0.9) - 0.01, 1.01)
     )
+    ax.set_title(left_out, fontsize=9)
     ax.grid(axis="x", alpha=0.3)
     return fig

@@ -32,7 +32,13 @@ class Distance:
     ) -> np.ndarray:  # float (n,), 0 at a class's mean
         "The distance of each embedding."
         white = (embeddings - self.centre) @ self.whitening
-        return np.sqrt(((white[:, None] - self.means) ** 2).sum(-1)).min(axis=1)
+        at_once = max(1, 4_000_000 // max(1, self.means.size))  # images × classes × d in memory: 16 MB
+        return np.concatenate(
+            [
+                np.sqrt(((white[i : i + at_once, None] - self.means) ** 2).sum(-1)).min(axis=1)
+                for i in range(0, max(len(white), 1), at_once)
+            ]
+        )
 
     def save(self, path: Path) -> None:
         "Write it as a .npz, atomically."
@@ -57,6 +63,8 @@ def fit_distance(
     classes = np.unique(labels)
     means = np.stack([unit[labels == c].mean(axis=0) for c in classes])
     within = unit - means[np.searchsorted(classes, labels)]
+    if len(labels) < 2 * len(classes):  # too few of a class to tell its spread: that of all stands for it
+        within = unit
     covariance = LedoitWolf(assume_centered=True).fit(within.astype(np.float64)).covariance_
     covariance += np.eye(len(covariance)) * 1e-6
     values, vectors = np.linalg.eigh(covariance)
@@ -115,7 +123,8 @@ def knn(train: Outputs, labels: np.ndarray, asked: Outputs) -> np.ndarray:
     known, query = (
         e / np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-9) for e in (train.embeddings, asked.embeddings)
     )
-    return 1 - np.sort(query @ known.T, axis=1)[:, -min(5, len(known))]
+    parts = (query[i : i + 4096] @ known.T for i in range(0, len(query), 4096))  # not images × images at once
+    return 1 - np.concatenate([np.sort(part, axis=1)[:, -min(5, len(known))] for part in parts])
 
 # %% ../../nbs/model/06_unknown.ipynb #energy
 @score

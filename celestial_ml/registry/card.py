@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .pages import Block, Card, Picture, Table, share
+from ..core.many import listed
+from .pages import Block, Card, Picture, Table, few_rows, share
 
 # %% auto #0
 __all__ = ['make_card']
@@ -36,7 +37,7 @@ def _details(about: dict[str, Any]) -> list[Block]:
 def _use(about: dict[str, Any]) -> list[Block]:
     "What it was made for."
     return [
-        f"To say which of these {len(about['classes'])} a picture shows: {', '.join(about['classes'])}. Where the picture "
+        f"To say which of these {len(about['classes'])} a picture shows: {listed(about['classes'])}. Where the picture "
         "is like none that it learned from, the answer is marked as unknown, and the class is only the nearest guess.",
         "It's for people who sort, label or explore such pictures, and for programs that ask a person wherever the answer "
         "is unknown or unsure.",
@@ -96,7 +97,7 @@ def _metrics(about: dict[str, Any]) -> list[Block]:
 def _evaluated(about: dict[str, Any]) -> list[Block]:
     "The images that it was measured on."
     metrics = about["metrics"]
-    counts = ", ".join(f"{name} {found['images']}" for name, found in metrics["per_class"].items())
+    counts = listed(f"{name} {found['images']}" for name, found in metrics["per_class"].items())
     return [
         f"{metrics['images']} images of the split {metrics['split']}, none of which it learned from: {counts}.",
         f"Checksum of the labelled images: {metrics['images_sha256']}",
@@ -115,7 +116,7 @@ def _learned(
     return [
         f"Source: {data.get('source')}. Training images were "
         + ("shown with random rolls, zooms, colours and noise." if about["lineage"]["parameters"].get("train", {}).get("augment") else "shown as they are."),
-        Table(("class", *splits), rows),
+        *few_rows(Table(("class", *splits), rows), lambda row: sum(row[1:]), "the smallest classes"),
         "Checked before anything was learned:",
         found,
     ]  # fmt: skip
@@ -124,9 +125,10 @@ def _learned(
 def _classes_and_slices(metrics: dict[str, Any], plots: Mapping[str, Path]) -> list[Block]:
     "By class and by kind of picture."
     rows = [(n, f["precision"], f["recall"], f["f1"], f["images"]) for n, f in metrics["per_class"].items()]
+    table = Table(("class", "precision", "recall", "F1", "images"), rows, (1, 2, 3))
     blocks: list[Block] = [
         "**By class.** What is taken for what is in the matrix.",
-        Table(("class", "precision", "recall", "F1", "images"), rows, (1, 2, 3)),
+        *few_rows(table, lambda row: row[3], "the lowest F1; all are in metrics.json"),
         *_pictures(plots, {"confusion": "True class by answered class."}),
     ]
     fairness = metrics.get("fairness") or {}
@@ -209,7 +211,7 @@ def _limits(about: dict[str, Any]) -> list[str]:
         limits.append(f"{len(suspects)} labels of held-out images look wrong; the figures count them as they are.")
     small = [name for name, found in metrics["per_class"].items() if found["images"] < 20]
     if small:
-        limits.append(f"Fewer than 20 test images: {', '.join(small)}. Their figures are rough.")
+        limits.append(f"Fewer than 20 test images: {listed(small)}. Their figures are rough.")
     return limits
 
 # %% ../../nbs/registry/07_card.ipynb #considerations
@@ -232,14 +234,16 @@ def _considerations(about: dict[str, Any]) -> list[Block]:
     ]
 
 # %% ../../nbs/registry/07_card.ipynb #example
-def _example(explanations: Sequence[dict[str, Any]], plots: Mapping[str, Path]) -> list[Block]:
+def _example(explanations: Sequence[dict[str, Any]], classes: int, plots: Mapping[str, Path]) -> list[Block]:
     "What some answers rest on."
     rows = [
         (Path(e["path"]).name, e["label"], e["predicted"], e.get("share_on_body"), ", ".join(e.get("looks_like", [])))
         for e in explanations
     ]
+    explained = len({e["label"] for e in explanations})
+    of_which = "One image of each class" if explained == classes else f"Images of {explained} of {classes} classes"
     return [
-        "One image of each class, what covering parts of it takes from the answer, and the training images that it's most "
+        f"{of_which}, what covering parts of it takes from the answer, and the training images that it's most "
         "like. On lit pixels is the share of what the answer rests on that doesn't lie on black.",
         Table(("image", "class", "answer", "on lit pixels", "most like"), rows, (3,)),
         *_pictures(plots, {"explanations": "The picture, what its answer rests on, and what it was reminded of."}),
@@ -254,7 +258,7 @@ def _lineage(about: dict[str, Any]) -> list[Block]:
         ("MLflow run", lineage["mlflow_run"]),
         ("code", lineage["code_revision"]),
         ("data, SHA-256", lineage["data_sha256"]),
-        ("largest difference of a logit, Keras against ONNX", about.get("parity")),
+        ("largest difference of a logit, Keras against ONNX, over the largest logit", about.get("parity")),
     ]
     settings = [
         (f"{section}.{key}", str(value))
@@ -319,7 +323,7 @@ def make_card(
         ("Evaluation data", _evaluated(about)),
         ("Training data", _learned(about, counts, checks)),
         ("Quantitative analyses", analyses),
-        ("What answers rest on", _example(explanations, plots)),
+        ("What answers rest on", _example(explanations, len(about["classes"]), plots)),
         ("Ethical considerations and limits", _considerations(about)),
         ("Lineage", _lineage(about)),
         ("Verdict of the gate", _gate(verdict)),

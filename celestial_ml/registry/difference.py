@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..core.many import PAIRS
 from ..core.shares import share_interval
 from ..model.slices import resampled_figures
 from .evidence import Evidence, Paired, compare, short
@@ -273,7 +274,12 @@ def make_comparison(
     "Hold a model beside another one."
     figures = differences(*metrics, answers, paired, alpha)
     counts = [{(c["label"], c["predicted"]): c["images"] for c in m.get("confused", [])} for m in metrics]
-    pairs = {pair: (counts[0].get(pair, 0), counts[1].get(pair, 0)) for pair in counts[0] | counts[1]}
+    whole = [len(count) < PAIRS for count in counts]  # a pair that a full list lacks may be there all the same
+    pairs = {
+        pair: (counts[0].get(pair, 0), counts[1].get(pair, 0))
+        for pair in counts[0] | counts[1]
+        if all(pair in count or complete for count, complete in zip(counts, whole, strict=True))
+    }
     changed = sorted(
         (pair for pair in pairs if len(set(pairs[pair])) > 1), key=lambda p: -abs(pairs[p][0] - pairs[p][1])
     )

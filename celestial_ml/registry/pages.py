@@ -8,21 +8,22 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.files import atomic
+from ..core.many import few_of
 
 if TYPE_CHECKING:  # both would slow a rollback down, which writes a word on a card
     import numpy as np
     from PIL import Image
 
 # %% auto #0
-__all__ = ['Block', 'Table', 'Picture', 'Beside', 'Gallery', 'Links', 'Card', 'share', 'block_markdown', 'card_markdown',
-           'card_html', 'write_card', 'mark_retired']
+__all__ = ['Block', 'Table', 'Picture', 'Beside', 'Gallery', 'Links', 'Card', 'share', 'few_rows', 'block_markdown',
+           'card_markdown', 'card_html', 'write_card', 'mark_retired']
 
 # %% ../../nbs/registry/06_pages.ipynb #table
 @dataclass(frozen=True)
@@ -95,6 +96,19 @@ def _cell(value: Any, as_share: bool) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return "–" if value is None else str(value)
+
+# %% ../../nbs/registry/06_pages.ipynb #few-rows
+def few_rows(
+    table: Table,
+    first: Callable[[Sequence[Any]], Any],  # the key by which rows are sorted where there are many
+    which: str,  # what the first ones are
+) -> list[Block]:
+    "A table; of many rows the first few, and a line that says how many there are."
+    shown = few_of(table.rows)
+    if len(shown) == len(table.rows):
+        return [table]
+    shown = sorted(table.rows, key=first)[: len(shown)]
+    return [Table(table.header, shown, table.shares), f"{len(shown)} of {len(table.rows)} are shown: {which}."]
 
 # %% ../../nbs/registry/06_pages.ipynb #block-markdown
 def block_markdown(
@@ -169,7 +183,7 @@ background:linear-gradient(90deg,var(--accent) var(--v),var(--bar) 0)}td.name{fo
 td.num{white-space:nowrap}td.yes{color:var(--good);font-weight:700}td.no{color:var(--bad);font-weight:700}
 figure{margin:1.1rem 0;padding:1rem;background:#fff;border:1px solid var(--line);border-radius:10px;text-align:center}
 figure img{max-width:100%;max-height:46rem;height:auto}figcaption{color:#5d6880;font-size:.85rem;margin-top:.4rem}
-.beside{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:1rem}.beside figure{margin:0}
+.beside{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:1rem}.beside figure{margin:0}.beside .whole{grid-column:1/-1}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(7.2rem,1fr));gap:.8rem;margin:.9rem 0}
 .gallery figure{margin:0;padding:0;border:0;border-radius:0;background:none;text-align:left}
 .gallery img{display:block;width:100%;aspect-ratio:1;object-fit:contain;background:#000;border-radius:9px;
@@ -229,7 +243,8 @@ def _html(block: Block) -> str:
         shown = (_figure(Image.fromarray(image), words, 160, kind) for image, words, kind in block.pictures)
         return f'<div class="gallery">{"".join(shown)}</div>'
     if isinstance(block, Picture):
-        return _figure(Image.open(block.path), block.caption)
+        image = Image.open(block.path)
+        return _figure(image, block.caption, kind="whole" if image.width > 1.8 * image.height else "")
     if isinstance(block, Beside):
         return f'<div class="beside">{"".join(map(_html, block.pictures))}</div>'
     head = "".join(f"<th>{escape(name)}</th>" if name else "<td></td>" for name in block.header)

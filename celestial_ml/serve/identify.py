@@ -17,7 +17,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from ..core.errors import CelestialError
-from ..data.images import ImageError
+from ..core.many import MANY, listed
+from ..data.images import ImageError, decode_image
 from .look import example, example_names, example_uri, foot, picture_uri, sky
 from .predictor import Explanation, Prediction, Predictor, Seen
 from .problems import Refusal
@@ -89,11 +90,11 @@ def welcome(
     if not about:
         return sorry("no_model")
     classes = [named(name) for name in about["classes"]]
-    listed = f"{', '.join(classes[:-1])} and {classes[-1]}"
+    names = listed(classes) if len(classes) > MANY else f"{', '.join(classes[:-1])} and {classes[-1]}"
     thing, kind = ("world", "of them") if are_worlds(about["classes"]) else ("picture", "classes")
     return (
         f'<div class="says"><p class="eyebrow">Ready</p><h2>Show me a {thing}</h2>'
-        f"<p class=plain>I know {counted(len(classes))} {kind}: {text(listed)}. "
+        f"<p class=plain>I know {counted(len(classes))} {kind}: {text(names)}. "
         "If your picture shows something else, I say so.</p></div>"
     )
 

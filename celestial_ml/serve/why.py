@@ -171,10 +171,12 @@ def choose_examples(
     embeddings: np.ndarray,  # float (n, d), of the training images
     labels: np.ndarray,  # str (n,)
     per_class: int = 20,
+    most: int = 2000,  # in all, where there are many classes, but one of each
 ) -> np.ndarray:  # int (m,), rows, class by class
     "The training images that a server gets to know."
     directions, labels = unit_rows(embeddings), np.asarray(labels)
     rows = [np.flatnonzero(labels == name) for name in np.unique(labels)]
+    per_class = max(1, min(per_class, most // max(1, len(rows))))
     return np.concatenate([of_class[herd(directions[of_class], per_class)] for of_class in rows])
 
 # %% ../../nbs/serve/00_why.ipynb #write-reference

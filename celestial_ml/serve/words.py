@@ -11,6 +11,7 @@ import html
 from collections.abc import Iterable
 from typing import Any
 
+from ..core.many import MANY
 from ..data.bodies import BODIES
 from .predictor import Prediction
 
@@ -112,7 +113,12 @@ def bars(
     known: bool,  # whether the largest stands out
     most: int = 99,
 ) -> str:
-    "The probabilities, the largest first, as a list."
-    ranked = sorted(probabilities.items(), key=lambda item: -item[1])[:most]
-    items = (bar(name, share, known and i == 0) for i, (name, share) in enumerate(ranked))
+    "The probabilities, the largest first, as a list; of more than `MANY` ten, and the others together."
+    many = len(probabilities) > MANY
+    ranked = sorted(probabilities.items(), key=lambda item: -item[1])
+    shown = ranked[: min(most, 10) if many else most]
+    items = [bar(name, share, known and i == 0) for i, (name, share) in enumerate(shown)]
+    if many:
+        others = ranked[len(shown) :]
+        items.append(bar(f"{len(others)} others", sum(share for _, share in others), False))
     return f'<ul class=bars aria-label="Probabilities">{"".join(items)}</ul>'
