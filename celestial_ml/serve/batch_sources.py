@@ -21,6 +21,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -41,6 +42,7 @@ from celestial_ml.data.archives import (
 from ..data.images import SUFFIXES, ImageError, find_pictures, is_picture
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import pyarrow.parquet
 
 # %% auto #0
@@ -281,8 +283,9 @@ def placed(name: str, folder: str) -> str:
     name = local_name(name)
     if is_url(name) or os.path.lexists(name):
         return name
-    others = (os.path.join(folder, name), os.path.expanduser(name), name.replace("\\", "/"))  # noqa: PTH111, PTH118
-    others += (os.path.join(folder, others[2]),)  # noqa: PTH118
+    slashed = name.replace("\\", "/")
+    beside, slashed_beside = (os.path.join(folder, other) for other in (name, slashed))  # noqa: PTH118
+    others = (beside, os.path.expanduser(name), slashed, slashed_beside)  # noqa: PTH111
     return next((other for other in others if os.path.lexists(other)), name)
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #listed
@@ -423,9 +426,7 @@ def _in_parquet(name: str, wanted: Wanted, first: int, column: str | None) -> It
                 continue
             for batch in file.iter_batches(size, row_groups=[group], columns=chosen):
                 for number, (inside, path) in enumerate(_cells(batch, held, named), place):
-                    yield _of_row(
-                        inside, path, f"{name}#{number}", mark, folder, lambda n, r=first + number: wanted(r, n)
-                    )
+                    yield _of_row(inside, path, f"{name}#{number}", mark, folder, partial(wanted, first + number))
                 place += batch.num_rows
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #claims
