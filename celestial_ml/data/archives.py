@@ -263,8 +263,10 @@ def tar_members(
         if not member.isdir():
             yield member
         inside: Any = tar.fileobj
-        while inside is not file and inside.tell() < tar.offset - 1:  # type: ignore[attr-defined]
-            inside.seek(min(inside.tell() + (1 << 24), tar.offset - 1))  # type: ignore[attr-defined]
+        end, before = tar.offset - 1, -1  # type: ignore[attr-defined]
+        while inside is not file and before < inside.tell() < end:
+            before = inside.tell()
+            inside.seek(min(before + (1 << 24), end))  # where it breaks off, it stays where it is
             if inside.tell() > limits.ratio * file.tell() + 1e8:
                 raise tarfile.ReadError(f"it unpacks to more than {limits.ratio:.0f} times its size")
 

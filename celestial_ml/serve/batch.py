@@ -66,12 +66,17 @@ def units(
     "The pictures in handfuls."
     unit: list[Item] = []
     held = 0
-    for item in stream:
-        unit.append(item)
-        held += len(item.content) if isinstance(item.content, bytes) else 0
-        if len(unit) >= most or held >= UNIT_BYTES:
+    try:
+        for item in stream:
+            unit.append(item)
+            held += len(item.content) if isinstance(item.content, bytes) else 0
+            if len(unit) >= most or held >= UNIT_BYTES:
+                yield unit
+                unit, held = [], 0
+    except CelestialError:  # an archive that breaks off: what was read of it counts
+        if unit:
             yield unit
-            unit, held = [], 0
+        raise
     if unit:
         yield unit
 

@@ -247,7 +247,7 @@ def _walk_remote(url: str, passed: PassedOver | None = None) -> Iterator[Item]:
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #lines
 LINE = 8192  # characters of a path or a URL
-LONGEST = 1 << 31  # characters until a line that doesn't end isn't one
+LONGEST = 1 << 26  # characters at a URL until a line isn't one; a file on the disk has an end
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it begins with
@@ -257,7 +257,7 @@ _MARKS = {
 }
 
 
-def _lines(file: Any) -> Iterator[str]:
+def _lines(file: Any, longest: float = float("inf")) -> Iterator[str]:
     "The lines of a text, without their ends; one that is too long is cut behind `LINE` and a character."
     head = file.peek(4)[:4] if hasattr(file, "peek") else file.read(4)
     coding = next((coding for mark, coding in _MARKS.items() if head.startswith(mark)), "utf-8")
@@ -271,9 +271,9 @@ def _lines(file: Any) -> Iterator[str]:
         while not line.endswith("\n") and len(line) > LINE:
             line = text.readline(1 << 20)
             passed += len(line)
-            if not line or passed > LONGEST:
+            if not line or passed > longest:
                 break
-        if passed > LONGEST:
+        if passed > longest:
             raise ValueError("it isn't a text: a line in it doesn't end")
     text.detach()
 
@@ -295,7 +295,8 @@ def _listed(name: str) -> Iterator[Item]:
         yield from _of_lines(_lines(sys.stdin.buffer), "")
     else:
         with opened(name) as file:
-            yield from _of_lines(_lines(file), "" if is_url(name) else os.path.dirname(name))  # noqa: PTH120
+            folder, longest = ("", LONGEST) if is_url(name) else (os.path.dirname(name), float("inf"))  # noqa: PTH120
+            yield from _of_lines(_lines(file, longest), folder)
 
 
 def _of_lines(lines: Iterator[str], folder: str) -> Iterator[Item]:
