@@ -9,6 +9,7 @@ __all__ = ['batch_app', 'batch']
 import json
 import os
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -41,7 +42,11 @@ def batch(
     """Score any number of pictures; after a kill the same command goes on.
 
     Leaves with 0 when every picture has a row or a line in bad.jsonl, and with 1 when no picture could be read, or
-    more than --max-bad of them.
+    more than --max-bad of them. An archive, table or list that breaks off leaves with 2; what came before is kept.
+
+    Row n of a table, line n of a list and picture n of an archive, from 0, have "row" n, in OUT or in bad.jsonl.
+
+    A server has CELESTIAL_URL_SECONDS (60) for a picture, and a second more for each 10 kB that came.
     """
     os.environ["CELESTIAL_TERMINAL"] = "1"
     with words_for_mistakes():
@@ -67,16 +72,25 @@ def _summary(result: "Result", model: "Predictor", given: str, column: str | Non
     summary = summarise(result.where, model.about["ood_threshold"])
     if result.rate or not result.where.summary.is_file():
         pace = {"pictures a second": f"{result.rate:,.0f}", "took": as_time(result.seconds)} if result.rate else {}
+        if left := sum(result.passed_over.values()):
+            pace["passed over"] = f"{left:,}"
         write_page(result.where, summary, find_source(given, column), model.version, result.bad, pace)
     return summary
 
 
 def _print_result(result: "Result", summary: "Summary", as_json: bool) -> None:
     "What came of it, and where it is."
+    from celestial_ml.core.folders import PassedOver
+
     where = result.where
     if as_json:
         said = {"out": str(where.out), "pictures": result.items, "answered": result.rows, "bad": result.bad}
-        said |= {"unknown": summary.unknown.total(), "labels": dict(summary.known), "a_second": round(result.rate, 1)}
+        said |= {
+            "passed_over": result.passed_over,
+            "unknown": summary.unknown.total(),
+            "labels": dict(summary.known),
+            "a_second": round(result.rate, 1),
+        }
         print(json.dumps(said | {"summary": str(where.summary), "bad_pictures": str(where.bad)}))
         return
     if result.before == result.items:
@@ -87,4 +101,6 @@ def _print_result(result: "Result", summary: "Summary", as_json: bool) -> None:
     print(f"{result.rows:,} pictures answered{pace}; {summary.unknown.total():,} are unknown")
     if result.bad:
         print(f"{result.bad:,} can't be read: {where.bad}")
+    if left := str(PassedOver(Counter(result.passed_over))):
+        print(f"passed over: {left}")
     print(f"\nlook:  {where.summary}\nread:  pandas.read_parquet({str(where.out)!r})")

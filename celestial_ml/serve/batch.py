@@ -10,17 +10,20 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import CelestialError
+from ..core.folders import PassedOver
 from ..core.progress import as_time, say
+from ..data.images import SUFFIXES
 from celestial_ml.serve.batch_parts import (
+    COLUMNS,
     GROUP_ROWS,
     AnswerFile,
     Digest,
@@ -37,7 +40,9 @@ from celestial_ml.serve.batch_parts import (
     locked,
     open_job,
     part_file,
+    part_files,
     places,
+    read_part,
     rewrite_bad,
 )
 from .batch_score import Answers, Bad, Engine, threads
@@ -45,10 +50,13 @@ from .batch_sources import Item, count_items, find_source, items, require_parque
 from .predictor import Predictor
 
 # %% auto #0
-__all__ = ['UNIT_BYTES', 'units', 'Writer', 'pass_over', 'Meter', 'tell', 'stoppable', 'Result', 'batch', 'engine_named']
+__all__ = ['UNIT_BYTES', 'UNDER_WAY', 'BAD', 'units', 'Writer', 'pass_over', 'Meter', 'tell', 'stoppable', 'Result', 'batch',
+           'engine_named']
 
 # %% ../../nbs/serve/27_batch.ipynb #419d7015
 UNIT_BYTES = 8_000_000  # contents that travel with a unit, unless one picture alone has more
+UNDER_WAY = 256_000_000  # and contents of all units that are under way, unless one alone has more
+BAD = 5000  # bad pictures of a part, whose footer lists them
 
 # %% ../../nbs/serve/27_batch.ipynb #units
 def units(
@@ -58,12 +66,17 @@ def units(
     "The pictures in handfuls."
     unit: list[Item] = []
     held = 0
-    for item in stream:
-        unit.append(item)
-        held += len(item.content) if isinstance(item.content, bytes) else 0
-        if len(unit) >= most or held >= UNIT_BYTES:
+    try:
+        for item in stream:
+            unit.append(item)
+            held += len(item.content) if isinstance(item.content, bytes) else 0
+            if len(unit) >= most or held >= UNIT_BYTES:
+                yield unit
+                unit, held = [], 0
+    except CelestialError:  # an archive that breaks off: what was read of it counts
+        if unit:
             yield unit
-            unit, held = [], 0
+        raise
     if unit:
         yield unit
 
@@ -73,20 +86,28 @@ def scored(
     stream: Iterable[Item],
 ) -> Iterator[tuple[list[Item], Answers]]:  # in the order of the pictures
     "Every unit with its answers."
-    waiting: deque[tuple[list[Item], Any]] = deque()
-    broken = None
+    waiting: deque[tuple[list[Item], Any, int]] = deque()
+    broken, held = None, 0
     try:
         for unit in units(stream, engine.unit):
-            waiting.append(([Item(item.name, item.mark) for item in unit], engine.submit(unit)))
-            while len(waiting) >= engine.room():
-                done, begun = waiting.popleft()
+            size = _size(unit)
+            waiting.append(([item._replace(content=None) for item in unit], engine.submit(unit), size))
+            held += size
+            while len(waiting) >= engine.room() or (held > UNDER_WAY and len(waiting) > 1):
+                done, begun, size = waiting.popleft()
+                held -= size
                 yield done, engine.result(begun)
     except CelestialError as e:  # an archive that ends too early: what was read of it is scored
         broken = e
-    for done, begun in waiting:
+    for done, begun, _ in waiting:
         yield done, engine.result(begun)
     if broken:
         raise broken
+
+
+def _size(unit: Sequence[Item]) -> int:
+    "Bytes of the contents of some pictures."
+    return sum(len(item.content) for item in unit if isinstance(item.content, bytes))
 
 # %% ../../nbs/serve/27_batch.ipynb #writer
 class Writer:
@@ -109,6 +130,7 @@ class Writer:
         if self.file is None:
             self.file, self.bad, self.began = part_file(self.where, len(self.parts)), list[Bad](), time.monotonic()
             self.digest, self.items = Digest(), 0
+        assert len(unit) == len(answers) + len(answers.bad), "every picture has a row or a line"
         self.whole = False
         self.waiting.append(answers)
         if sum(map(len, self.waiting)) >= GROUP_ROWS:
@@ -117,7 +139,7 @@ class Writer:
         self.digest.add(unit)
         self.items += len(unit)
         self.whole = True
-        if self.items >= self.rows or time.monotonic() > self.began + self.seconds:
+        if self.items >= self.rows or len(self.bad) >= BAD or time.monotonic() > self.began + self.seconds:
             self.flush()
 
     def _write(self) -> None:
@@ -131,7 +153,8 @@ class Writer:
         if self.file is not None and self.whole:  # half a unit isn't kept, wherever it was interrupted
             self._write()
             first = sum(part.items for part in self.parts)
-            self.parts.append(close_part(self.where, self.file, first, self.digest, self.items, self.bad))
+            part = close_part(self.where, self.file, first, self.digest, self.items, self.bad)
+            self.parts.append(replace(part, bad=[]))
             self.file = None
 
 # %% ../../nbs/serve/27_batch.ipynb #pass-over
@@ -246,6 +269,7 @@ class Result:
     bad: int  # pictures without one
     before: int  # pictures that were done when this process began
     seconds: float  # of this process, for its own pictures
+    passed_over: dict[str, int] = field(default_factory=dict)  # files that weren't taken, by `PassedOver`'s reasons
 
     @property
     def rate(self) -> float:
@@ -272,14 +296,15 @@ def batch(
             restart = True
     where, source = places(out), find_source(given, column)
     check_out(where)
-    asked = Job(given, column, model.version, model.about["sha256"], model.about["ood_threshold"])
+    about, passed = model.about, PassedOver()
+    asked = Job(given, column, model.version, about["sha256"], about["ood_threshold"], columns=COLUMNS)
     with locked(where):
         job = open_job(where, asked, restart)
         parts = known_parts(where)
         before = sum(part.items for part in parts)
         if not where.file or not where.file.is_file():
-            rewrite_bad(where, parts)
-        with closing(items(source, lambda place, name: place >= before)) as stream:
+            rewrite_bad(where, map(read_part, part_files(where)))
+        with closing(items(source, lambda place, name: place >= before, passed)) as stream:
             pass_over(stream, parts, _changed(given, where))
             meter = Meter(before, lambda: count_items(source))
             if job.finished or (where.file and where.file.is_file()):
@@ -287,7 +312,7 @@ def batch(
                     raise _changed(given, where)
             else:
                 _score_all(engine or threads(model), stream, Writer(where, parts, **writing), meter)
-        return _done(where, job, parts, before, meter)
+        return _done(where, job, parts, before, meter, passed)
 
 # %% ../../nbs/serve/27_batch.ipynb #score-all
 def _score_all(engine: AbstractContextManager[Engine], stream: Iterator[Item], writer: Writer, meter: Meter) -> None:
@@ -305,12 +330,13 @@ def _score_all(engine: AbstractContextManager[Engine], stream: Iterator[Item], w
                 tell("")
 
 # %% ../../nbs/serve/27_batch.ipynb #done
-def _done(where: Places, job: Job, parts: list[Part], before: int, meter: Meter) -> Result:
+def _done(where: Places, job: Job, parts: list[Part], before: int, meter: Meter, passed: PassedOver) -> Result:
     "The end of a job."
     seconds = time.monotonic() - meter.began[0]
     if not parts:
-        raise CelestialError(f"there is no picture in {job.input}", "Pictures end in .jpg, .jpeg, .png or .webp.")
-    count = (job if job.finished else finish(where, job, parts)).finished or {}
+        left = f"Passed over: {passed}." if passed.counts else ""
+        raise CelestialError(f"there is no picture in {job.input}", f"Pictures end in {', '.join(SUFFIXES)}. {left}")
+    count = (job if job.finished else finish(where, job, parts, passed)).finished or {}
     return Result(where, **count, before=before, seconds=seconds)
 
 # %% ../../nbs/serve/27_batch.ipynb #engine-named

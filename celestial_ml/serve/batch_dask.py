@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from distributed import Client, Future, KilledWorker, LocalCluster, WorkerPlugin, get_worker
 
 from ..core.errors import AnswerIsNo, CelestialError
-from .batch_score import Answers, cores, score_unit
+from .batch_parts import joined
+from .batch_score import Answers, Bad, cores, score_unit
 from .batch_sources import Item
 from .predictor import Predictor
 
@@ -62,14 +64,21 @@ def score_there(
 # %% ../../nbs/serve/26_batch_dask.ipynb #dask
 PATIENCE = 60  # seconds without any worker, after which the job ends
 
+# %% ../../nbs/serve/26_batch_dask.ipynb #crashed
+def crashed(model: Predictor, item: Item, reason: str) -> Answers:
+    "The answers for a picture alone that no worker survives."
+    none = np.empty(0, np.float32)
+    bad = [Bad(item.name, "crashed", f"{item.name} can't be read: {reason}", item.row)]
+    return Answers(model.version, model.classes, [], [], none.reshape(0, len(model.classes)), none, none > 0, bad=bad)
+
 # %% ../../nbs/serve/26_batch_dask.ipynb #dask-x
 class Dask:
     "An engine on a cluster."
 
     unit = 64
 
-    def __init__(self, client: Client, plugin: ModelOnWorker):
-        self.client, self.name = client, plugin.name
+    def __init__(self, client: Client, plugin: ModelOnWorker, model: Predictor):
+        self.client, self.name, self.model = client, plugin.name, model
         self.asked, self.threads = 0.0, 1
         client.register_plugin(plugin)
 
@@ -79,23 +88,26 @@ class Dask:
             self.asked, self.threads = time.monotonic(), sum(self.client.nthreads().values())
         return 3 * max(self.threads, 1) + 2
 
-    def submit(self, unit: Sequence[Item]) -> Future:
+    def submit(self, unit: Sequence[Item]) -> tuple[Sequence[Item], Future]:
         "Begin with a unit."
-        return self.client.submit(score_there, unit, self.name, str(Path.cwd()), pure=False)
+        return unit, self.client.submit(score_there, unit, self.name, str(Path.cwd()), pure=False)
 
-    def result(self, begun: Future) -> Answers:
+    def result(self, begun: tuple[Sequence[Item], Future]) -> Answers:
         "The answers for a unit; `AnswerIsNo` where the cluster can't give any."
+        unit, future = begun
         until = time.monotonic() + PATIENCE
         while True:
             try:
-                return begun.result(timeout=5)
+                return future.result(timeout=5)
             except TimeoutError:
                 if self.client.status == "running" and self.client.nthreads():
                     until = time.monotonic() + PATIENCE
                 elif time.monotonic() > until:
                     raise _lost("no worker is left") from None
-            except KilledWorker as e:
-                raise _lost(f"one unit ended several workers ({e.last_worker})") from None
+            except KilledWorker as e:  # several workers ended with it: each picture is tried alone
+                if len(unit) > 1:
+                    return joined([self.result(self.submit([item])) for item in unit])
+                return crashed(self.model, unit[0], f"it ended several workers ({e.last_worker})")
 
 # %% ../../nbs/serve/26_batch_dask.ipynb #lost
 def _lost(what: str) -> AnswerIsNo:
@@ -116,7 +128,7 @@ def dask_cluster(
         except TimeoutError:
             hint = "Start some: dask worker ADDRESS, with celestial-ml installed."
             raise CelestialError(f"the scheduler {scheduler} has no worker", hint) from None
-        yield Dask(client, ModelOnWorker(model.folder, model.about["sha256"]))
+        yield Dask(client, ModelOnWorker(model.folder, model.about["sha256"]), model)
 
 # %% ../../nbs/serve/26_batch_dask.ipynb #client
 @contextmanager

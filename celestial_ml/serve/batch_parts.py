@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from ..core.errors import CelestialError
 from ..core.files import atomic, read_json, write_json
+from ..core.folders import PassedOver
 from .batch_score import Answers, Bad
 from .batch_sources import Item, require_parquet
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # %% auto #0
-__all__ = ['KEY', 'GROUP_ROWS', 'Places', 'places', 'joined', 'as_table', 'Part', 'Digest', 'part_files', 'AnswerFile',
+__all__ = ['KEY', 'GROUP_ROWS', 'COLUMNS', 'Places', 'places', 'joined', 'as_table', 'Part', 'Digest', 'part_files', 'AnswerFile',
            'close_part', 'part_file', 'read_part', 'Job', 'OtherJob', 'locked', 'check_out', 'open_job', 'known_parts',
            'answer_files', 'rewrite_bad', 'finish']
 
@@ -102,13 +103,14 @@ def joined(
         np.concatenate([some.probabilities for some in several]),
         np.concatenate([some.ood_score for some in several]),
         np.concatenate([some.known for some in several]),
+        [row for some in several for row in some.rows],
         [bad for some in several for bad in some.bad],
     )
 
 # %% ../../nbs/serve/24_batch_parts.ipynb #as-table
 def as_table(
     answers: Answers,
-) -> pa.Table:  # path, label, confidence, known, ood_score, probabilities, model_version, sha256
+) -> pa.Table:  # path, label, confidence, known, ood_score, probabilities, model_version, sha256, row
     "Answers as they are written."
     import pyarrow as pa
 
@@ -124,6 +126,7 @@ def as_table(
         ),
         "model_version": _text([answers.model_version] * len(answers)),
         "sha256": _text(answers.sha256),
+        "row": pa.Array.from_buffers(pa.int64(), len(answers), [None, pa.py_buffer(np.array(answers.rows, np.int64))]),
     }
     return pa.Table.from_arrays(list(columns.values()), names=list(columns))
 
@@ -247,6 +250,9 @@ def read_part(
     return Part(**said | {"bad": [Bad(**b) for b in said["bad"]]})
 
 # %% ../../nbs/serve/24_batch_parts.ipynb #job
+COLUMNS = 2  # see `Job`: since answers have a row
+
+
 @dataclass(frozen=True)
 class Job:
     "What a job is about."
@@ -256,7 +262,8 @@ class Job:
     model_version: str
     model_sha256: str
     ood_threshold: float  # what is unknown depends on it
-    finished: dict[str, int] | None = None  # items, rows and bad, when all is done
+    finished: dict[str, Any] | None = None  # items, rows, bad and what was passed over, when all is done
+    columns: int = 1  # a new number where the columns or the names of pictures are others
 
 # %% ../../nbs/serve/24_batch_parts.ipynb #otherjob
 class OtherJob(CelestialError):
@@ -332,6 +339,8 @@ def _require_same(where: Places, there: Job, asked: Job) -> None:
             f"not of {asked.model_version} ({asked.model_sha256[:8]}…)",
             told,
         )
+    if there.columns != asked.columns:
+        raise OtherJob(f"{where.out} was begun by another version of celestial_ml, with other columns", told)
     if (there.input, there.column) != (asked.input, asked.column):
         raise OtherJob(f"{where.out} holds answers for {there.input}, not for {asked.input}", told)
 
@@ -349,11 +358,11 @@ def forget(
 # %% ../../nbs/serve/24_batch_parts.ipynb #known-parts
 def known_parts(
     where: Places,
-) -> list[Part]:
+) -> list[Part]:  # without their bad pictures, which may be many
     "The parts that are there, or those that the one file was made of."
     if where.file and where.file.is_file():
         return [Part(**said) for said in read_footer(where.file)["parts"]]
-    return [read_part(path) for path in part_files(where)]
+    return [replace(read_part(path), bad=[]) for path in part_files(where)]
 
 # %% ../../nbs/serve/24_batch_parts.ipynb #answer-files
 def answer_files(
@@ -365,7 +374,7 @@ def answer_files(
 # %% ../../nbs/serve/24_batch_parts.ipynb #rewrite-bad
 def rewrite_bad(
     where: Places,
-    parts: Sequence[Part],
+    parts: Iterable[Part],  # of `read_part`
 ) -> None:
     "Write the list of the bad pictures anew, as the parts have it."
     with atomic(where.bad) as f, f.open("w", encoding="utf-8") as lines:
@@ -376,6 +385,7 @@ def finish(
     where: Places,
     job: Job,
     parts: Sequence[Part],
+    passed: PassedOver | None = None,  # what the source was walked without
 ) -> Job:
     "Make the one file where one is wanted, and write down that all is done."
     if where.file and not where.file.is_file():
@@ -385,7 +395,8 @@ def finish(
                 one.add(part.read_row_group(group))
         one.close({"parts": [asdict(part) | {"bad": []} for part in parts]})
     items, rows = sum(part.items for part in parts), sum(part.rows for part in parts)
-    done = Job(**asdict(job) | {"finished": {"items": items, "rows": rows, "bad": items - rows}})
+    count = {"items": items, "rows": rows, "bad": items - rows, "passed_over": dict(passed.counts if passed else {})}
+    done = replace(job, finished=count)
     write_json(where.job, asdict(done))
     if where.file:
         with suppress(FileNotFoundError):

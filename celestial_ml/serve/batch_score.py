@@ -29,8 +29,9 @@ class Bad:
     "A picture without an answer."
 
     path: str
-    code: str  # unreadable, or that of an `ImageError`
+    code: str  # unreadable, failed (the network did), crashed (a worker did), or that of an `ImageError`
     reason: str
+    row: int = 0  # its place in the source
 
 # %% ../../nbs/serve/23_batch_score.ipynb #answers
 @dataclass
@@ -44,6 +45,7 @@ class Answers:
     probabilities: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))  # (n, classes)
     ood_score: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # (n,)
     known: np.ndarray = field(default_factory=lambda: np.empty(0, bool))  # (n,)
+    rows: list[int] = field(default_factory=list)  # places in the source
     bad: list[Bad] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -76,37 +78,51 @@ def score_unit(
     base: str = "",  # the folder that paths are relative to, where it isn't the current one
 ) -> Answers:
     "Read, decode and score some pictures; what can't be is listed with the reason."
-    answers = Answers(model.version, model.classes)
-    numbers: list[tuple[np.ndarray, np.ndarray]] = []
+    answers, numbers = Answers(model.version, model.classes), list[tuple[np.ndarray, np.ndarray]]()
+    waiting: list[tuple[Item, str]] = []
     images: list[np.ndarray] = []
+
+    def score() -> None:
+        for (item, sha256), figures in zip(waiting, _score(model, images), strict=True):
+            if isinstance(figures, Exception):
+                answers.bad.append(Bad(item.name, "failed", _words(item.name, figures), item.row))
+                continue
+            answers.paths.append(item.name)
+            answers.sha256.append(sha256)
+            answers.rows.append(item.row)
+            numbers.append(figures)
+        waiting.clear()
+        images.clear()
+
     for item, content in zip(unit, read_items(unit, base), strict=True):
-        image = _decode(item.name, content, answers.bad)
-        if image is None:
-            continue
-        images.append(image)
-        answers.paths.append(item.name)
-        answers.sha256.append(sha256_of(content))  # type: ignore[arg-type]  # bytes, as it was decoded
-        if sum(waiting.size for waiting in images) > HELD:
-            numbers += _score(model, images)
-            images = []
-    numbers += _score(model, images)
+        image = _decode(item, content, answers.bad)
+        if image is not None:
+            images.append(image)
+            waiting.append((item, sha256_of(content)))  # type: ignore[arg-type]  # bytes, as it was decoded
+        if sum(image.size for image in images) > HELD:
+            score()
+    score()
+    answers.bad.sort(key=lambda bad: bad.row)
     answers.probabilities = np.array([p for p, _ in numbers], np.float32).reshape(-1, len(model.classes))
     answers.ood_score = np.array([score for _, score in numbers], np.float32)
     answers.known = answers.ood_score <= model.about["ood_threshold"]
     return answers
 
 # %% ../../nbs/serve/23_batch_score.ipynb #decode
-def _decode(name: str, content: bytes | Exception, bad: list[Bad]) -> np.ndarray | None:
+def _decode(item: Item, content: bytes | Exception, bad: list[Bad]) -> np.ndarray | None:
     "A picture's pixels; None, and a line in the list, where there are none."
-    if isinstance(content, Exception):
-        bad.append(Bad(name, "unreadable", _words(name, content)))
-        return None
+    name, code = item.name, "damaged"
     try:
+        if isinstance(content, Exception):
+            code = "unreadable"
+            raise content
         return decode_image(content, name)
     except ImageError as e:
-        bad.append(Bad(name, e.code, e.message))
+        bad.append(Bad(name, e.code, e.message, item.row))
     except MemoryError:
-        bad.append(Bad(name, "too_large", f"{name} doesn't fit into memory"))
+        bad.append(Bad(name, "too_large", f"{name} doesn't fit into memory", item.row))
+    except Exception as e:  # a decoder's own, for bytes that somebody thought out
+        bad.append(Bad(name, code, _words(name, e), item.row))
     return None
 
 # %% ../../nbs/serve/23_batch_score.ipynb #words
@@ -114,15 +130,22 @@ def _words(name: str, error: Exception) -> str:
     "Why a file couldn't be read."
     if isinstance(error, FileNotFoundError):
         return f"there is no {name}"
-    said = error.message if isinstance(error, CelestialError) else getattr(error, "strerror", None) or error
-    return f"{name} can't be read: {said}"
+    said = error.message if isinstance(error, CelestialError) else getattr(error, "strerror", None) or str(error)
+    return f"{name} can't be read: {said[:1000] or type(error).__name__}"
 
 # %% ../../nbs/serve/23_batch_score.ipynb #score
-def _score(model: Predictor, images: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-    "Probabilities and score of each picture."
-    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for group in groups(images):
-        out = model.run_batch(images[group[0]][None] if len(group) == 1 else np.stack([images[i] for i in group]))
+def _score(model: Predictor, images: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray] | Exception]:
+    "Probabilities and score of each picture, or why it has none."
+    found: dict[int, tuple[np.ndarray, np.ndarray] | Exception] = {}
+    waiting = list(groups(images))
+    while waiting:
+        group = waiting.pop()
+        try:
+            out = model.run_batch(images[group[0]][None] if len(group) == 1 else np.stack([images[i] for i in group]))
+        except Exception as e:  # the runtime's, of any class: one picture alone shall have it
+            found[group[0]] = e
+            waiting += [[i] for i in group] if len(group) > 1 else []
+            continue
         found |= {i: (out["probabilities"][row], out["ood_score"][row]) for row, i in enumerate(group)}
     return [found[i] for i in range(len(images))]
 

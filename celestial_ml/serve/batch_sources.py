@@ -5,38 +5,61 @@
 # %% ../../nbs/serve/22_batch_sources.ipynb #2259a04b
 from __future__ import annotations
 
+import asyncio
+import codecs
 import glob
+import io
 import os
+import re
+import shutil
+import stat
 import sys
 import tarfile
 import tempfile
-import zipfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
+from urllib.parse import unquote, urlsplit
 
 from ..core.errors import CelestialError, nearest
-from ..data.archives import Limits, open_zip, read_member, zip_pictures
-from ..data.images import SUFFIXES
+from ..core.folders import PassedOver
+from celestial_ml.data.archives import (
+    Limits,
+    is_member,
+    open_tar,
+    open_zip,
+    read_member,
+    tar_members,
+    tar_problem,
+    zip_pictures,
+)
+from ..data.images import SUFFIXES, ImageError, find_pictures, is_picture
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import pyarrow.parquet
 
 # %% auto #0
-__all__ = ['Wanted', 'Item', 'every', 'none', 'opened', 'mark_of', 'require_parquet', 'pyarrow_error', 'Source', 'find_source',
-           'items', 'count_items', 'read_items', 'read_again']
+__all__ = ['LIMITS', 'Wanted', 'Item', 'every', 'none', 'opened', 'mark_of', 'require_parquet', 'pyarrow_error', 'Source',
+           'find_source', 'items', 'count_items', 'read_items', 'read_again']
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #item
+LIMITS = Limits(files=1_000_000, total_bytes=1 << 50, file_bytes=200_000_000)  # a person's own archive, or file
+
+
 class Item(NamedTuple):
     "A picture to score."
 
     name: str  # its path or URL
     mark: str = ""  # changes when the file does: size and time; "" where that isn't known
     content: bytes | Exception | None = None  # None: to be read by its name; an error: it can't be
+    row: int = 0  # its place in the source
 
 
 Wanted = Callable[[int, str], bool]  # (place in the source, name): shall the content be read?
@@ -51,10 +74,27 @@ def none(place: int, name: str) -> bool:
     "None is wanted: names alone."
     return False
 
+# %% ../../nbs/serve/22_batch_sources.ipynb #too-long
+def too_long(name: str, size: float) -> ImageError:
+    "The error for a file that no picture is as long as."
+    allowed = f"{LIMITS.file_bytes / 1e6:,.0f} MB allowed"
+    return ImageError("too_large", f"{name[:200]} has {size / 1e6:,.0f} MB, of {allowed}", "Make it smaller.")
+
 # %% ../../nbs/serve/22_batch_sources.ipynb #is-url
 def is_url(name: str) -> bool:
-    "Whether fsspec must open it."
+    "Whether it isn't on the disk."
     return "://" in name
+
+
+def is_web(name: str) -> bool:
+    "Whether a web server has it."
+    return name.lower().startswith(("http://", "https://"))
+
+
+def local_name(name: str) -> str:
+    "A name on the disk where a URL means one."
+    path = re.sub("^(?:file|local)://(?:localhost(?=/))?", "", name, flags=re.IGNORECASE)
+    return path if path == name or os.path.exists(path) else unquote(path)  # noqa: PTH110, see `_read`
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #file-system
 def file_system(
@@ -70,22 +110,94 @@ def file_system(
     except ValueError as e:
         raise CelestialError(f"{url} can't be opened: {e}", "See fsspec's list of protocols.") from None
 
+# %% ../../nbs/serve/22_batch_sources.ipynb #regular
+_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
+def open_regular(path: str) -> int:
+    "A descriptor of a file on the disk; `OSError` for what could be waited for, or never ends."
+    descriptor = os.open(path, _FLAGS)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it isn't a file, but a folder, a pipe or a device")
+    return descriptor
+
+# %% ../../nbs/serve/22_batch_sources.ipynb #web-file
+URL_RATE = 10_000  # bytes a second that a server must reach
+
+
+class WebFile(io.RawIOBase):
+    "What a web server sends, from front to back; `OSError` where it refuses, breaks off or is too slow."
+
+    def __init__(self, url: str):
+        self.fs, self.url = file_system(url)
+        self.allowed, self.received = float(os.environ.get("CELESTIAL_URL_SECONDS", 60)), 0
+        self.answer = self._wait(self._ask())
+
+    async def _ask(self) -> Any:
+        "The head of an answer."
+        from aiohttp import ClientTimeout
+
+        session = await self.fs.set_session()
+        return await session.get(self.url, timeout=ClientTimeout(), max_redirects=5, raise_for_status=True)
+
+    def _wait(self, coroutine: Any) -> Any:
+        "What a coroutine comes to, in the time that is left."
+        from aiohttp import ClientError
+        from fsspec.asyn import sync
+
+        began = time.monotonic()
+        try:
+            return sync(self.fs.loop, asyncio.wait_for, coroutine, max(self.allowed, 0))
+        except TimeoutError:
+            raise TimeoutError(f"the server is too slow: {self.received:,} bytes until now") from None
+        except (ClientError, ValueError) as e:
+            raise OSError(" ".join(str(e).split()) or type(e).__name__) from None
+        finally:
+            self.allowed -= time.monotonic() - began
+
+    def readinto(self, buffer: Any) -> int:
+        chunk = self._wait(self.answer.content.read(len(buffer)))
+        buffer[: len(chunk)] = chunk
+        self.received, self.allowed = self.received + len(chunk), self.allowed + len(chunk) / URL_RATE
+        return len(chunk)
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.received
+
+    def close(self) -> None:
+        if not self.closed and hasattr(self, "answer"):
+            self.fs.loop.call_soon_threadsafe(self.answer.close)
+        super().close()
+
 # %% ../../nbs/serve/22_batch_sources.ipynb #opened
 @contextmanager
 def opened(
     name: str,  # a path or a URL
 ) -> Iterator[IO[bytes]]:
-    "A file, wherever it is."
+    "A file, wherever it is; `CelestialError` where it can't be opened."
     try:
-        if is_url(name):
+        if is_web(name):
+            file: Any = io.BufferedReader(WebFile(name), 1 << 16)
+        elif is_url(name):
             fs, path = file_system(name)
-            with fs.open(path, "rb") as file:
-                yield file
+            file = fs.open(path, "rb")
         else:
-            with Path(name).open("rb") as file:
-                yield file
+            file = open(open_regular(name), "rb")  # noqa: SIM115, it's closed below
     except FileNotFoundError:
         raise CelestialError(f"there is no {name}", "Check the name.") from None
+    except (OSError, ValueError) as e:
+        raise CelestialError(f"{name} can't be opened: {_cause(e)}", "Check the name, and who may read it.") from None
+    with file:
+        yield file
+
+
+def _cause(error: Exception) -> str:
+    "What an error says, without the path."
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #mark-of
 def mark_of(
@@ -94,11 +206,15 @@ def mark_of(
     "What changes when a file does: its size, and the time of its last change where that's known; \"\" if it's gone."
     try:
         if not is_url(name):
-            seen = Path(name).stat()
+            seen = os.stat(name)  # noqa: PTH116, see `_read`
             return f"{seen.st_size} {seen.st_mtime_ns}"
+        if is_web(name):
+            with WebFile(name) as file:
+                head = {key.lower(): value for key, value in file.answer.headers.items()}
+            return f"{head.get('content-length')} {head.get('etag') or head.get('last-modified') or ''}"
         fs, path = file_system(name)
         return _remote_mark(fs.info(path))
-    except OSError:
+    except (OSError, ValueError):  # a path with a zero in it is a ValueError
         return ""
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #remote-mark
@@ -107,190 +223,268 @@ def _remote_mark(info: dict[str, Any]) -> str:
     changed = info.get("ETag") or info.get("LastModified") or info.get("mtime") or info.get("created") or ""
     return f"{info.get('size')} {changed}"
 
-# %% ../../nbs/serve/22_batch_sources.ipynb #is-picture
-def _is_picture(name: str) -> bool:
-    "Whether a file is called a picture."
-    return name.lower().endswith(SUFFIXES) and not name.rpartition("/")[2].startswith(".")
-
 # %% ../../nbs/serve/22_batch_sources.ipynb #walk
-def _walk(folder: str) -> Iterator[Item]:
+def _walk(folder: str, passed: PassedOver | None = None) -> Iterator[Item]:
     "All pictures below a folder on the disk."
-    names, inner = _look(folder)
-    for name in names:
-        path = f"{folder.rstrip('/')}/{os.fsdecode(name)}"
+    for path in find_pictures(folder, passed):
         yield Item(path, mark_of(path))
-    for inside in inner:
-        yield from _walk(f"{folder.rstrip('/')}/{inside}")
-
-# %% ../../nbs/serve/22_batch_sources.ipynb #look
-def _look(folder: str) -> tuple[np.ndarray, list[str]]:
-    "The pictures in a folder and the folders in it, both sorted; as bytes, which a fifth of the memory holds."
-    chunks, chunk, inner = [np.empty(0, "S1")], [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                inner += [entry.name] if not entry.name.startswith(".") else []
-            elif _is_picture(entry.name):
-                chunk.append(os.fsencode(entry.name))
-            if len(chunk) == 4096:
-                chunks.append(np.array(chunk))
-                chunk = []
-    return np.sort(np.concatenate([*chunks, np.array(chunk, bytes)])), sorted(inner)
-
-# %% ../../nbs/serve/22_batch_sources.ipynb #count
-def _count(folder: str) -> int:
-    "How many pictures are below a folder on the disk."
-    with os.scandir(folder) as entries:
-        return sum(
-            _count(entry.path) * (entry.name[0] != ".")
-            if entry.is_dir(follow_symlinks=False)
-            else _is_picture(entry.name)
-            for entry in entries
-        )
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #walk-remote
-def _walk_remote(url: str) -> Iterator[Item]:
+_DEPTH = 64  # of folders at a URL, which may have links to themselves
+
+
+def _walk_remote(url: str, passed: PassedOver | None = None) -> Iterator[Item]:
     "All pictures below a URL."
     fs, top = file_system(url)
-    for _, folders, found in fs.walk(top, detail=True):
+    for here, folders, found in fs.walk(top, maxdepth=_DEPTH, detail=True):
+        below = here[len(top) :]
         if isinstance(folders, dict):  # walked in the order of their names; fsspec goes by what is left here
             for name in sorted(folders):
                 folders[name] = folders.pop(name)
         for name, info in sorted(found.items()):
-            if _is_picture(name):
+            if is_member(f"{below}/{name}", passed):
                 yield Item(fs.unstrip_protocol(info["name"]), _remote_mark(info))
+
+# %% ../../nbs/serve/22_batch_sources.ipynb #lines
+LINE = 8192  # characters of a path or a URL
+LONGEST = 1 << 26  # characters at a URL until a line isn't one; a file on the disk has an end
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def _lines(file: Any, longest: float = float("inf")) -> Iterator[str]:
+    "The lines of a text, without their ends; one that is too long is cut behind `LINE` and a character."
+    head = file.peek(4)[:4] if hasattr(file, "peek") else file.read(4)
+    coding = next((coding for mark, coding in _MARKS.items() if head.startswith(mark)), "utf-8")
+    if not hasattr(file, "peek"):  # fsspec's files can be sought in, all others looked ahead in
+        file.seek(0)
+    errors = "surrogateescape" if coding.startswith("utf-8") else "replace"
+    text = io.TextIOWrapper(file, coding, errors, newline="\n")
+    while line := text.readline(LINE + 2):
+        yield line.rstrip("\r\n")[: LINE + 1]
+        passed = len(line)
+        while not line.endswith("\n") and len(line) > LINE:
+            line = text.readline(1 << 20)
+            passed += len(line)
+            if not line or passed > longest:
+                break
+        if passed > longest:
+            raise ValueError("it isn't a text: a line in it doesn't end")
+    text.detach()
+
+# %% ../../nbs/serve/22_batch_sources.ipynb #placed
+def placed(name: str, folder: str) -> str:
+    "Where a name of a list or a table leads: as it's written, else from its folder on, else as other systems write it."
+    name = local_name(name)
+    if is_url(name) or os.path.lexists(name):
+        return name
+    slashed = name.replace("\\", "/")
+    beside, slashed_beside = (os.path.join(folder, other) for other in (name, slashed))  # noqa: PTH118
+    others = (beside, os.path.expanduser(name), slashed, slashed_beside)  # noqa: PTH111
+    return next((other for other in others if os.path.lexists(other)), name)
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #listed
 def _listed(name: str) -> Iterator[Item]:
     "The pictures of a list."
     if name == "-":
-        yield from _of_lines(sys.stdin.buffer)
+        yield from _of_lines(_lines(sys.stdin.buffer), "")
     else:
         with opened(name) as file:
-            yield from _of_lines(file)
+            folder, longest = ("", LONGEST) if is_url(name) else (os.path.dirname(name), float("inf"))  # noqa: PTH120
+            yield from _of_lines(_lines(file, longest), folder)
 
 
-def _of_lines(lines: Iterable[bytes]) -> Iterator[Item]:
+def _of_lines(lines: Iterator[str], folder: str) -> Iterator[Item]:
     "A picture a line."
     for line in lines:
-        if name := line.decode(errors="surrogateescape").rstrip("\r\n"):
-            yield Item(name, "" if is_url(name) else mark_of(name))
-
-# %% ../../nbs/serve/22_batch_sources.ipynb #in-tar
-LIMITS = Limits(files=100_000_000, total_bytes=1 << 50, file_bytes=200_000_000)  # a person's own archive
+        if len(line) > LINE:
+            yield Item(f"{line[:200]}…", "", OSError(f"it's longer than {LINE:,} characters"))
+        elif line and not (line.startswith("#") and not is_picture(line)):
+            path = placed(line, folder)
+            yield Item(path, "" if is_url(path) else mark_of(path))
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #in-tar-x
-def _in_tar(name: str, wanted: Wanted, first: int) -> Iterator[Item]:
+def _in_tar(name: str, wanted: Wanted, first: int, passed: PassedOver | None = None) -> Iterator[Item]:
     "The pictures of a tar file, in its own order."
     mark, place = mark_of(name), first
-    try:
-        with opened(name) as file, tarfile.open(fileobj=file, mode="r:*" if not is_url(name) else "r|*") as tar:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # it would remember all of them
-                if member.isfile() and _is_picture(member.name):
-                    path = f"tar://{member.name}::{name}"
-                    yield Item(path, mark, _tar_member(tar, member) if wanted(place, path) else None)
-                    place += 1
-    except (tarfile.TarError, EOFError, OSError) as e:
-        raise CelestialError(f"{name} is no tar file that can be read to its end: {e}", "Pack it again.") from None
-
-# %% ../../nbs/serve/22_batch_sources.ipynb #tar-member
-def _tar_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Exception:
-    "A member's content, or why it isn't read."
-    if member.size > LIMITS.file_bytes:
-        return ValueError(
-            f"{member.name} has {member.size / 1e6:,.0f} MB, of {LIMITS.file_bytes / 1e6:,.0f} MB allowed"
-        )
-    return tar.extractfile(member).read()  # type: ignore[union-attr]
+    with opened(name) as file, open_tar(file, front_to_back=is_url(name)) as tar:
+        for member in tar_members(tar, file, LIMITS):
+            if is_member(member.name, passed):
+                path = f"tar://{member.name}::{name}"
+                content: bytes | Exception | None = None
+                if problem := tar_problem(member, LIMITS):
+                    content = ImageError("unreadable", f"{path} isn't read: it {problem}", "Pack the pictures alone.")
+                elif wanted(place, path):
+                    content = tar.extractfile(member).read()  # type: ignore[union-attr]
+                yield Item(path, mark, content)
+                place += 1
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #on-disk
 @contextmanager
-def _on_disk(name: str) -> Iterator[Path]:
+def _on_disk(name: str) -> Iterator[str]:
     "A file on the disk; a copy for a while if it's elsewhere, as a ZIP's list of members is at its end."
     if not is_url(name):
-        yield Path(name)
+        os.close(open_regular(name))
+        yield name
         return
-    with tempfile.TemporaryDirectory() as beside:
-        copy = Path(beside) / name.rpartition("/")[2]
-        fs, path = file_system(name)
-        fs.get_file(path, str(copy))
-        yield copy
+    with tempfile.TemporaryDirectory() as beside, opened(name) as source:
+        copy, room = Path(beside) / "copy", shutil.disk_usage(beside).free // 2
+        with copy.open("wb") as file:
+            while chunk := source.read(1 << 20):
+                file.write(chunk)
+                if file.tell() > room:
+                    raise OSError(f"it's longer than {room / 1e9:,.1f} GB, half of what is free in {beside}")
+        yield str(copy)
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #in-zip
-def _in_zip(name: str, wanted: Wanted, first: int) -> Iterator[Item]:
+def _in_zip(name: str, wanted: Wanted, first: int, passed: PassedOver | None = None) -> Iterator[Item]:
     "The pictures of a ZIP, by their names."
     mark = mark_of(name)
     with _on_disk(name) as path, open_zip(path, LIMITS) as archive:
-        for place, info in enumerate(zip_pictures(archive), first):
+        for place, info in enumerate(zip_pictures(archive, passed), first):
             member = f"zip://{info.filename}::{name}"
-            yield Item(member, mark, _zip_member(archive, info) if wanted(place, member) else None)
-
-# %% ../../nbs/serve/22_batch_sources.ipynb #zip-member
-def _zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes | Exception:
-    "A member's content, or why it can't be read."
-    try:
-        return read_member(archive, info)
-    except CelestialError as e:
-        return e
+            content: bytes | Exception | None = None
+            if wanted(place, member):
+                try:
+                    content = read_member(archive, info)
+                except CelestialError as e:
+                    content = e
+            yield Item(member, mark, content)
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #columns
 _BYTES = ("image", "bytes", "content", "jpg", "png", "data")
 _PATHS = ("path", "file_name", "filename", "file", "image_path", "url")
+_FOOTER = 1 << 26  # bytes; a hundred thousand row groups need less
+_BOMB = 100_000_000  # bytes that a row group unpacks to, at which `Limits.ratio` begins to matter
+_PIECE = 32_000_000  # bytes that are unpacked at a time
+
+# %% ../../nbs/serve/22_batch_sources.ipynb #column-kinds
+def _inner(kind: pa.DataType) -> str:
+    "A column's type, as a word: text, bytes, packed (bytes and path together), or what Arrow calls it."
+    import pyarrow as pa
+
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_struct(kind) and "bytes" in kind.names:
+        return "packed" if _inner(kind.field("bytes").type) == "bytes" else str(kind)
+    word = str(kind).removeprefix("large_").removesuffix("_view")
+    return {"string": "text", "binary": "bytes"}.get(re.sub(r"^fixed_size_|\[.*", "", word), str(kind))
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #columns-x
 def _columns(
-    file: pyarrow.parquet.ParquetFile,
+    schema: pa.Schema,
     name: str,  # for the error
     column: str | None,  # that a person named
 ) -> tuple[str | None, str | None]:  # the column with bytes, the column with paths
     "Where the pictures are in a Parquet file; `CelestialError` names the columns where it's not clear."
-    schema = file.schema_arrow
-    kinds = {field.name: str(field.type) for field in schema if column in (None, field.name)}
+    kinds = {field.name: _inner(field.type) for field in schema if column in (None, field.name)}
+    some = ", ".join(schema.names[:20]) + (", …" if len(schema.names) > 20 else "")
     if column is not None and not kinds:
-        near = nearest(column, schema.names)
-        hint = f"Did you mean {near!r}?" if near else f"It has {', '.join(schema.names)}."
-        raise CelestialError(f"{name} has no column {column!r}", hint)
-    packed = [c for c, kind in kinds.items() if "binary" in kind and (c in _BYTES or column or "bytes" in kind)]
-    paths = [c for c in (*_PATHS, column) if c and kinds.get(c) in ("string", "large_string")]
+        near = nearest(column, schema.names[:1000])
+        raise CelestialError(
+            f"{name} has no column {column!r}", f"Did you mean {near!r}?" if near else f"It has {some}."
+        )
+    packed = [c for c, kind in kinds.items() if kind == "packed" or (kind == "bytes" and (c in _BYTES or column))]
+    paths = [c for c in _PATHS if kinds.get(c) in ("text", "bytes")] + [c for c in kinds if c == column]
+    if not packed and column and kinds[column] != "text":
+        raise CelestialError(
+            f"{name}'s column {column!r} has values of type {kinds[column]}", "It must be bytes or paths."
+        )
     if not packed and not paths:
-        hint = f"Say which with --column. It has {', '.join(schema.names)}."
+        hint = f"Say which with --column. It has {some}."
         raise CelestialError(f"{name} has no column that is called like pictures or paths", hint)
     named = next((c for c in _PATHS if c in schema.names), None) if packed else paths[0]
+    for chosen in filter(None, (*packed[:1], named)):
+        if schema.names.count(chosen) > 1:
+            raise CelestialError(f"{name} has {schema.names.count(chosen)} columns {chosen!r}", "Rename all but one.")
     return (packed[0] if packed else None), named
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #in-parquet
 def _in_parquet(name: str, wanted: Wanted, first: int, column: str | None) -> Iterator[Item]:
     "The pictures of a Parquet file, row by row."
-    pq = require_parquet()
-    mark, row = mark_of(name), 0
-    try:
-        with _seekable(name) as source:
-            file = pq.ParquetFile(source, buffer_size=1 << 20)
-            held, named = _columns(file, name, column)
-            for batch in file.iter_batches(64, columns=[c for c in (held, named) if c]):
-                for value in batch.to_pylist():
-                    item = _of_row(value, held, named, f"{name}#{row}", mark)
-                    unread = item.content is not None and not wanted(first + row, item.name)
-                    yield item._replace(content=None) if unread else item
-                    row += 1
-    except (pyarrow_error(), OSError) as e:
-        raise CelestialError(f"{name} is no Parquet file that can be read: {e}", "Write it again.") from None
+    mark, place, folder = mark_of(name), 0, "" if is_url(name) else os.path.dirname(name)  # noqa: PTH120
+    with _seekable(name) as source:
+        file = open_parquet(source, name)
+        held, named = _columns(file.schema_arrow, name, column)
+        chosen = [c for c in (held, named) if c]
+        leaves = {leaf for c in chosen for leaf in (c, f"{c}.bytes", f"{c}.path")}
+        every_leaf = map(file.metadata.schema.column, range(len(file.metadata.schema)))
+        places = {i: leaf.path for i, leaf in enumerate(every_leaf) if leaf.path in leaves}
+        file = open_parquet(source, name, metadata=file.metadata, read_dictionary=list(places.values()))
+        for group in range(file.num_row_groups):
+            rows, size, problem = _claims(file.metadata.row_group(group), list(places))
+            if problem:
+                numbers = range(place, place + rows)
+                yield from (
+                    Item(f"{name}#{row}", mark, ImageError("too_large", f"{name}#{row} {problem}", ""))
+                    for row in numbers
+                )
+                place += rows
+                continue
+            for batch in file.iter_batches(size, row_groups=[group], columns=chosen):
+                for number, (inside, path) in enumerate(_cells(batch, held, named), place):
+                    yield _of_row(inside, path, f"{name}#{number}", mark, folder, partial(wanted, first + number))
+                place += batch.num_rows
+
+# %% ../../nbs/serve/22_batch_sources.ipynb #claims
+def _claims(group: Any, columns: Sequence[int]) -> tuple[int, int, str]:
+    "The rows of a row group, how many to read at a time, and why not to."
+    chunks = [group.column(i) for i in columns]
+    rows, unpacked = group.num_rows, sum(c.total_uncompressed_size for c in chunks)
+    widest = max([c.physical_type == "FIXED_LEN_BYTE_ARRAY" for c in chunks] + [False])
+    size = 1 if widest else max(1, min(rows, 1 << 16, rows * _PIECE // max(unpacked, 1)))
+    ratio = unpacked / max(sum(c.total_compressed_size for c in chunks), 1)
+    if unpacked < 0 or unpacked < _BOMB or ratio < LIMITS.ratio:
+        return rows, size, ""
+    if rows > LIMITS.files:
+        raise ValueError(f"a row group of {rows:,} rows unpacks to {ratio:,.0f} times its size")
+    return rows, size, f"isn't read: its row group unpacks to {ratio:,.0f} times its size, as no pictures do"
+
+# %% ../../nbs/serve/22_batch_sources.ipynb #cells
+def _cells(batch: pa.RecordBatch, held: str | None, named: str | None) -> Iterator[tuple[Any, Any]]:
+    "Content and path of each row, as Arrow's values: nothing is copied yet."
+    inside, path = (batch.column(c) if c else None for c in (held, named))
+    packed = None
+    if inside is not None and hasattr(inside, "flatten") and hasattr(inside.type, "names"):  # {bytes, path}
+        parts = dict(zip(inside.type.names, inside.flatten(), strict=True))
+        inside, packed = parts["bytes"], parts.get("path")
+    for row in range(batch.num_rows):
+        yield tuple(None if c is None else _buffer(c[row]) for c in (inside, path if path is not None else packed))  # type: ignore[misc]
+
+
+def _buffer(value: Any) -> Any:
+    "The bytes of a cell, where they are; None for none."
+    value = value.value if hasattr(value, "dictionary") else value
+    return value.as_buffer() if value is not None and value.is_valid else None
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #seekable
 @contextmanager
 def _seekable(name: str) -> Iterator[Any]:
     "A file that can be read from anywhere, which few web servers allow."
-    with _on_disk(name) if name.startswith("http") else opened(name) as file:
-        yield file
+    if is_web(name):
+        with _on_disk(name) as path, opened(path) as file:
+            yield file
+    else:
+        with opened(name) as file:
+            yield file
 
 
-def _of_row(value: dict[str, Any], held: str | None, named: str | None, number: str, mark: str) -> Item:
+def _of_row(inside: Any, path: Any, number: str, mark: str, folder: str, wanted: Callable[[str], bool]) -> Item:
     "One row as a picture."
-    inside, path = value.get(held or ""), value.get(named or "")
-    if isinstance(inside, dict):  # as Hugging Face packs them
-        packed: dict[str, Any] = inside
-        inside, path = packed.get("bytes"), path or packed.get("path")
-    return Item(path, mark) if inside is None and path else Item(path or number, mark, inside or b"")
+    if path is not None and len(path) > LINE:
+        return Item(number, mark, OSError(f"its path is longer than {LINE:,} bytes"))
+    name = os.fsdecode(path.to_pybytes()) if path is not None else ""
+    if inside is None and name:
+        return Item(placed(name, folder), mark)
+    if inside is not None and len(inside) > LIMITS.file_bytes:
+        return Item(name or number, mark, too_long(name or number, len(inside)))
+    if not wanted(name or number):
+        return Item(name or number, mark)
+    return Item(name or number, mark, inside.to_pybytes() if inside is not None else b"")
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #require-parquet
 def require_parquet() -> Any:
@@ -309,6 +503,20 @@ def pyarrow_error() -> type[Exception]:
 
     return pyarrow.ArrowException
 
+# %% ../../nbs/serve/22_batch_sources.ipynb #open-parquet
+def open_parquet(source: IO[bytes], name: str, **options: Any) -> pyarrow.parquet.ParquetFile:
+    "A Parquet file, when its footer was looked at: all of it is read at once."
+    source.seek(0, os.SEEK_END)
+    source.seek(max(source.tell() - 8, 0))
+    end = source.read(8)
+    length = int.from_bytes(end[:4], "little")
+    if end.endswith((b"PAR1", b"PARE")) and length > _FOOTER:
+        raise CelestialError(
+            f"{name} has a footer of {length / 1e6:,.0f} MB", "Write it with fewer columns or row groups."
+        )
+    source.seek(0)
+    return require_parquet().ParquetFile(source, buffer_size=1 << 20, **options)
+
 # %% ../../nbs/serve/22_batch_sources.ipynb #source
 _KINDS = {
     "tar": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"),
@@ -317,6 +525,8 @@ _KINDS = {
     "list": (".txt", ".lst", ".list"),
     "picture": SUFFIXES,
 }
+_NOUNS = {"tar": "tar file", "zip": "ZIP", "parquet": "Parquet file"}
+_HINT = "Name a folder, a list (.txt, .lst), Parquet, tar files, a ZIP, a picture or a URL of one of them."
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #source-x
 @dataclass(frozen=True)
@@ -336,23 +546,37 @@ def find_source(
     "What is meant; `CelestialError` where there is no such thing."
     if name == "-":
         return Source(name, "list", (name,))
-    is_pattern = any(c in name for c in "*?[") and not Path(name).exists()
+    try:
+        kind, files = _find(local_name(name))
+    except CelestialError:
+        raise
+    except Exception as e:  # of a file system of its own kind
+        raise CelestialError(f"{name} can't be looked at: {_cause(e)}", _HINT) from None
+    return Source(name, kind, tuple(files), column)
+
+
+def _find(name: str) -> tuple[str, list[str]]:
+    "What kind of source it is, and its files."
+    is_pattern = any(c in name for c in "*?[") and not is_web(name) and not _exists(name)
     files = _matching(name) if is_pattern else [name]
     inside, kind = files[0], _kind(files[0])
     if kind != "folder" and _is_folder(inside):
         if kind == "parquet":  # as Spark, Dask and this command write them
-            files = _matching(f"{inside.rstrip('/')}/*.parquet")
+            files = _parts(inside)
         else:
             kind = "folder"
     if not _exists(inside):
-        raise CelestialError(f"there is no {inside}", "Name a folder, a list, Parquet, tar files, a ZIP or a URL.")
+        raise CelestialError(f"there is no {inside}", _HINT)
+    if kind == "folder" and not _is_folder(inside):
+        raise CelestialError(f"{inside} is neither a folder nor a file of a kind that is read", _HINT)
     if other := [f for f in files if _kind(f) != kind and kind != "folder"]:
         raise CelestialError(f"{name} stands for {files[0]} and {other[0]}", "Name files of one kind.")
-    return Source(name, kind, tuple(files), column)
+    return kind, files
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #kind
 def _kind(name: str) -> str:
     "What a name says it is."
+    name = urlsplit(name).path if is_web(name) else name
     return next((kind for kind, ends in _KINDS.items() if name.lower().endswith(ends)), "folder")
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #matching
@@ -367,46 +591,65 @@ def _matching(pattern: str) -> list[str]:
         raise CelestialError(f"nothing is called {pattern}", "Check the pattern; quote it, or the shell reads it.")
     return sorted(found)
 
+
+def _parts(folder: str) -> list[str]:
+    "The Parquet files in a folder, sorted; its name may have a pattern's characters."
+    if is_url(folder):
+        fs, path = file_system(folder)
+        found = [fs.unstrip_protocol(p) for p in fs.ls(path, detail=False)]
+    else:
+        found = [f"{folder.rstrip('/')}/{name}" for name in os.listdir(folder)]  # noqa: PTH208
+    if not (parts := [p for p in found if p.endswith(".parquet") and not p.rpartition("/")[2].startswith((".", "_"))]):
+        raise CelestialError(f"there is no Parquet file in {folder}", _HINT)
+    return sorted(parts)
+
 # %% ../../nbs/serve/22_batch_sources.ipynb #is-folder
 def _is_folder(name: str) -> bool:
-    "Whether it's a folder, wherever."
+    "Whether it's a folder, wherever; a web server has none."
     if not is_url(name):
-        return Path(name).is_dir()
+        return os.path.isdir(name)  # noqa: PTH112, a `Path` raises for a name that is too long
     fs, path = file_system(name)
-    return fs.protocol not in ("http", ("http", "https")) and bool(fs.isdir(path))
+    return not is_web(name) and bool(fs.isdir(path))
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #exists
 def _exists(name: str) -> bool:
     "Whether it's there; a web server is asked later."
     if not is_url(name):
-        return Path(name).exists()
+        return os.path.exists(name)  # noqa: PTH110, a `Path` raises for a name that is too long
     fs, path = file_system(name)
-    return fs.protocol in ("http", ("http", "https")) or bool(fs.exists(path))
+    return is_web(name) or bool(fs.exists(path))
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #items
 def items(
     source: Source,
     wanted: Wanted = every,  # whose content shall be read, where it lies in an archive
+    passed: PassedOver | None = None,  # counts what is left out
 ) -> Generator[Item]:
-    "The pictures of a source, always in the same order; `CelestialError` for an archive that can't be read."
+    "The pictures of a source, always in the same order; `CelestialError` for a file that can't be read to its end."
     place = 0
     for name in source.files:
-        for item in _of_file(source, name, wanted, place):
-            yield item
-            place += 1
+        try:
+            for item in _of_file(source, name, wanted, place, passed):
+                yield item._replace(row=place)
+                place += 1
+        except CelestialError:
+            raise
+        except Exception as e:  # whatever a reader raises on bytes that somebody thought out
+            noun, hint = _NOUNS.get(source.kind, source.kind), "Make it anew; what came before is kept."
+            raise CelestialError(f"{name} is no {noun} that can be read to its end: {_cause(e)}", hint) from None
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #of-file
-def _of_file(source: Source, name: str, wanted: Wanted, first: int) -> Iterator[Item]:
+def _of_file(source: Source, name: str, wanted: Wanted, first: int, passed: PassedOver | None) -> Iterator[Item]:
     "The pictures of one file of a source."
     if source.kind == "folder":
-        return _walk_remote(name) if is_url(name) else _walk(name)
+        return _walk_remote(name, passed) if is_url(name) else _walk(name, passed)
     if source.kind == "list":
         return _listed(name)
     if source.kind == "parquet":
         return _in_parquet(name, wanted, first, source.column)
     if source.kind == "picture":
         return iter([Item(name, mark_of(name))])
-    return {"tar": _in_tar, "zip": _in_zip}[source.kind](name, wanted, first)
+    return {"tar": _in_tar, "zip": _in_zip}[source.kind](name, wanted, first, passed)
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #count-items
 def count_items(
@@ -416,47 +659,72 @@ def count_items(
     if any(is_url(name) or name == "-" or name.endswith(("gz", "bz2", "xz")) for name in source.files):
         return None
     if source.kind == "folder":
-        return sum(map(_count, source.files))
+        return sum(1 for name in source.files for _ in find_pictures(name))
     if source.kind == "parquet":
-        pq = require_parquet()
-        return sum(pq.read_metadata(name).num_rows for name in source.files)
+        return sum(_rows(name) for name in source.files)
     if source.kind == "list":
         with opened(source.files[0]) as file:
-            return sum(bool(line.strip()) for line in file)
+            return sum(bool(line) for line in _lines(file))
     return sum(1 for _ in items(source, none))
+
+
+def _rows(name: str) -> int:
+    "The rows of a Parquet file."
+    with opened(name) as file:
+        return open_parquet(file, name).metadata.num_rows
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #read-items
 def read_items(
     unit: Sequence[Item],
     base: str = "",  # the folder that paths are relative to, where it isn't the current one
-) -> list[bytes | Exception]:  # an error where one can't be read
-    "The contents of some pictures."
+) -> Iterator[bytes | Exception]:  # an error where one can't be read
+    "The contents of some pictures, one after another."
     remote = [item.name for item in unit if item.content is None and is_url(item.name)]
     fetched = _fetch(remote) if remote else {}
-    return [_content(item, fetched, base) for item in unit]
+    return (_content(item, fetched, base) for item in unit)
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #content
-def _content(item: Item, fetched: dict[str, bytes | Exception], base: str) -> bytes | Exception:
+def _content(item: Item, fetched: Mapping[str, bytes | Exception], base: str) -> bytes | Exception:
     "One of them."
     if item.content is not None:
         return item.content
-    return fetched[item.name] if item.name in fetched else _read(os.path.join(base, item.name))  # noqa: PTH118, see there
+    if not is_url(item.name):
+        return _read(os.path.join(base, item.name))  # noqa: PTH118, see there
+    return fetched[item.name] if item.name in fetched else _far(item.name)
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #read
 def _read(path: str) -> bytes | Exception:
     "A file on the disk."
     try:
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123, a `Path` takes a hundredth of a picture's time
-            return file.read()
-    except (OSError, ValueError) as e:  # a path with a zero in it is a ValueError
+        descriptor = open_regular(path)  # a `Path` takes a hundredth of a picture's time
+        try:
+            size, chunks = 0, [os.read(descriptor, min(os.fstat(descriptor).st_size, LIMITS.file_bytes) + 1)]
+            while chunks[-1]:
+                size += len(chunks[-1])
+                if size > LIMITS.file_bytes:
+                    return too_long(path, max(os.fstat(descriptor).st_size, size))
+                chunks.append(os.read(descriptor, 1 << 20))
+        finally:
+            os.close(descriptor)
+        return b"".join(chunks)
+    except (OSError, ValueError, MemoryError) as e:  # a path with a zero in it is a ValueError
         return e
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #fetch
+_COMMON = 8_000_000  # bytes of a picture that is fetched together with others
+_TOGETHER = 16
+
+
 def _fetch(names: list[str]) -> dict[str, bytes | Exception]:
-    "Files at URLs, those of one file system together."
+    "Files at URLs, but for the long ones."
     found: dict[str, bytes | Exception] = {}
+    web = [name for name in dict.fromkeys(names) if is_web(name) and "::" not in name]
+    with ThreadPoolExecutor(_TOGETHER) as pool:
+        found |= dict(zip(web, pool.map(lambda name: _far(name, _COMMON), web), strict=True))
     groups: dict[int, tuple[Any, dict[str, str]]] = {}
-    for name in names:
+    for name in set(names) - set(web):
+        if "::" in name:
+            continue
         try:
             fs, path = file_system(name)
             groups.setdefault(id(fs), (fs, {}))[1][path] = name
@@ -464,23 +732,57 @@ def _fetch(names: list[str]) -> dict[str, bytes | Exception]:
             found[name] = e
     for fs, paths in groups.values():
         try:
-            answers = fs.cat(list(paths), on_error="return")
+            ends = [_COMMON + 1] * len(paths)
+            answers = fs.cat_ranges(list(paths), [0] * len(paths), ends, on_error="return")
         except Exception as e:  # a file system of its own kind
-            answers = dict.fromkeys(paths, e)
-        found |= {name: answers.get(path, FileNotFoundError(name)) for path, name in paths.items()}
-    return found
+            answers = [e] * len(paths)
+        found |= dict(zip(paths.values(), answers, strict=True))
+    archives = {name.partition("::")[2] for name in names if "::" in name}
+    for archive in sorted(archives):
+        found |= _from_archive(archive, {name for name in names if name.endswith(f"::{archive}")}, _COMMON)
+    return {
+        name: content for name, content in found.items() if isinstance(content, Exception) or len(content) <= _COMMON
+    }
+
+# %% ../../nbs/serve/22_batch_sources.ipynb #far
+def _far(name: str, most: int = LIMITS.file_bytes) -> bytes | Exception:
+    "A file at a URL; a byte more than so many where it has more."
+    if "::" in name:
+        return _from_archive(name.partition("::")[2], {name}, most).get(name, FileNotFoundError(name))
+    try:
+        with opened(name) as file:
+            content = file.read(most + 1)
+        return too_long(name, len(content)) if len(content) > LIMITS.file_bytes else content
+    except Exception as e:
+        return e
+
+
+def _from_archive(archive: str, names: set[str], most: int) -> dict[str, bytes | Exception]:
+    "Members of a tar or a ZIP, by their names as the answers have them; those with more than so many bytes are left out."
+    kind, found = _kind(archive), dict[str, bytes | Exception]()
+    try:
+        if kind not in ("tar", "zip") or "::" in archive:
+            raise OSError("its pictures aren't looked for: it must be a tar file or a ZIP")
+        for item in items(Source(archive, kind, (archive,)), lambda place, name: name in names):
+            if item.name in names and (isinstance(item.content, Exception) or len(item.content or b"") <= most):
+                found[item.name] = item.content or b""
+    except (CelestialError, OSError) as e:
+        found |= {name: e for name in names if name not in found}
+    return found | {name: FileNotFoundError(name) for name in names - found.keys() if most == LIMITS.file_bytes}
 
 # %% ../../nbs/serve/22_batch_sources.ipynb #read-again
 def read_again(
     source: Source,
-    names: set[str],
-) -> Iterator[tuple[str, bytes]]:  # name and content of those that can be read, in any order
-    "Pictures of a source by their names."
+    rows: Mapping[int, str],  # row → name
+) -> Iterator[tuple[int, bytes]]:  # row and content of those that can be read, in any order
+    "Pictures of a source once more."
     if source.kind in ("folder", "list", "picture"):
-        found: Iterable[Item] = map(Item, sorted(names))
+        found: Iterator[Item] = (Item(name, row=row) for row, name in rows.items())
     else:
-        found = (item for item in items(source, lambda place, name: name in names) if item.name in names)
+        last = max(rows, default=-1)
+        stream = items(source, lambda place, name: place in rows)
+        found = (item for item in takewhile(lambda item: item.row <= last, stream) if item.row in rows)
     for item in found:
-        content = read_items([item])[0]
+        content = next(read_items([item]))
         if isinstance(content, bytes):
-            yield item.name, content
+            yield item.row, content

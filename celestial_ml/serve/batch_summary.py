@@ -9,6 +9,7 @@ import html
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..core.errors import CelestialError
 from ..core.files import atomic
-from ..data.images import ImageError, decode_image
+from ..data.images import decode_image
 from .batch_parts import Places, answer_files
 from .batch_sources import Source, read_again, require_parquet
 from .why import data_uri, encode_webp, shrink
@@ -44,6 +46,7 @@ class Doubt:
     confidence: float
     ood_score: float
     sha256: str
+    row: int  # its place in the source
 
 # %% ../../nbs/serve/25_batch_summary.ipynb #summary
 @dataclass
@@ -182,14 +185,15 @@ def thumbnails(
     source: Source,
     doubts: Sequence[Doubt],
     side: int = 128,  # pixels along the longer edge
-) -> dict[str, np.ndarray]:  # path → uint8 (height, width, 3); none for what isn't there any more
+) -> dict[int, np.ndarray]:  # row → uint8 (height, width, 3); none for what isn't there any more
     "Small pictures of the doubtful."
     small = {}
-    for name, content in read_again(source, {doubt.path for doubt in doubts}):
-        try:
-            small[name] = shrink(decode_image(content), side)
-        except ImageError:
-            continue  # it changed since
+    try:
+        for row, content in read_again(source, {doubt.row: doubt.path for doubt in doubts}):
+            with suppress(Exception):  # it changed since, or its decoder doesn't want to
+                small[row] = shrink(decode_image(content), side)
+    except CelestialError:  # the source went away, or changed; the answers are there
+        pass
     return small
 
 # %% ../../nbs/serve/25_batch_summary.ipynb #section
@@ -229,10 +233,10 @@ def _figure(doubt: Doubt, image: np.ndarray | None, said: str) -> str:
     return f"<figure>{shown}<figcaption>{html.escape(said)}<br><span>{short}</span></figcaption></figure>"
 
 # %% ../../nbs/serve/25_batch_summary.ipynb #sheet
-def _sheet(doubts: Sequence[Doubt], images: dict[str, np.ndarray], sure: bool) -> str:
+def _sheet(doubts: Sequence[Doubt], images: dict[int, np.ndarray], sure: bool) -> str:
     "Pictures in a grid, with or without the confidence."
     words = [f"{d.label}{f' {as_percent(d.confidence)}' if sure else '?'}" for d in doubts]
-    figures = [_figure(d, images.get(d.path), said) for d, said in zip(doubts, words, strict=True)]
+    figures = [_figure(d, images.get(d.row), said) for d, said in zip(doubts, words, strict=True)]
     return f'<div class="sheet">{"".join(figures)}</div>'
 
 # %% ../../nbs/serve/25_batch_summary.ipynb #as-percent
@@ -244,7 +248,8 @@ def as_percent(share: float) -> str:
 def _bad_table(bad: Iterator[str]) -> str:
     "The first of the bad pictures."
     cells = "".join(
-        f"<tr><td>{html.escape(b['reason'])}</td><td>{b['code']}</td></tr>" for b in map(json.loads, islice(bad, 50))
+        f"<tr><td>{html.escape(b['reason'][:500])}</td><td>{b['code']}</td></tr>"
+        for b in map(json.loads, islice(bad, 50))
     )
     return f"<table><thead><tr><th>reason</th><th>code</th></tr></thead><tbody>{cells}</tbody></table>"
 
@@ -254,7 +259,7 @@ def _tiles(figures: dict[str, str]) -> str:
     return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures.items()) + "</dl>"
 
 # %% ../../nbs/serve/25_batch_summary.ipynb #sections
-def _sections(where: Places, summary: Summary, images: dict[str, np.ndarray], bad: int) -> Iterator[str]:
+def _sections(where: Places, summary: Summary, images: dict[int, np.ndarray], bad: int) -> Iterator[str]:
     "What there is to say, in the order in which one asks."
     yield _section("What they show", "By the best known class.", class_chart(summary))
     yield _section("How sure the model is", "Of the pictures that are like those it knows.", confidence_chart(summary))
@@ -271,7 +276,11 @@ def _sections(where: Places, summary: Summary, images: dict[str, np.ndarray], ba
             words = f"{bad:,} in all; <code>{html.escape(where.bad.name)}</code> beside this page has every one."
             yield _section("Not readable", words, _bad_table(lines))
     read = f'<code>pandas.read_parquet("{html.escape(str(where.out))}")</code>'
-    yield _section("The answers", "A row a picture: path, label, confidence, known, ood_score, …", read)
+    yield _section(
+        "The answers",
+        "A row a picture: path, label, confidence, known, ood_score, … Row n of what was scored is row == n.",
+        read,
+    )
 
 # %% ../../nbs/serve/25_batch_summary.ipynb #write-page
 def write_page(
