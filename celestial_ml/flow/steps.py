@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..core.errors import CelestialError, unknown
 from ..core.files import project_root
-from ..core.params import Params
+from ..core.params import Params, parse_yaml
 
 # %% ../../nbs/flow/00_steps.ipynb #task
 @dataclass(frozen=True)
@@ -46,9 +44,14 @@ def task_specs(
     "The tasks as Ploomber takes them: all of the chain, or a goal and what it depends on."
     beside = root / f"pipeline.{goal}.yaml"
     files = [root / "pipeline.yaml", *([beside] if goal and beside.is_file() else [])]
-    text = [path.read_text(encoding="utf-8").replace("{{out}}", run_folder(run).as_posix()) for path in files]
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C takes a tenth of the time
-    tasks = [task for content in text for task in yaml.load(content, loader)["tasks"]]
+    tasks = []
+    for path in files:
+        content = parse_yaml(path.read_text(encoding="utf-8").replace("{{out}}", run_folder(run).as_posix()), str(path))
+        if not isinstance(content, dict) or not isinstance(content.get("tasks"), list):
+            raise CelestialError(
+                f"{path} holds no list of tasks", "See the pipeline.yaml of a new project for the form."
+            )
+        tasks += content["tasks"]
     needed = {goal or task["name"] for task in tasks}
     for task in reversed(tasks):
         if task["name"] in needed:
