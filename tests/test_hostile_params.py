@@ -53,8 +53,21 @@ def test_quotes_and_null_say_what_cannot_be_said_without(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "instead"),
-    [("010", "10"), ("016", "16"), ("-01", "-1"), ("1_000", "1000"), ("0x10", "16"), ("0o10", "8"), ("0b11", "3")]
-    + [("'7'", "7"), ("7.0", "7"), ("1e1", "10"), ("1:30", "decimal"), (".inf", "finite"), ("nan", "finite")],
+    [
+        ("010", "10"),
+        ("016", "16"),
+        ("-01", "-1"),
+        ("1_000", "1000"),
+        ("0x10", "16"),
+        ("0o10", "8"),
+        ("0b11", "3"),
+        ("'7'", "7"),
+        ("7.0", "7"),
+        ("1e1", "10"),
+        ("1:30", "decimal"),
+        (".inf", "finite"),
+        ("nan", "finite"),
+    ],
 )
 def test_whole_numbers_are_decimal(folder: Path, text: str, instead: str) -> None:
     for error in (refusal(folder, f"train: {{epochs: {text}}}\nseed: {text}\n"), refusal(folder, f"seed: {text}\n")):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Fraction', 'ParamsError', 'Section', 'Data', 'Check', 'Prepare', 'Model', 'Train', 'Evaluate', 'Explain', 'Package',
            'Register', 'Span', 'Tune', 'Score', 'Track', 'Params', 'allowed', 'known_keys', 'typed', 'parse_yaml',
-           'read_params', 'parse_value', 'split_setting', 'params_path', 'load_params', 'default_yaml']
+           'params_path', 'load_params', 'default_yaml']
 
 # %% ../../nbs/core/04_params.ipynb #feca52bd
 import json

@@ -7,12 +7,13 @@ __all__ = ['SECTIONS', 'Task', 'run_folder', 'task_specs', 'load_tasks', 'open_s
 
 # %% ../../nbs/flow/00_steps.ipynb #533e1fbb
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import CelestialError, unknown
-from ..core.files import project_root
+from ..core.files import hold, project_root
 from ..core.params import Params, parse_yaml
 
 # %% ../../nbs/flow/00_steps.ipynb #task
@@ -34,6 +35,14 @@ def run_folder(
     if len(names) > 2 or any(not name or name != Path(name).name or name.startswith(".") for name in names):
         raise CelestialError(f"{run!r} can't be the name of a run", "Use letters, digits, - and _.")
     return Path("output") / run
+
+# %% ../../nbs/flow/00_steps.ipynb #one-run
+def one_run(
+    run: str,
+) -> AbstractContextManager[None]:
+    "Keep two trainings from the files of one run."
+    hint = "Wait until it has ended, or give this one another name: --run NAME"
+    return hold(run_folder(run) / ".lock", f"the run {run} is being done already", hint)
 
 # %% ../../nbs/flow/00_steps.ipynb #task-specs
 def task_specs(

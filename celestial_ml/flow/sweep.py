@@ -17,15 +17,15 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from ..core.errors import CelestialError, nearest, unknown
-from ..core.files import atomic, read_json, sha256_of, write_json
+from ..core.errors import CelestialError, nearest, refused_by_machine, unknown
+from ..core.files import atomic, hold, read_json, sha256_of, write_json
 from celestial_ml.core.params import (
     Params,
     ParamsError,
@@ -47,14 +47,14 @@ from .warm import RECORD, Child, Warm, fork_server, use_warm_kernels, warm_modul
 from ..model.networks import get_network
 
 # %% auto #0
-__all__ = ['Fields', 'FIRST_GUESS', 'THREADS', 'parse_grid', 'combinations', 'run_name', 'find_notebook', 'told',
-           'require_reached', 'Sweep', 'plan_sweep', 'Outcome', 'run_metrics', 'core_shares', 'Memory', 'remaining',
-           'child_env', 'only_one', 'run_sweep', 'known_runs', 'make_tracking']
+__all__ = ['FIRST_GUESS', 'THREADS', 'parse_grid', 'combinations', 'run_name', 'find_notebook', 'told', 'require_reached',
+           'Sweep', 'plan_sweep', 'Outcome', 'run_metrics', 'core_shares', 'Memory', 'remaining', 'child_env',
+           'only_one', 'run_sweep', 'known_runs', 'make_tracking']
 
-# %% ../../nbs/flow/07_sweep.ipynb #parse-grid
+# %% ../../nbs/flow/07_sweep.ipynb #fields
 Fields = Mapping[str, dict[str, Any]]  # a parameter → the JSON schema of what it takes
 
-
+# %% ../../nbs/flow/07_sweep.ipynb #parse-grid
 def parse_grid(
     text: str,  # "train.lr=1e-3,3e-3"
     fields: Fields | None = None,  # None: the pipeline's
@@ -446,7 +446,8 @@ def do_job(
         outcome = replace(outcome, status="failed", error=e.message, hint=e.hint, again=isinstance(e, StepFailed))
     except Exception as e:
         traceback.print_exc()
-        outcome = replace(outcome, status="failed", error=f"{type(e).__name__}: {shorten(str(e), 300)}", again=True)
+        refusal = refused_by_machine(e) or CelestialError(f"{type(e).__name__}: {shorten(str(e), 300)}")
+        outcome = replace(outcome, status="failed", error=refusal.message, hint=refusal.hint, again=True)
     outcome.seconds = time.time() - began
     try:
         _track(job, outcome, sweep, began)
@@ -741,25 +742,15 @@ def child_env(
     return kept | thread_limits(threads)
 
 # %% ../../nbs/flow/07_sweep.ipynb #only-one
-@contextmanager
 def only_one(
     sweep: Sweep,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     "Keep a second command from the same sweep."
-    from filelock import FileLock, Timeout
-
-    sweep.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(sweep.folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise CelestialError(
-            f"the sweep {sweep.name} is being run already", "Wait for it, or give this one a --name."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+    return hold(
+        sweep.folder / ".lock",
+        f"the sweep {sweep.name} is being run already",
+        "Wait for it, or give this one a --name.",
+    )
 
 # %% ../../nbs/flow/07_sweep.ipynb #run-sweep
 def run_sweep(
