@@ -11,7 +11,6 @@ import json
 import locale
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 

@@ -78,7 +78,7 @@ def refused_by_machine(
     for number, path in notes:
         if number in _REFUSALS and (path or number == errno.ENOSPC):
             what, hint = _REFUSALS[number]
-            return CelestialError(f"{path or 'a file'}: {what}", hint)
+            return CelestialError(f"{path or 'a file, or the output'}: {what}", hint)
     return None
 
 

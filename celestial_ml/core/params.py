@@ -436,7 +436,7 @@ def instead(value: Any, field: dict[str, Any]) -> str:
     if not isinstance(value, str) or kinds.isdisjoint({"integer", "number", "boolean"}):
         return ""
     if "boolean" not in kinds and (n := number(value)) is not None:
-        return instead(n, field) or f"{value} without quotes"
+        return instead(n, field) or f"{n} without quotes"
     for notation, rewrite in _HABITS.items():
         if match := re.fullmatch(notation, value):
             words = rewrite(match)
