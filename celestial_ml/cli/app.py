@@ -6,7 +6,9 @@
 __all__ = ['app', 'data_app', 'main']
 
 # %% ../../nbs/cli/09_app.ipynb #bbc46a24
+import codecs
 import json
+import locale
 import os
 import sys
 from pathlib import Path
@@ -21,8 +23,8 @@ from .models import models_app
 from .new import new_app
 from .report import report_app
 from .sweep import sweep_app
-from .words import print_error, words_for_mistakes
-from ..core.errors import CelestialError
+from .words import CUT_OFF, drop_output, print_error, words_for_mistakes
+from ..core.errors import CelestialError, refused_by_machine
 from ..core.files import project_root
 from ..core.folders import PassedOver
 from ..core.names import printable
@@ -290,7 +292,36 @@ def data_show(
             contact_sheet(pictures, list(shown.label), columns=10).save(f)
         print(f"look:  {out}")
 
+# %% ../../nbs/cli/09_app.ipynb #in-utf8
+def _in_utf8() -> None:
+    "Have files read and written in UTF-8 whatever the locale is, and signs that the terminal lacks escaped."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    os.environ["PYTHONIOENCODING"] = f"{sys.stdout.encoding}:backslashreplace"  # of what this process starts
+    utf8 = sys.flags.utf8_mode or codecs.lookup(locale.getencoding()).name == "utf-8"
+    if not utf8 and os.environ.get("PYTHONUTF8") != "1":  # libraries open files without naming an encoding
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
 # %% ../../nbs/cli/09_app.ipynb #main
 def main() -> None:
-    "The command `celestial`."
-    app()
+    "The command `celestial`, in a terminal of any encoding; what can't be written to it ends in words too."
+    _in_utf8()
+    try:
+        try:
+            with words_for_mistakes():
+                app()
+        except SystemExit as e:
+            code = e.code
+        except typer.Exit as e:
+            code = e.exit_code
+        sys.stdout.flush()
+    except OSError as e:
+        e.filename = e.filename or "standard output"
+        refusal = refused_by_machine(e)
+        if refusal and not isinstance(e, BrokenPipeError):
+            print_error(refusal)
+        code = CUT_OFF if isinstance(e, BrokenPipeError) else 2
+        drop_output()
+    sys.exit(code)

@@ -6,13 +6,23 @@
 __all__ = ['print_error', 'words_for_mistakes']
 
 # %% ../../nbs/cli/00_words.ipynb #cd1c829d
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import typer
 
-from ..core.errors import CelestialError
+from ..core.errors import CelestialError, refused_by_machine
+
+# %% ../../nbs/cli/00_words.ipynb #drop-output
+CUT_OFF = 141  # the exit code of commands that are cut off by `head`
+
+
+def drop_output() -> None:
+    "Have what is left of the output go nowhere, or Python would complain of it at its end."
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 # %% ../../nbs/cli/00_words.ipynb #print-error
 def print_error(
@@ -26,12 +36,21 @@ def print_error(
 
 @contextmanager
 def words_for_mistakes() -> Iterator[None]:
-    "Turn a `CelestialError`, or Ctrl-C, into words and an exit code."
+    "Turn a `CelestialError`, what the machine refuses, or Ctrl-C, into words and an exit code."
     try:
         yield
     except CelestialError as e:
         print_error(e)
         raise typer.Exit(e.exit_code) from None
+    except BrokenPipeError:  # the reader has seen enough, as `head` has
+        drop_output()
+        raise typer.Exit(CUT_OFF) from None
+    except Exception as e:
+        refusal = refused_by_machine(e)
+        if refusal is None:
+            raise
+        print_error(refusal)
+        raise typer.Exit(refusal.exit_code) from None
     except KeyboardInterrupt:
         print("stopped; what was finished is kept", file=sys.stderr)
         raise typer.Exit(130) from None

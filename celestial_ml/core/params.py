@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'ParamsError', 'Section', 'Data', 'Check', 'Prepare', 'Model', 'Train', 'Evaluate', 'Explain', 'Package',
-           'Register', 'Span', 'Tune', 'Score', 'Track', 'Params', 'allowed', 'known_keys', 'parse_yaml', 'params_path',
-           'load_params', 'default_yaml']
+           'Register', 'Span', 'Tune', 'Score', 'Track', 'Params', 'allowed', 'known_keys', 'typed', 'parse_yaml',
+           'params_path', 'load_params', 'default_yaml']
 
 # %% ../../nbs/core/04_params.ipynb #feca52bd
 import json
+import math
 import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -26,7 +29,7 @@ class ParamsError(CelestialError):
 class Section(BaseModel):
     "A named group of parameters."
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @classmethod
     def of(cls, **values: Any) -> Self:
@@ -281,6 +284,183 @@ def _nearest_key(key: str, known: list[str]) -> str | None:
     leaf = key.rpartition(".")[2]
     return next((k for k in known if k.rpartition(".")[2] == leaf), None) or nearest(key, known)
 
+# %% ../../nbs/core/04_params.ipynb #yaml
+class Plain(str):
+    "A scalar as it stands in YAML without quotes: what a parameter takes decides what it is."
+
+
+_NULL = ("", "null", "~")
+_TRUTH = {"true": True, "false": False}
+_WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]{0,99})")
+_REAL = re.compile(r"[-+]?((0|[1-9][0-9]{0,99})(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,5})?")
+
+
+def number(text: str) -> int | float | None:  # None: it isn't one
+    "A decimal number. Source: yaml.org/spec/1.2.2, section 10.3.2, without octal, hexadecimal and infinite ones."
+    if _WHOLE.fullmatch(text):
+        return int(text)
+    return float(text) if _REAL.fullmatch(text) and math.isfinite(float(text)) else None
+
+# %% ../../nbs/core/04_params.ipynb #parse-yaml
+class _Events:
+    "What stands in a YAML text, one thing after the other, on a budget."
+
+    def __init__(self, text: str, where: str):
+        # The parser in C takes a tenth of the time. It builds nothing, so that depth and size are bounded here.
+        self.events = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        self.where, self.left = where, 100_000
+
+    def refuse(self, event: Any, why: str) -> ParamsError:
+        "The error for what stands at an event."
+        return ParamsError(f"{self.where}, line {event.start_mark.line + 1}: {why}", "Mend that line.")
+
+    def until(self, end: type[yaml.Event]) -> Iterator[Any]:
+        "The events up to the end of a list or a mapping."
+        while not isinstance(event := next(self.events), end):
+            yield event
+
+    def copy(self, value: Any, event: yaml.Event) -> Any:
+        "A value once more, on the same budget."
+        self.left -= 1
+        if self.left < 0:
+            raise self.refuse(event, "it is too large once its aliases are written out")
+        if isinstance(value, dict):
+            return {key: self.copy(inner, event) for key, inner in value.items()}
+        return [self.copy(inner, event) for inner in value] if isinstance(value, list) else value
+
+# %% ../../nbs/core/04_params.ipynb #yaml-builder
+class _Builder(_Events):
+    "A YAML document as values, scalars without quotes as `Plain`; `ParamsError` names the line of a mistake."
+
+    def document(self) -> Any:
+        "Its value; None for an empty one."
+        value, self.anchors = None, dict[str, Any]()
+        documents = 0
+        for event in self.events:
+            documents += isinstance(event, yaml.DocumentStartEvent)
+            if documents > 1:
+                raise self.refuse(event, "a second document begins here")
+            if isinstance(event, yaml.NodeEvent):
+                value = self.value(event)
+        return value
+
+    def value(self, event: Any, depth: int = 0) -> Any:
+        "The value that begins with an event."
+        self.left -= 1
+        if self.left < 0 or depth > 20:
+            raise self.refuse(event, "it is nested too deeply, or too large")
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in self.anchors:
+                raise self.refuse(event, f"*{event.anchor} stands for nothing yet")
+            return self.copy(self.anchors[event.anchor], event)
+        if event.tag not in (None, "!"):
+            raise self.refuse(event, f"the tag {event.tag} isn't read here")
+        if isinstance(event, yaml.ScalarEvent):
+            value: Any = event.value if event.style else Plain(event.value)
+        elif isinstance(event, yaml.SequenceStartEvent):
+            value = [self.value(inner, depth + 1) for inner in self.until(yaml.SequenceEndEvent)]
+        else:
+            value = self.pairs(depth)
+        if event.anchor:
+            self.anchors[event.anchor] = value
+        return value
+
+    def pairs(self, depth: int) -> dict[str, Any]:
+        "The rest of a mapping."
+        values: dict[str, Any] = {}
+        for event in self.until(yaml.MappingEndEvent):
+            key = self.value(event, depth + 1)
+            if not isinstance(key, str) or key in values:
+                why = f"{key} stands there twice" if isinstance(key, str) else "a key must be text"
+                raise self.refuse(event, why)
+            values[str(key)] = self.value(next(self.events), depth + 1)
+        return values
+
+# %% ../../nbs/core/04_params.ipynb #yaml-document
+def document(
+    text: str,  # YAML
+    where: str,  # its file, for the error
+) -> Any:
+    "The value of a YAML text, scalars without quotes as they stand; `ParamsError` where it isn't YAML."
+    try:
+        return _Builder(text, where).document()
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        line = mark.line + 1 if mark else text.count("\n", 0, getattr(e, "position", 0)) + 1
+        words = getattr(e, "problem", None) or getattr(e, "reason", "")
+        tab = "\t" in (text.splitlines()[line - 1 : line] or [""])[0]
+        hint = "Indent with spaces, not with tabs." if tab else "Mend that line."
+        raise ParamsError(f"{where}, line {line}, is not YAML: {words}", hint) from None
+    except UnicodeError:
+        raise ParamsError(f"{where} is not text in UTF-8", "Save it as UTF-8.") from None
+
+# %% ../../nbs/core/04_params.ipynb #typed
+def typed(
+    value: Any,  # of a YAML document, or of a command line
+    field: dict[str, Any],  # the JSON schema of what is meant to take it; {}: anything
+) -> Any:  # what isn't of the field's kind stays as it is, for the schema to refuse
+    "A value as the field takes it: text literally, numbers decimal, true and false."
+    if isinstance(value, dict):
+        inner = field.get("properties", {})
+        return {key: typed(v, inner.get(key, {})) for key, v in value.items()}
+    if isinstance(value, list):
+        return [typed(v, field.get("items", {})) for v in value]
+    if not isinstance(value, Plain):
+        return value
+    kinds = {option.get("type") for option in field.get("anyOf", [field])}
+    if value in _NULL and kinds & {"null", None}:
+        return None
+    if "string" in kinds:
+        return str(value)
+    of_kind: list[Any] = [_TRUTH.get(value)] * bool(kinds & {"boolean", None})
+    of_kind += [number(value)] * bool(kinds & {"integer", "number", None})
+    return next((v for v in of_kind if v is not None), str(value))
+
+
+def parse_yaml(
+    text: str,  # YAML
+    where: str,  # its file, for the error
+) -> Any:
+    "The value of a YAML text where no schema says what it takes; `ParamsError` where it isn't YAML."
+    return typed(document(text, where), {})
+
+# %% ../../nbs/core/04_params.ipynb #instead
+_HABITS: dict[str, Callable[[re.Match[str]], str]] = {
+    r"([-+]?)0+([0-9]+(?:\.[0-9]+)?)": lambda m: m[1] + m[2],
+    r"([-+]?[0-9]{1,3}(?:_[0-9]{1,9})+)": lambda m: m[1].replace("_", ""),
+    r"(0[xX][0-9a-fA-F]{1,99}|0[oO][0-7]{1,99}|0[bB][01]{1,99})": lambda m: str(int(m[1], 0)),
+    r"([0-9]{1,9}),([0-9]{1,9})": lambda m: f"{m[1]}.{m[2]}",
+    r"([0-9.]{1,9}) ?%": lambda m: "a share: 0.05 is 5 %",
+    r"[0-9]{1,9}(?::[0-9.]{1,9})+": lambda m: "one decimal number, in one unit",
+    r"(?i)[-+]?\.?(inf|infinity|nan)": lambda m: "a number that is finite",
+    r"(?i)(yes|on|y|true)": lambda m: "true",
+    r"(?i)(no|off|n|false)": lambda m: "false",
+}  # a notation → how it's written here
+
+# %% ../../nbs/core/04_params.ipynb #instead-y
+def instead(value: Any, field: dict[str, Any]) -> str:
+    "How a value of another notation is written here; nothing where that isn't clear."
+    kinds = {option.get("type") for option in field.get("anyOf", [field])}
+    if isinstance(value, (int, float)):
+        if "string" in kinds:
+            return "it in quotes"
+        return f"{value:.0f}" if "integer" in kinds and float(value).is_integer() and type(value) is float else ""
+    if not isinstance(value, str) or kinds.isdisjoint({"integer", "number", "boolean"}):
+        return ""
+    if "boolean" not in kinds and (n := number(value)) is not None:
+        return instead(n, field) or f"{n} without quotes"
+    for notation, rewrite in _HABITS.items():
+        if match := re.fullmatch(notation, value):
+            words = rewrite(match)
+            return words if ("boolean" in kinds) == (words in _TRUTH) else ""
+    return ""
+
+
+def _short(value: Any) -> str:
+    "A value as an error shows it."
+    words = repr(value)
+    return words if len(words) <= 100 else f"{words[:80]} … ({len(words)} characters)"
+
 # %% ../../nbs/core/04_params.ipynb #params-error
 def params_error(
     error: ValidationError,  # what pydantic found
@@ -304,50 +484,35 @@ def params_error(
         )
     if key not in keys:  # a section that is no mapping
         names = ", ".join(k for k in keys if k.startswith(f"{key}."))
-        return ParamsError(f"{where}: {key} must hold parameters, not {first['input']!r}", f"Known: {names}.")
-    what = keys[key].get("description", "")
-    return ParamsError(f"{where}: {key} can't be {first['input']!r}", f"Allowed: {allowed(keys[key])} ({what}).")
-
-# %% ../../nbs/core/04_params.ipynb #yaml
-class _Yaml(yaml.SafeLoader):
-    "YAML with the numbers and booleans of YAML 1.2. Source: yaml.org/spec/1.2.2, section 10.3.2."
-
-
-_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$")
-
-# %% ../../nbs/core/04_params.ipynb #affebf08
-_Yaml.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if not tag.endswith((":float", ":bool"))]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$"), list("tf"))
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-
-# %% ../../nbs/core/04_params.ipynb #parse-yaml
-def parse_yaml(
-    text: str,  # YAML
-    where: str,  # its file, for the error
-) -> Any:
-    "The value of a YAML text; `ParamsError` where it isn't YAML."
-    try:
-        return yaml.load(text, _Yaml)
-    except yaml.YAMLError as e:
-        raise ParamsError(f"{where} is not YAML: {' '.join(str(e).split())}", "Mend the line it names.") from None
+        return ParamsError(f"{where}: {key} must hold parameters, not {_short(first['input'])}", f"Known: {names}.")
+    what, other = keys[key].get("description", ""), instead(first["input"], keys[key])
+    hint = f"Allowed: {allowed(keys[key])} ({what})." + (f"\nWrite {other}." if other else "")
+    return ParamsError(f"{where}: {key} can't be {_short(first['input'])}", hint)
 
 # %% ../../nbs/core/04_params.ipynb #read
-def _read(path: Path) -> dict[str, Any]:
-    "A params file's content."
-    content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    if content is None:
+def read_params(path: Path) -> dict[str, Any]:
+    "A params file's content, scalars without quotes as they stand; `ParamsError` where it's another kind of file."
+    if path.stat().st_size > 1_000_000:
+        raise ParamsError(f"{path} is larger than a params file can be: 1 MB", "See params/default.yaml for the form.")
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = content.count(b"\n", 0, e.start) + 1
+        raise ParamsError(f"{path}, line {line}, is not UTF-8", "Save the file as UTF-8.") from None
+    values = document(text, str(path))
+    if values is None or values == "":
         return {}
-    if not isinstance(content, dict):
+    if not isinstance(values, dict):
         raise ParamsError(f"{path} must hold sections of parameters", "See params/default.yaml for the form.")
-    return content
+    return values
 
 # %% ../../nbs/core/04_params.ipynb #overlay
 def _overlay(base: dict[str, Any], new: dict[str, Any], origin: dict[str, str], where: str) -> None:
     "Lay `new` over `base`, in place, and remember where each key came from."
     for name, value in new.items():
+        if isinstance(value, Plain) and value == "" and isinstance(base.get(name), dict):
+            continue  # a section with all of its lines commented out
         if isinstance(value, dict) and isinstance(base.get(name), dict):
             base[name] |= value
             origin |= {f"{name}.{key}": where for key in value}
@@ -356,13 +521,39 @@ def _overlay(base: dict[str, Any], new: dict[str, Any], origin: dict[str, str], 
             origin |= {name: where} | ({f"{name}.{k}": where for k in value} if isinstance(value, dict) else {})
 
 # %% ../../nbs/core/04_params.ipynb #setting
-def _setting(text: str) -> dict[str, Any]:
-    "`train.lr=0.001` as an overlay."
+def parse_value(
+    text: str,  # as `--set key=` or `--grid key=` has it
+    field: dict[str, Any],  # the JSON schema of what takes it; {}: anything
+    where: str,  # for the error
+) -> Any:
+    "A value from a command line: text as it stands, or in quotes; lists and mappings as YAML."
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] == "'":
+        return text[1:-1].replace("''", "'")
+    if len(text) > 1 and text[0] == text[-1] == '"':
+        with suppress(ValueError):
+            return json.loads(text)
+    kinds = {option.get("type") for option in field.get("anyOf", [field])}
+    as_yaml = text.startswith(("[", "{")) and "string" not in kinds
+    return typed(document(text, where) if as_yaml else Plain(text), field)
+
+
+def split_setting(
+    text: str,  # "train.lr=0.001"
+    option: str = "--set",
+) -> tuple[str, str]:
+    "A key and the text that it is set to; `ParamsError` for another form."
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ParamsError(f"--set {text}: no such form", "Write it as --set train.lr=0.001")
-    section, dot, name = key.strip().rpartition(".")
-    parsed = parse_yaml(value, f"--set {text}")
+        raise ParamsError(f"{option} {_short(text)[1:-1]}: no such form", f"Write it as {option} train.lr=0.001")
+    return key.strip(), value
+
+
+def _setting(text: str, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    "`train.lr=0.001` as an overlay."
+    key, value = split_setting(text)
+    section, dot, name = key.rpartition(".")
+    parsed = parse_value(value, known.get(key, {}), f"--set {text}")
     return {section: {name: parsed}} if dot else {name: parsed}
 
 # %% ../../nbs/core/04_params.ipynb #params-path
@@ -387,14 +578,32 @@ def load_params(
     "The parameters of a run: the defaults, the named overlay, then the settings, checked as a whole."
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
+    known = known_keys()
     for path in dict.fromkeys([Path(folder) / "default.yaml", params_path(name, folder)]):
-        _overlay(values, _read(path), origin, str(path))
+        _overlay(values, read_params(path), origin, str(path))
     for text in settings or []:
-        _overlay(values, _setting(text), origin, f"--set {text}")
+        _overlay(values, _setting(text, known), origin, f"--set {text}")
     try:
-        return Params.model_validate(values)
+        return Params.model_validate(_typed_sections(values, known))
     except ValidationError as e:
         raise params_error(e, origin=origin) from None
+
+# %% ../../nbs/core/04_params.ipynb #typed-sections
+def _typed_sections(values: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    "Sections of parameters, each value as its parameter takes it."
+    result: dict[str, Any] = {}
+    for name, section in values.items():
+        if name in known or not isinstance(section, dict):
+            result[name] = typed(section, known.get(name, {}))
+            continue
+        result[name] = {key: typed(value, known.get(f"{name}.{key}", {})) for key, value in section.items()}
+        if isinstance(space := section.get("space"), dict) and name == "tune":
+            span = {"properties": Span.model_json_schema()["properties"]}
+            result[name]["space"] = {
+                key: typed(inner, span if isinstance(inner, dict) else {"items": known.get(key, {})})
+                for key, inner in space.items()
+            }
+    return result
 
 # %% ../../nbs/core/04_params.ipynb #default-yaml
 def default_yaml() -> str:  # YAML

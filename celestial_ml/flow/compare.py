@@ -86,7 +86,10 @@ def params_at(
             params = load_params(name, folder=folder)
             return flat(params.model_dump(by_alias=True, exclude={"score", "tune"})), ""
         except ParamsError as e:
-            written = [parse_yaml(Path(folder, f"{file}.yaml").read_text(), file) or {} for file in ("default", name)]
+            written = [
+                parse_yaml(Path(folder, f"{file}.yaml").read_text(encoding="utf-8"), file) or {}
+                for file in ("default", name)
+            ]
             return flat(written[0]) | flat(
                 written[1]
             ), f"Its parameters are shown as written: {e.message.replace(folder + '/', '')}."

@@ -9,18 +9,19 @@ import logging
 import os
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..core.errors import AnswerIsNo, CelestialError, unknown
+from ..core.errors import AnswerIsNo, CelestialError, refused_by_machine, unknown
 from ..core.files import read_json, write_json
 from ..core.params import Params, load_params, params_path
 from ..core.progress import say
 from ..data.sources import get_source
 from .state import BY_HAND, folder_checksum, forget, stale_steps, step_inputs, write_inputs
-from .steps import Task, load_tasks, run_folder, step_parameters, task_specs
+from .steps import Task, load_tasks, one_run, run_folder, step_parameters, task_specs
 from ..model.networks import get_network
 
 if TYPE_CHECKING:
@@ -67,8 +68,9 @@ def make_plan(
         )
         for task in tasks.values()
     }
-    for task in tasks.values():
-        if force or task.name == start:
+    anew = [task for task in tasks.values() if force or task.name == start]
+    with one_run(name) if anew else nullcontext():
+        for task in anew:
             forget(task)
     return Plan(name, root, params, tasks, inputs, stale_steps(tasks, inputs), until)
 
@@ -153,24 +155,25 @@ def run_pipeline(
     executor: Executor = "inline",
     quiet: bool = False,  # print no line a step
 ) -> None:
-    "Bring a run up to date; `StepFailed` if a step fails."
-    write_json(params_file(plan.run), plan.params.model_dump(by_alias=True, exclude={"score", "tune"}))
-    if not plan.stale:
-        return
-    write_inputs(plan.tasks, plan.inputs)
-    for name in plan.stale:
-        if plan.stale[name] == BY_HAND:  # Ploomber looks at what it remembers of a file, not at the file
-            forget(plan.tasks[name])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Ploomber's, of parameters that it thinks are unused
-        dag = _load_dag(plan, executor)
-        from ploomber.exceptions import DAGBuildError
+    "Bring a run up to date; `StepFailed` if a step fails, `CelestialError` while another process does the same run."
+    with one_run(plan.run):
+        write_json(params_file(plan.run), plan.params.model_dump(by_alias=True, exclude={"score", "tune"}))
+        if not plan.stale:
+            return
+        write_inputs(plan.tasks, plan.inputs)
+        for name in plan.stale:
+            if plan.stale[name] == BY_HAND:  # Ploomber looks at what it remembers of a file, not at the file
+                forget(plan.tasks[name])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ploomber's, of parameters that it thinks are unused
+            dag = _load_dag(plan, executor)
+            from ploomber.exceptions import DAGBuildError
 
-        _report_progress(dag, plan, quiet)
-        try:
-            dag.build(show_progress=False)
-        except DAGBuildError:
-            raise _step_failed(dag, plan) from None
+            _report_progress(dag, plan, quiet)
+            try:
+                dag.build(show_progress=False)
+            except DAGBuildError as e:
+                raise _step_failed(dag, plan, e) from None
 
 # %% ../../nbs/flow/02_pipeline.ipynb #stepfailed
 class StepFailed(CelestialError):
@@ -208,14 +211,21 @@ def step_error(
     where = f"{step} failed in cell {number}"
     look = f"The notebook up to there: {notebook}"
     if name.rpartition(".")[2] not in _kinds(CelestialError):
+        refusal = refused_by_machine(MemoryError() if name == "MemoryError" else words)
+        if refusal:
+            return CelestialError(f"{where}: {refusal.message}", f"{refusal.hint}\n{look}")
         return StepFailed(f"{where}: {name}: {shorten(words, 300)}", look)
     kind = AnswerIsNo if name.rpartition(".")[2] in _kinds(AnswerIsNo) else CelestialError
     return kind(f"{where}: {message}", f"{hint}\n{look}".lstrip())
 
 # %% ../../nbs/flow/02_pipeline.ipynb #step-failed
-def _step_failed(dag: DAG, plan: Plan) -> CelestialError:
+def _step_failed(dag: DAG, plan: Plan, error: Exception) -> CelestialError:
     "The error of the step that failed."
     from ploomber.constants import TaskStatus
 
     name = next(name for name in dag if dag[name].exec_status == TaskStatus.Errored)
-    return step_error(name, plan.tasks[name].product["notebook"])
+    notebook = plan.tasks[name].product["notebook"]
+    refusal = None if notebook.is_file() and failed_cell(notebook) else refused_by_machine(error)
+    if refusal:  # it's Ploomber that failed, for want of space, say
+        return CelestialError(f"{name}: {refusal.message}", refusal.hint)
+    return step_error(name, notebook)

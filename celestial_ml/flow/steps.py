@@ -6,17 +6,20 @@
 __all__ = ['SECTIONS', 'Task', 'run_folder', 'task_specs', 'load_tasks', 'open_step', 'step_parameters']
 
 # %% ../../nbs/flow/00_steps.ipynb #533e1fbb
+import ast
 import os
+import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pydantic import ValidationError
 
-from ..core.errors import CelestialError, unknown
-from ..core.files import project_root
+from ..core.errors import CelestialError, nearest, unknown
+from ..core.files import hold, project_root
 from ..core.names import check_name
-from ..core.params import Params
+from ..core.params import Params, ParamsError, params_error, parse_yaml
 
 # %% ../../nbs/flow/00_steps.ipynb #task
 @dataclass(frozen=True)
@@ -33,8 +36,16 @@ def run_folder(
     run: str,  # a name; those of a sweep have two: "sweep/run"
 ) -> Path:  # relative to the project's root
     "Where a run's products are; `CelestialError` for a name that is no folder's."
-    names = run.split("/", 1)
+    names = run.split("/", 1) if isinstance(run, str) else [str(run)]
     return Path("output", *(check_name("run", name) for name in names))
+
+# %% ../../nbs/flow/00_steps.ipynb #one-run
+def one_run(
+    run: str,
+) -> AbstractContextManager[None]:
+    "Keep two trainings from the files of one run."
+    hint = "Wait until it has ended, or give this one another name: --run NAME"
+    return hold(run_folder(run) / ".lock", f"the run {run} is being done already", hint)
 
 # %% ../../nbs/flow/00_steps.ipynb #task-specs
 def task_specs(
@@ -45,9 +56,14 @@ def task_specs(
     "The tasks as Ploomber takes them: all of the chain, or a goal and what it depends on."
     beside = root / f"pipeline.{goal}.yaml"
     files = [root / "pipeline.yaml", *([beside] if goal and beside.is_file() else [])]
-    text = [path.read_text(encoding="utf-8").replace("{{out}}", run_folder(run).as_posix()) for path in files]
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C takes a tenth of the time
-    tasks = [task for content in text for task in yaml.load(content, loader)["tasks"]]
+    tasks = []
+    for path in files:
+        content = parse_yaml(path.read_text(encoding="utf-8").replace("{{out}}", run_folder(run).as_posix()), str(path))
+        if not isinstance(content, dict) or not isinstance(content.get("tasks"), list):
+            raise CelestialError(
+                f"{path} holds no list of tasks", "See the pipeline.yaml of a new project for the form."
+            )
+        tasks += content["tasks"]
     needed = {goal or task["name"] for task in tasks}
     for task in reversed(tasks):
         if task["name"] in needed:
@@ -82,6 +98,55 @@ class Step:
     product: dict[str, Path]
     upstream: dict[str, dict[str, Path]]
 
+# %% ../../nbs/flow/00_steps.ipynb #injected
+def injected(
+    cells: list[str],  # the sources that a kernel has executed
+) -> dict[str, Any]:
+    "The parameters that papermill put into a notebook."
+    values = {}
+    for source in cells:
+        if source.startswith("# Parameters\n"):  # papermill's first line of the cell that it puts in
+            for node in ast.parse(source).body:
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                    try:
+                        values[node.targets[0].id] = ast.literal_eval(node.value)
+                    except ValueError:  # float("nan"), say
+                        values[node.targets[0].id] = float("nan")
+    return values
+
+
+def _require_parameters(name: str) -> None:
+    "`ParamsError` for a parameter from papermill that the step doesn't have, or of a wrong kind."
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None and (values := injected(shell.user_ns.get("In", []))) and name in SECTIONS:
+        require_parameters(name, values)
+
+
+def require_parameters(
+    name: str,  # of a step
+    values: dict[str, Any],  # as papermill puts them in
+) -> None:
+    "`ParamsError` unless the step has these parameters, and they are of their kinds."
+    defaults, where = Params().model_dump(by_alias=True), f"the parameters of {name}"
+    places: dict[str, tuple[str, str]] = {}
+    for section in SECTIONS[name]:
+        inner = defaults[section]
+        places |= {key: (section, key) for key in inner} if isinstance(inner, dict) else {section: ("", section)}
+    overlay: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in ("run", "product", "upstream", "resources_"):
+            continue
+        if key not in places:
+            near = nearest(key, places)
+            words = f"{where}: {key} is no parameter" + (f"; did you mean {near}?" if near else "")
+            raise ParamsError(words, f"Known: {', '.join(places)}.")
+        section, leaf = places[key]
+        overlay |= {section: overlay.get(section, {}) | {leaf: value}} if section else {leaf: value}
+    try:
+        Params.model_validate(overlay)
+    except ValidationError as e:
+        raise params_error(e, origin={".".join(filter(None, place)): where for place in places.values()}) from None
+
 # %% ../../nbs/flow/00_steps.ipynb #open-step
 def open_step(
     name: str,  # as in pipeline.yaml
@@ -90,6 +155,7 @@ def open_step(
     upstream: dict[str, dict[str, str]] | None,  # as Ploomber injects it, else None
 ) -> Step:
     "Go to the project's root and know the step's files; `CelestialError` names what isn't there yet."
+    _require_parameters(name)
     root = project_root()
     os.chdir(root)
     tasks = load_tasks(root, run, name)

@@ -17,16 +17,28 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from ..core.errors import CelestialError, nearest, unknown
-from ..core.files import atomic, read_json, sha256_of, write_json
-from ..core.params import Params, ParamsError, Track, known_keys, load_params, params_path, parse_yaml
+from ..core.errors import CelestialError, nearest, refused_by_machine, unknown
+from ..core.files import atomic, hold, read_json, sha256_of, write_json
+from celestial_ml.core.params import (
+    Params,
+    ParamsError,
+    Track,
+    instead,
+    known_keys,
+    load_params,
+    params_path,
+    parse_value,
+    read_params,
+    split_setting,
+    typed,
+)
 from ..core.progress import as_time, say
 from .pipeline import Plan, StepFailed, images_checksum, run_pipeline, step_error
 from .state import stale_steps, step_inputs
@@ -39,19 +51,44 @@ __all__ = ['FIRST_GUESS', 'THREADS', 'parse_grid', 'combinations', 'run_name', '
            'Sweep', 'plan_sweep', 'Outcome', 'run_metrics', 'core_shares', 'Memory', 'remaining', 'child_env',
            'only_one', 'run_sweep', 'known_runs', 'make_tracking']
 
+# %% ../../nbs/flow/07_sweep.ipynb #fields
+Fields = Mapping[str, dict[str, Any]]  # a parameter → the JSON schema of what it takes
+
 # %% ../../nbs/flow/07_sweep.ipynb #parse-grid
 def parse_grid(
     text: str,  # "train.lr=1e-3,3e-3"
+    fields: Fields | None = None,  # None: the pipeline's
 ) -> tuple[str, list[Any]]:  # ("train.lr", [0.001, 0.003])
     "A parameter and the values to try; `ParamsError` for another form."
-    key, equals, values = text.partition("=")
-    if not equals or not key.strip() or not values.strip():
-        raise ParamsError(f"--grid {text}: no such form", "Write it as --grid train.lr=0.001,0.003")
-    found = parse_yaml(f"[{values}]", f"--grid {text}")
-    twice = [value for i, value in enumerate(found) if any(_same(value, other) for other in found[:i])]
-    if twice or not found:
+    key, values = split_setting(text, "--grid")
+    field = (known_keys() if fields is None else fields).get(key, {})
+    tried = [parse_value(value, field, f"--grid {text}") for value in split_values(values)]
+    twice = [value for i, value in enumerate(tried) if any(_same(value, other) for other in tried[:i])]
+    if twice or not tried:
         raise ParamsError(f"--grid {text}: {twice[0]!r} is there twice" if twice else f"--grid {text}: no value")
-    return key.strip(), found
+    return key, tried
+
+# %% ../../nbs/flow/07_sweep.ipynb #split-values
+def split_values(
+    text: str,  # "a,'b,c',[d,e]"
+) -> list[str]:  # ["a", "'b,c'", "[d,e]"]
+    "The values between commas; what is in quotes or brackets holds together."
+    values, depth, quote = [""], 0, ""
+    for sign in text:
+        opens = depth or not values[-1].strip()
+        if quote:
+            quote = "" if sign == quote else quote
+        elif sign in "\"'" and opens:
+            quote = sign
+        elif sign in "[{" and opens:
+            depth += 1
+        elif sign in "]}" and depth:
+            depth -= 1
+        if sign == "," and not depth and not quote:
+            values.append("")
+        else:
+            values[-1] += sign
+    return [value for value in values if value.strip()]
 
 # %% ../../nbs/flow/07_sweep.ipynb #same
 def _same(a: Any, b: Any) -> bool:
@@ -61,9 +98,10 @@ def _same(a: Any, b: Any) -> bool:
 # %% ../../nbs/flow/07_sweep.ipynb #combinations
 def combinations(
     grids: Iterable[str],  # as `parse_grid` takes them
+    fields: Fields | None = None,  # as `parse_grid` takes them
 ) -> list[dict[str, Any]]:  # one dictionary a combination; a single empty one without grids
     "Every value of every parameter with every other."
-    parsed = [parse_grid(text) for text in grids]
+    parsed = [parse_grid(text, fields) for text in grids]
     keys = [key for key, _ in parsed]
     for key in keys:
         if keys.count(key) > 1:
@@ -150,6 +188,21 @@ class Told:
     params: Params
     own: dict[str, Any]
 
+# %% ../../nbs/flow/07_sweep.ipynb #setting
+def field_of(
+    default: Any,  # that a notebook declares
+) -> dict[str, Any]:
+    "What a notebook's own parameter takes, as a JSON schema: values of its default's type."
+    kinds = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+    kind = {"type": kinds[type(default)]} if type(default) in kinds else {}
+    return {"anyOf": [kind, {"type": "null"}]} if kind else {}
+
+
+def _fields(notebooks: list[Notebook]) -> Fields:
+    "What the pipeline's parameters take, and those that notebooks from elsewhere declare."
+    declared = {name: field_of(value) for nb in notebooks for name, value in nb.declared.items()}
+    return declared | known_keys()
+
 # %% ../../nbs/flow/07_sweep.ipynb #told-x
 def told(
     file: str,  # a params file: smoke, or its path
@@ -162,7 +215,7 @@ def told(
     base, known = file, known_keys()
     if notebooks and any(not nb.step for nb in notebooks):
         path = params_path(file, root / "params")
-        settings = (_keys_of(path, known) if path.stem != "default" else {}) | settings
+        settings = (_keys_of(path, _fields(notebooks)) if path.stem != "default" else {}) | settings
         base = "default"
     theirs = {key: said for key, said in settings.items() if key in known or key not in declared}
     own = {key: value for key, (_, value) in settings.items() if key in declared}
@@ -183,19 +236,17 @@ def told(
     return Told(params, own)
 
 # %% ../../nbs/flow/07_sweep.ipynb #keys-of
-def _keys_of(path: Path, known: Iterable[str]) -> dict[str, tuple[str, Any]]:
+def _keys_of(path: Path, fields: Fields) -> dict[str, tuple[str, Any]]:
     "A params file as settings: sections are flattened to dotted keys."
-    content = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
-    if not isinstance(content, dict):
-        raise ParamsError(f"{path} must hold parameters", "A line each, as `key: value`.")
+    content = read_params(path)
     keys: dict[str, tuple[str, Any]] = {}
-    sections = {key.partition(".")[0] for key in known}
+    sections = {key.partition(".")[0] for key in fields}
     for name, value in content.items():
         if name in sections and isinstance(value, dict):
             keys |= {f"{name}.{key}": (str(path), inner) for key, inner in value.items()}
         else:
             keys[str(name)] = (str(path), value)
-    return keys
+    return {key: (where, typed(value, fields.get(key, {}))) for key, (where, value) in keys.items()}
 
 # %% ../../nbs/flow/07_sweep.ipynb #require-type
 def _require_type(key: str, value: Any, notebook: Notebook, default: Any, where: str) -> None:
@@ -205,7 +256,8 @@ def _require_type(key: str, value: Any, notebook: Notebook, default: Any, where:
         return
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
     kind = words.get(type(default), type(default).__name__)
-    raise ParamsError(f"{where}: {key} can't be {value!r}", f"Allowed: {kind}, as in {notebook.source} ({default!r}).")
+    allowed, other = f"Allowed: {kind}, as in {notebook.source} ({default!r}).", instead(value, field_of(default))
+    raise ParamsError(f"{where}: {key} can't be {value!r}", f"{allowed}\nWrite {other}." if other else allowed)
 
 # %% ../../nbs/flow/07_sweep.ipynb #require-reached
 def require_reached(
@@ -264,14 +316,18 @@ def plan_sweep(
     "What a sweep would do; `CelestialError` for whatever a person can mend beforehand."
     files = files or ["default"]
     chosen = [find_notebook(path, root) for path in notebooks or []]
-    fixed = {key: (f"--set {text}", values[0]) for text in settings or [] for key, values in [_setting(text)]}
+    fields = _fields(chosen)
+    fixed = {}
+    for text in settings or []:
+        key, value = split_setting(text)
+        fixed[key] = (f"--set {text}", parse_value(value, fields.get(key, {}), f"--set {text}"))
     named = {file: _stem(file, files) for file in files}
     name = name or f"{next(iter(named.values()))}-sweep"
     run_folder(name)
     steps = [nb.step for nb in chosen if nb.step] if chosen else list(load_tasks(root, name, until))
     if not steps and not chosen:
         raise unknown("step", str(until), load_tasks(root, name))
-    grid = combinations(grids or [])
+    grid = combinations(grids or [], fields)
     several = len(named) > 1 or not grid[0]
     sets = [(file, ({"params": named[file]} if several else {}) | values) for file in named for values in grid]
     keys = sets[0][1].keys()
@@ -287,14 +343,6 @@ def plan_sweep(
         raise ParamsError("two combinations would have the same name", "Their values differ only in punctuation.")
     sources = [nb.source for nb in chosen] or [task.source for task in load_tasks(root, name, until).values()]
     return Sweep(name, root, jobs, sources)
-
-# %% ../../nbs/flow/07_sweep.ipynb #setting
-def _setting(text: str) -> tuple[str, list[Any]]:
-    "`key=value` as a key and its value in a list; a comma is part of the value."
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ParamsError(f"--set {text}: no such form", "Write it as --set train.lr=0.001")
-    return key.strip(), [parse_yaml(value, f"--set {text}")]
 
 # %% ../../nbs/flow/07_sweep.ipynb #stem
 def _stem(file: str, files: list[str]) -> str:
@@ -399,7 +447,8 @@ def do_job(
         outcome = replace(outcome, status="failed", error=e.message, hint=e.hint, again=isinstance(e, StepFailed))
     except Exception as e:
         traceback.print_exc()
-        outcome = replace(outcome, status="failed", error=f"{type(e).__name__}: {shorten(str(e), 300)}", again=True)
+        refusal = refused_by_machine(e) or CelestialError(f"{type(e).__name__}: {shorten(str(e), 300)}")
+        outcome = replace(outcome, status="failed", error=refusal.message, hint=refusal.hint, again=True)
     outcome.seconds = time.time() - began
     try:
         _track(job, outcome, sweep, began)
@@ -694,25 +743,15 @@ def child_env(
     return kept | thread_limits(threads)
 
 # %% ../../nbs/flow/07_sweep.ipynb #only-one
-@contextmanager
 def only_one(
     sweep: Sweep,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     "Keep a second command from the same sweep."
-    from filelock import FileLock, Timeout
-
-    sweep.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(sweep.folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise CelestialError(
-            f"the sweep {sweep.name} is being run already", "Wait for it, or give this one a --name."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+    return hold(
+        sweep.folder / ".lock",
+        f"the sweep {sweep.name} is being run already",
+        "Wait for it, or give this one a --name.",
+    )
 
 # %% ../../nbs/flow/07_sweep.ipynb #run-sweep
 def run_sweep(

@@ -295,7 +295,7 @@ def _start_worker(job: TuneJob, threads: int, log: Path) -> subprocess.Popen[str
     env = {name: value for name, value in os.environ.items() if name != "CELESTIAL_TERMINAL"}
     env |= {"OMP_NUM_THREADS": str(threads), "TF_CPP_MIN_LOG_LEVEL": "3", "MPLBACKEND": "agg"}
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as out:
+    with log.open("w", encoding="utf-8") as out:
         process = subprocess.Popen(
             [sys.executable, "-c", "from celestial_ml.flow.tuning import worker; worker()"],
             stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, text=True, env=env,

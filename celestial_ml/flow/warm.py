@@ -221,7 +221,7 @@ def _become(job: dict[str, Any]) -> None:
     "Be what the client asked for: its environment, folder, cores and output, then its function."
     os.setsid()
     _die_with_parent()
-    with Path(os.devnull).open() as nothing, Path(job["log"]).open("ab", buffering=0) as log:
+    with Path(os.devnull).open("rb") as nothing, Path(job["log"]).open("ab", buffering=0) as log:
         for source, target in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(source.fileno(), target)
     os.environ.clear()

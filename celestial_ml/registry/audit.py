@@ -10,35 +10,23 @@ import getpass
 import json
 import os
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import CelestialError
-from ..core.files import home, read_json, sha256_of
+from ..core.files import hold, home, read_json, sha256_of
 
 # %% ../../nbs/registry/03_audit.ipynb #locked
-@contextmanager
 def locked(
     name: str = "registry",  # what is held: the registry itself, or mlflow, which a decision never waits for
     timeout: float = 60,  # seconds to wait for somebody else
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     "Hold a lock of the registry's; who holds it already may take it again."
-    from filelock import FileLock, Timeout
-
-    home().mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(str(home() / f"{name}.lock"), is_singleton=True).acquire(timeout=timeout)
-    except Timeout:
-        raise CelestialError(
-            f"the registry in {home()} has been busy for {timeout:g} s ({name}.lock)",
-            "Another command is at work: try again later.",
-        ) from None
-    with lock:
-        yield
+    busy = f"the registry in {home()} has been busy for {timeout:g} s ({name}.lock)"
+    return hold(home() / f"{name}.lock", busy, "Another command is at work: try again later.", timeout, again=True)
 
 # %% ../../nbs/registry/03_audit.ipynb #audit-file
 FIRST = "0" * 64  # what the first entry names as the one before

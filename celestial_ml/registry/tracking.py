@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
-from ..core.files import home
+from ..core.files import atomic, hold, home, make_folder
 from ..core.params import Track
 
 if TYPE_CHECKING:
@@ -29,18 +32,72 @@ def tracking_uri(
     "Where runs are recorded: the configured URI, else `mlflow.db` in the state folder."
     return track.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
 
+# %% ../../nbs/registry/01_tracking.ipynb #make-database
+def _database_lock() -> AbstractContextManager[None]:
+    "One process at a time makes the database, or mends it."
+    busy = f"the database {home() / 'mlflow.db'} is being made"
+    return hold(home() / "database.lock", busy, "Try again in a minute.", timeout=120, again=True)
+
+
+def make_database(
+    database: Path,  # where it shall be
+) -> None:
+    "Make MLflow's tables, all or none of them."
+    from mlflow import MlflowClient
+
+    with atomic(database) as f:
+        client = MlflowClient(tracking_uri=f"sqlite:///{f}", registry_uri=f"sqlite:///{f}")
+        client.search_registered_models(max_results=1)  # the registry's tables, too
+        with closing(sqlite3.connect(f)) as db, db:
+            place = (database.parent / "artifacts" / "Default").as_uri()
+            db.execute("UPDATE experiments SET artifact_location = ? WHERE name = 'Default'", (place,))
+
+# %% ../../nbs/registry/01_tracking.ipynb #mend-places
+_PLACES = {
+    "experiments": ["artifact_location"],
+    "runs": ["artifact_uri"],
+    "model_versions": ["source", "storage_location"],
+    "logged_models": ["artifact_location"],
+}  # columns of MLflow's tables that hold addresses of artifacts
+
+
+def mend_places(
+    database: Path,  # MLflow's, in the state folder
+) -> None:
+    "Have the addresses of artifacts that lie beside the database lead there, wherever the folder was before."
+    here = (database.parent / "artifacts").as_uri() + "/"
+    with closing(sqlite3.connect(database, timeout=60)) as db, db:
+        rows = db.execute("SELECT name, artifact_location FROM experiments").fetchall()
+        places = {
+            location.removesuffix(end) + "/" for name, location in rows if location.endswith(end := f"/{quote(name)}")
+        }
+        for old in {place for place in places if place.startswith("file://") and place.endswith("/artifacts/")} - {
+            here
+        }:
+            for table, columns in _PLACES.items():
+                for column in columns:
+                    change = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"
+                    db.execute(change, (here, len(old) + 1, len(old), old))
+            before = unquote(old.removeprefix("file://").removesuffix("artifacts/"))
+            print(f"{database.parent} was at {before} before: its artifacts are looked for here now", file=sys.stderr)
+
 # %% ../../nbs/registry/01_tracking.ipynb #mlflow-client
 def mlflow_client(
     track: Track,
 ) -> MlflowClient:
-    "A client for it; nothing is sent anywhere else."
+    "A client for it; nothing is sent anywhere else. The embedded database is made, and mended, by one at a time."
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     for name in ("alembic", "mlflow.store.db"):
         logging.getLogger(name).setLevel(logging.WARNING)  # a new database is no news
+    make_folder(home())
+    uri, database = tracking_uri(track), home() / "mlflow.db"
+    if uri == f"sqlite:///{database}":
+        with _database_lock():
+            if not database.exists():
+                make_database(database)
+            mend_places(database)
     from mlflow import MlflowClient
 
-    home().mkdir(parents=True, exist_ok=True)
-    uri = tracking_uri(track)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 # %% ../../nbs/registry/01_tracking.ipynb #experiment
@@ -49,11 +106,19 @@ def open_experiment(
     track: Track,
 ) -> str:
     "The id of the experiment, made when it's new; the artifacts of a local database lie beside it."
-    if known := client.get_experiment_by_name(track.experiment):
-        return str(known.experiment_id)
+    from mlflow.exceptions import MlflowException
+
     local = tracking_uri(track).startswith("sqlite:")
-    artifacts = (home() / "artifacts" / track.experiment).as_uri() if local else None
-    return str(client.create_experiment(track.experiment, artifact_location=artifacts))
+    with _database_lock() if local else nullcontext():
+        if known := client.get_experiment_by_name(track.experiment):
+            return str(known.experiment_id)
+        artifacts = f"{(home() / 'artifacts').as_uri()}/{quote(track.experiment)}" if local else None
+        try:
+            return str(client.create_experiment(track.experiment, artifact_location=artifacts))
+        except MlflowException:  # somebody else's was first
+            if known := client.get_experiment_by_name(track.experiment):
+                return str(known.experiment_id)
+            raise
 
 # %% ../../nbs/registry/01_tracking.ipynb #run
 @dataclass(frozen=True)

@@ -577,7 +577,7 @@ async def health() -> Status:
 async def ready(service: TheService, model: TheModel) -> Status:
     "Is a model loaded, which one, and was another one refused?"
     tried = service.models.challenger.predictor
-    refused = service.models.champion.refused or service.models.challenger.refused
+    refused = service.models.champion.reason or service.models.challenger.reason
     return Status(
         status="ready", model_version=model.version, challenger=tried.version if tried else None, refused=refused
     )

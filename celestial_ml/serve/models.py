@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import threading
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.errors import CelestialError
@@ -37,9 +40,45 @@ def pointed(
         raise ModelError(f"{pointer} is damaged ({e!r})", "`celestial models list` mends it.") from None
 
 # %% ../../nbs/serve/07_models.ipynb #role
+LONGEST = 60.0  # seconds between two looks at a model that was refused
+
+
+def stamp(
+    folder: Path | None,  # of a package
+) -> list[tuple[int, ...] | None]:
+    "What changes when files of a package are changed in place."
+    stats: list[tuple[int, ...] | None] = []
+    for name in ("model.json", "model.onnx", "model.int8.onnx", "selftest.npz") if folder else ():
+        try:
+            s = (folder / name).stat()  # type: ignore[operator]
+            stats.append((s.st_mtime_ns, s.st_size, s.st_ino))
+        except OSError:
+            stats.append(None)
+    return stats
+
+
 @dataclass
-class Role:
-    "A role, who has it, and who was refused it."
+class Tries:
+    "When to look at a model once more: at once where its files changed, else later and later."
+
+    clock: Callable[[], float] = time.monotonic
+    what: object = None  # was looked at last
+    good: bool = False  # and taken
+    wait: float = 0.0  # seconds, before the next look
+    at: float = 0.0  # the clock's time of that
+
+    def due(self, what: object) -> bool:
+        "Whether to look, and not to look again before long."
+        if what == self.what and (self.good or self.clock() < self.at):
+            return False
+        self.wait = min(LONGEST, 2 * self.wait) if what == self.what and self.wait else 1.0
+        self.what, self.good, self.at = what, False, self.clock() + self.wait
+        return True
+
+# %% ../../nbs/serve/07_models.ipynb #role-x
+@dataclass
+class Standing:
+    "Who has a role, and who was refused it."
 
     name: str  # champion or challenger
     find: Callable[[], Path | None]
@@ -47,25 +86,6 @@ class Role:
     predictor: Predictor | None = None
     refused: str | None = None  # why the model that is meant doesn't answer
     hint: str = ""  # what to do about it
-    tried: Path | None = None  # the folder that was looked at last
-
-    def look(self) -> None:
-        "Take the model that is meant now; where it's no good, keep the one that there is."
-        try:
-            folder = self.find()
-            if folder == self.tried:
-                return
-            self.tried = folder
-            if folder is None:
-                return self.empty()
-            predictor = Predictor(folder)
-            if "selftest.npz" in predictor.about.get("files", {}):  # the gate asks for it; an older package has none
-                predictor.self_test()
-        except Exception as e:
-            return self.refuse(e)
-        self.predictor, self.refused = predictor, None
-        self.metrics.reloads.labels(self.name, "taken").inc()
-        log.info("%s is %s now", self.name, predictor.version)
 
     def empty(self) -> None:
         "Nobody is meant: a challenger goes, a champion stays until there is another."
@@ -81,11 +101,56 @@ class Role:
             self.metrics.reloads.labels(self.name, "refused").inc()
             log.error("the %s is refused: %s", self.name, why)
 
+    @property
+    def reason(self) -> str | None:
+        "Why the model that is meant doesn't answer, for clients: without the places of files, which the log has."
+        words = self.refused and self.refused.replace(f"{models_folder()}{os.sep}", "")
+        return words and re.sub(r"(?<![\w.])(?:[A-Za-z]:)?[/\\]+(?:[^\s/\\'\"),:;]+[/\\]+)*(?=[^\s/\\])", "…/", words)
+
     def error(self) -> ModelError:
         "Why there is nobody."
         if self.refused:
             return ModelError(self.refused, self.hint)
         return ModelError("there is no model yet: nothing has become champion", "Train one with `celestial run`.")
+
+# %% ../../nbs/serve/07_models.ipynb #role-y
+@dataclass
+class Role(Standing):
+    "A role that is looked after."
+
+    fixed: bool = False  # to a folder, whatever the registry says
+    tries: Tries = field(default_factory=Tries)
+
+    def look(self) -> None:
+        "Take the model that is meant now; where it's no good, keep the one that there is, and look again later."
+        if self.fixed and self.tries.good:  # this one and no other, as it was at the start
+            return None
+        try:
+            folder = self.find()
+        except Exception as e:
+            return self.refuse(e)
+        if not self.tries.due((folder, stamp(folder))):
+            if self.tries.good and self.refused and folder is not None:  # only the pointer was unreadable for a while
+                self.refused = None
+                log.info("the %s is %s still", self.name, self.predictor and self.predictor.version)
+            return None
+        try:
+            if folder is None:
+                self.empty()
+            else:
+                self.take(folder)
+        except Exception as e:
+            return self.refuse(e)
+        self.tries.good = True
+
+    def take(self, folder: Path) -> None:
+        "Load a model, and have it answer once it has proven itself."
+        predictor = Predictor(folder)
+        if "selftest.npz" in predictor.about.get("files", {}):  # the gate asks for it; an older package has none
+            predictor.self_test()
+        self.predictor, self.refused = predictor, None
+        self.metrics.reloads.labels(self.name, "taken").inc()
+        log.info("%s is %s now", self.name, predictor.version)
 
 # %% ../../nbs/serve/07_models.ipynb #repeat
 class Repeat(threading.Thread):
@@ -130,7 +195,8 @@ class Models:
         challenged: tuple[str, float] = ("off", 0),  # off, shadow or canary, and the share of the traffic
     ):
         fixed = None if folder is None else Path(folder)
-        self.champion = Role("champion", (lambda: pointed("champion")) if fixed is None else lambda: fixed, metrics)
+        find = (lambda: pointed("champion")) if fixed is None else lambda: fixed
+        self.champion = Role("champion", find, metrics, fixed=fixed is not None)
         self.challenger = Role("challenger", lambda: pointed("challenger"), metrics)
         self.mode, self.share = challenged
         self.watching: Repeat | None = None

@@ -1,0 +1,400 @@
+"""Folders that move, disks that are full, names that are too long, two commands at once, terminals of any encoding"""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from celestial_ml.core.errors import CelestialError, refused_by_machine
+from celestial_ml.core.files import atomic, hold, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = str(Path(sys.executable).with_name("celestial"))
+
+
+def python(code: str, home: Path, encoding: str = "utf-8", **extra: str) -> subprocess.Popen[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("CELESTIAL_", "MLFLOW_"))}
+    env |= {"CELESTIAL_HOME": str(home), "PYTHONPATH": str(ROOT)} | extra
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=env,
+        encoding=encoding,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+TRACK = """
+import os, sys
+from pathlib import Path
+from celestial_ml.core.files import home
+from celestial_ml.core.params import Track
+from celestial_ml.registry.tracking import resume_run, start_run
+"""
+RECORD = f"""{TRACK}
+with start_run(Track(experiment="é a/b"), "one") as run:
+    note = home() / "note.txt"
+    note.write_text("seen")
+    run.log_file(note, "notes")
+    client = run.client
+    if not client.search_registered_models():
+        client.create_registered_model("m")
+    client.create_model_version("m", f"{{client.get_run(run.id).info.artifact_uri}}/notes", run.id)
+print(run.id)
+"""
+
+
+def recorded(home: Path) -> tuple[str, str]:
+    "The id of a run that another process records, and what it says meanwhile."
+    with python(RECORD, home) as process:
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out.strip(), err
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("how", ["copied", "moved"])
+def test_a_folder_that_moved_takes_its_artifacts_along(tmp_path: Path, how: str) -> None:
+    first, second = tmp_path / "a home", tmp_path / "b #%"
+    old, _ = recorded(first)
+    shutil.copytree(first, second)
+    if how == "moved":
+        shutil.rmtree(first)
+    before = snapshot(first)
+    new, words = recorded(second)
+    assert snapshot(first) == before and first.exists() == (how == "copied")
+    assert len([line for line in words.splitlines() if str(first) in line]) == 1
+    assert [path.name for path in second.rglob(f"{new}/artifacts/notes/*")] == ["note.txt"]
+    code = f"""{TRACK}
+client = resume_run(Track(), {old!r}).client
+print(client.list_artifacts({old!r}, "notes")[0].path, Path(client.download_artifacts({old!r}, "notes/note.txt")).read_text())
+for version in client.search_model_versions("name = 'm'"):
+    print(client.get_model_version_download_uri("m", version.version))
+"""
+    with python(code, second) as process:
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.splitlines()[0] == "notes/note.txt seen" and str(first) not in err
+    assert len(out.splitlines()) == 3 and all(line.startswith(second.as_uri()) for line in out.splitlines()[1:])
+
+
+def test_another_database_is_not_touched(tmp_path: Path) -> None:
+    from celestial_ml.core.params import Track
+    from celestial_ml.registry.tracking import tracking_uri
+
+    uri = f"sqlite:///{tmp_path}/elsewhere.db"
+    code = f"{TRACK}\nwith start_run(Track(uri={uri!r}), 'one') as run: print(run.client.get_run(run.id).info.artifact_uri)"
+    places = []
+    for home in ("a", "b"):
+        with python(code, tmp_path / home) as process:
+            places.append(process.communicate(timeout=120)[0].strip())
+    assert tracking_uri(Track(uri=uri)) == uri
+    assert all(place.startswith((tmp_path / "a").as_uri()) for place in places), "set by who made it, and left so"
+
+
+def test_first_runs_at_once_share_one_database(tmp_path: Path) -> None:
+    code = f"{TRACK}\nwith start_run(Track(), 'one') as run: print(run.id)"
+    processes = [python(code, tmp_path / "home") for _ in range(4)]
+    results = [(*process.communicate(timeout=300), process.returncode) for process in processes]
+    assert [code for *_, code in results] == [0] * 4, results
+    assert len({out for out, *_ in results}) == 4
+    assert not list((tmp_path / "home").glob("*.part*"))
+
+
+# -- locks
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from celestial_ml.core.files import hold
+with hold(Path(sys.argv[1]), "the run x is being done already", "Wait."):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_holder_learns_who_has_it_and_a_dead_one_has_nothing(tmp_path: Path) -> None:
+    lock = tmp_path / "deep" / ".lock"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", HOLDER, lock], env=env, text=True, stdout=subprocess.PIPE) as first:
+        assert first.stdout and first.stdout.readline() == "held\n"
+        with pytest.raises(CelestialError) as e, hold(lock, "the run x is being done already", "Wait."):
+            pass
+        assert str(first.pid) in e.value.message and os.uname().nodename in e.value.message and e.value.exit_code == 2
+        first.send_signal(signal.SIGKILL)
+    with hold(lock, "-", "-"):
+        assert json.loads(lock.with_name(".lock.owner").read_text())["pid"] == os.getpid()
+        with pytest.raises(CelestialError), hold(lock, "-", "-"):
+            pass
+    assert [path.name for path in lock.parent.iterdir()] in ([".lock"], [])
+
+
+def test_a_run_that_is_being_done_is_refused_with_its_process(project: Path, celestial: Callable) -> None:
+    with hold(project / "output/busy/.lock", "-", "-"):
+        for arguments in (["run", "smoke", "--run", "busy"], ["run", "smoke", "--run", "busy", "--force"]):
+            result = celestial(*arguments)
+            assert result.returncode == 2 and f"process {os.getpid()} on" in result.stderr, result.stderr
+            assert "Traceback" not in result.stderr and "busy" in result.stderr
+        swept = celestial("sweep", "smoke", "--name", "busy", "--grid", "seed=1")
+        assert swept.returncode == 2 and f"process {os.getpid()} on" in swept.stderr
+    assert sorted(path.name for path in (project / "output/busy").iterdir() if "lock" not in path.name) in (
+        [],
+        ["index.html"],
+    )
+
+
+# -- disks
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    "A disk of one megabyte; skipped where nobody may mount one."
+    place = tmp_path / "small"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("a file system can't be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def refusal_of(do: Callable[[], object]) -> CelestialError:
+    try:
+        do()
+    except Exception as e:
+        refusal = refused_by_machine(e)
+        assert refusal and refusal.exit_code == 2 and refusal.hint, repr(e)
+        return refusal
+    raise AssertionError("that should have been refused")
+
+
+def test_a_full_disk_is_named_and_nothing_half_written_stays(small_disk: Path) -> None:
+    import numpy as np
+    import pandas as pd
+
+    write_json(small_disk / "a.json", {"kept": True})
+
+    def write(how: Callable[[Path], object]) -> Callable[[], None]:
+        def do() -> None:
+            with atomic(small_disk / "a.json") as f:
+                how(f)
+
+        return do
+
+    table = pd.DataFrame(np.random.default_rng(1).random((60_000, 4)), columns=list("abcd"))
+    ways: list[Callable[[Path], object]] = [lambda f: f.write_bytes(bytes(3_000_000)), table.to_parquet, table.to_csv]
+
+    def save(f: Path) -> None:
+        with f.open("wb") as file:
+            np.save(file, table.to_numpy())
+
+    ways.append(save)
+    for way in ways:
+        refusal = refusal_of(write(way))
+        assert "a.json" in refusal.message and ".part" not in refusal.message
+        assert [path.name for path in small_disk.iterdir()] == ["a.json"]
+    assert json.loads((small_disk / "a.json").read_text()) == {"kept": True}
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert "a.json" in refusal_of(lambda: write_json(small_disk / "a.json", 1)).message
+    assert "only be read" in refusal_of(lambda: write_json(small_disk / "deep/a.json", 1)).message
+
+
+def test_names_and_places_that_no_system_takes(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (
+        tmp_path / ("n" * 300),
+        tmp_path / "file" / "a.json",
+        tmp_path / "file/deep/a.json",
+        Path("/proc/a.json"),
+    ):
+        refusal = refusal_of(lambda path=path: write_json(path, 1))  # type: ignore[misc]
+        assert str(path.parent if "file" in str(path) else path)[:40] in refusal.message
+
+
+def test_what_only_words_are_left_of_is_recognised() -> None:
+    assert refused_by_machine("OSError: [Errno 28] No space left on device").exit_code == 2  # type: ignore[union-attr]
+    words = "PermissionError: [Errno 13] Permission denied: '/srv/x'"
+    assert "/srv/x" in refused_by_machine(words).message  # type: ignore[union-attr]
+    wrapped = RuntimeError("a step failed")
+    wrapped.__cause__ = OSError(errno.EROFS, "Read-only file system", "/srv/y")
+    assert "/srv/y" in refused_by_machine(wrapped).message  # type: ignore[union-attr]
+    assert refused_by_machine(KeyError("x")) is None
+
+
+def test_commands_end_in_words_on_a_full_disk(project: Path, celestial: Callable, small_disk: Path) -> None:
+    (small_disk / "fill").write_bytes(bytes(900_000))
+    for name in ("output", ".celestial"):
+        shutil.rmtree(project / name, ignore_errors=True)
+        (project / name).symlink_to(small_disk, target_is_directory=True)
+    try:
+        result = celestial("run", "smoke")
+        assert result.returncode == 2, result.stderr[-3000:]
+        assert "error: " in result.stderr and "full" in result.stderr and "Traceback" not in result.stderr
+        assert not list(small_disk.rglob("*.part*"))
+    finally:
+        for name in ("output", ".celestial"):
+            (project / name).unlink()
+
+
+def test_commands_end_in_words_where_a_name_is_too_long(project: Path, celestial: Callable) -> None:
+    (project / "file").write_text("")
+    for arguments in (
+        ["run", "smoke", "--run", "n" * 300],
+        ["data", "show", "--params", "smoke", "--out", "file/sheet.png"],
+        ["new", "n" * 300],
+        ["sweep", "smoke", "--name", "n" * 300, "--grid", "seed=1"],
+        ["report", "n" * 300],
+    ):
+        result = celestial(*arguments)
+        assert result.returncode == 2, (arguments, result.stdout, result.stderr[-2000:])
+        assert "error: " in result.stderr and "Traceback" not in result.stderr
+
+
+# -- outputs
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_every_encoding_of_a_terminal_shows_every_sign(project: Path, celestial: Callable, encoding: str) -> None:
+    code = "from celestial_ml.cli.app import _in_utf8; _in_utf8(); print(chr(10003), chr(215), chr(0xdce9)); import os;"
+    code += "open(os.devnull, 'w').write(chr(10003))"
+    for extra in ({"PYTHONIOENCODING": encoding}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+        process = python(code, project / ".celestial", encoding, **extra)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0 and "Traceback" not in err, err
+        shown = celestial("data", "check", "--params", "smoke", "--json", **extra)
+        assert shown.returncode in (0, 1) and isinstance(json.loads(shown.stdout), list), shown.stderr
+
+
+def test_an_output_that_is_cut_off_or_full_is_no_accident(project: Path) -> None:
+    env = os.environ | {"PYTHONPATH": str(project), "CELESTIAL_HOME": str(project / ".celestial")}
+    cut = subprocess.Popen(
+        [COMMAND, "params", "train"], cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert cut.stdout and cut.stderr
+    cut.stdout.close()
+    assert cut.wait(60) == 141 and cut.stderr.read() == b""
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [COMMAND, "params", "train"], cwd=project, env=env, stdout=full, stderr=subprocess.PIPE, timeout=60
+        )
+    assert result.returncode == 2 and b"output" in result.stderr and b"Traceback" not in result.stderr
+
+
+def test_ctrl_c_leaves_with_130(project: Path) -> None:
+    env = os.environ | {"PYTHONPATH": str(project), "CELESTIAL_HOME": str(project / ".celestial")}
+    command = [COMMAND, "run", "smoke", "--run", "stopped"]
+    process = subprocess.Popen(command, cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    process.stdout.readline()
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert not (project / "output/stopped/.lock.owner").exists()
+
+
+def test_our_own_files_name_their_encoding() -> None:
+    command = [str(Path(sys.executable).with_name("ruff")), "check", "--preview", "--select", "PLW1514", "celestial_ml"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+
+
+# -- a step that papermill runs on its own
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-p", "per_clas", "5"], "did you mean per_class?"),
+        (["-y", "val: 1e-1"], "data.val can't be '1e-1'"),
+        (["-r", "seed", "x"], "seed can't be 'x'"),
+        (["-p", "per_class", "0"], "data.per_class can't be 0"),
+    ],
+)
+def test_a_step_refuses_parameters_that_it_does_not_have(project: Path, arguments: list[str], words: str) -> None:
+    env = os.environ | {"PYTHONPATH": str(project), "CELESTIAL_HOME": str(project / ".celestial")}
+    command = [str(Path(sys.executable).with_name("papermill")), "nbs/steps/01_acquire.ipynb", "out.ipynb", *arguments]
+    result = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode and "ParamsError: the parameters of acquire: " in result.stderr
+    assert words in result.stderr and not (project / "output/default/catalog.parquet").exists()
+
+
+# -- what a transient fault leaves
+
+
+def test_a_model_is_taken_up_once_a_fault_has_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnx
+
+    from celestial_ml.core.files import sha256_of
+    from celestial_ml.serve.metrics import Metrics
+    from celestial_ml.serve.models import Models
+
+    monkeypatch.setenv("CELESTIAL_HOME", str(tmp_path))
+    graph = """
+    <ir_version: 10, opset_import: ["" : 18]>
+    colour (uint8[n, h, w, 3] image) => (float[n, 3] probabilities, float[n] ood_score)
+    {
+      bytes = Cast <to = 1> (image)
+      inside = Constant <value = int64[2] {1, 2}> ()
+      mean = ReduceMean <keepdims = 0> (bytes, inside)
+      probabilities = Softmax <axis = 1> (mean)
+      channels = Constant <value = int64[1] {1}> ()
+      ood_score = ReduceMax <keepdims = 0> (mean, channels)
+    }
+    """
+    folder = tmp_path / "models/tiny/1"
+    folder.mkdir(parents=True)
+    onnx.save(onnx.parser.parse_model(graph), folder / "model.onnx")
+    about = {"name": "tiny", "version": "1", "classes": ["r", "g", "b"], "ood_threshold": 250.0}
+    write_json(folder / "model.json", about | {"sha256": sha256_of(folder / "model.onnx")})
+    write_json(tmp_path / "models/champion.json", {"model": "tiny/1"})
+    metrics = Metrics()
+
+    def figure(models: Models) -> str:
+        return next(line for line in metrics.page().decode().splitlines() if 'refused{role="champion"}' in line)
+
+    models = Models(metrics)
+    assert models.now() and models.champion.refused is None
+
+    # The pointer can't be read, as when all descriptors are in use: the same model is no longer refused afterwards.
+    pointer = (tmp_path / "models/champion.json").read_bytes()
+    (tmp_path / "models/champion.json").unlink()
+    (tmp_path / "models/champion.json").mkdir()
+    models.look()
+    assert models.champion.refused and figure(models).endswith(" 1.0")
+    assert str(tmp_path) not in str(models.champion.reason)
+    (tmp_path / "models/champion.json").rmdir()
+    (tmp_path / "models/champion.json").write_bytes(pointer)
+    models.look()
+    assert models.now() and models.champion.refused is None and figure(models).endswith(" 0.0")
+
+    # The model is short for a moment, at the start: it is taken up once it is whole, though folder and name are the same.
+    whole = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").write_bytes(whole[:100])
+    late = Models(Metrics())
+    assert late.now() is None and late.champion.refused
+    (folder / "model.onnx").write_bytes(whole)
+    late.look()
+    assert late.now() and late.champion.refused is None
+
+    # A fault that changes no file is looked at again, later and later.
+    now = [0.0]
+    late.champion.tries.clock = lambda: now[0]
+    loads = []
+    monkeypatch.setattr(late.champion, "take", lambda folder: loads.append(now[0]) or 1 / 0)
+    os.utime(folder / "model.json", ns=(1, 1))
+    for second in range(300):
+        now[0] = float(second)
+        late.look()
+    assert loads == [0, 1, 3, 7, 15, 31, 63, 123, 183, 243]
