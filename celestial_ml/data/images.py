@@ -188,7 +188,8 @@ _WEBP_PIXELS = (b"VP8 ", b"VP8L", b"ALPH", b"ANMF")
 def _read_webp(content: bytes) -> Head:
     "The head of a WebP."
     text, exif, xmp, frames, parts, end = [content[:12]], b"", b"", 0, 0, 12
-    for kind, start, stop, end in _chunks(content, 12, png=False):
+    whole = content[: 8 + int.from_bytes(content[4:8], "little")]  # what stands behind it is no chunk
+    for kind, start, stop, end in _chunks(whole, 12, png=False):
         parts += 1
         frames += kind == b"ANMF"
         text.append(content[start : start + 8 if kind in _WEBP_PIXELS else end])
