@@ -437,6 +437,13 @@ def test_an_attack_is_refused_healthy_clients_are_not_and_memory_comes_back(tmp_
     assert "Traceback" not in log and "Warning" not in log
 
 
+def test_a_request_of_many_large_pictures_is_answered(tmp_path: Path) -> None:
+    files = [("images", (f"{i}.png", encoded(Image.new("RGB", (2100, 2000), (i, 0, 0))))) for i in range(32)]
+    with running(tiny_model(tmp_path / "model"), tmp_path / "log", demo=False, patience=30) as url:
+        answer = httpx.post(f"{url}/predict/batch", files=files, timeout=60)
+        assert answer.status_code == 200 and all("label" in one for one in answer.json()["answers"])
+
+
 def test_explain_heeds_the_limit_of_pixels(tmp_path: Path) -> None:
     with running(tiny_model(tmp_path / "model"), tmp_path / "log", demo=False, max_pixels=10_000) as url:
         for path in ("/predict", "/explain"):

@@ -423,7 +423,7 @@ def read_costly(
         most = f"{limits.seconds:g} s or {limits.megabytes} MB"
         raise _too_costly(name, f"takes more than {most} to decode") from None
     except OSError as e:
-        raise ImageError("busy", f"there is no process to decode {name} in: {e.strerror}", "Try again.") from None
+        raise ImageError("busy", f"there is no process to decode {name} in: {e.strerror or e}", "Try again.") from None
     if "error" in answer:
         raise ImageError(*answer["error"])
     return Picture(np.frombuffer(pixels, np.uint8).reshape(answer["shape"]), *answer["head"])

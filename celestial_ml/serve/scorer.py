@@ -123,7 +123,7 @@ class Scorer:
         patience: float = 5,  # seconds that one may wait
         batch: int = 8,  # pictures that are scored together
         limits: Limits = LIMITS,
-        costly: int = 8,  # large or costly pictures that may wait
+        costly: int = 32,  # large or costly pictures that may wait
     ):
         self.metrics, self.waiting, self.patience = metrics, waiting, patience
         self.limits, self.costly = limits, costly
