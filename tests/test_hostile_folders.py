@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +175,13 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     assert code == 2 and r"'Z\xfcrich.png' can't be the name of a class" in err
 
 
+def test_a_folder_whose_own_path_is_not_utf8(tmp_path: Path) -> None:
+    folder = fill(tmp_path / LATIN, count=2)
+    for command in (("data", "check", folder), ("data", "show", folder), ("new", tmp_path / "pets", "--data", folder)):
+        code, _, err = celestial(*command)
+        assert code == 2 and r"Z\xfcrich.png" in err and "UTF-8" in err, command
+
+
 def test_composed_and_decomposed_are_one_class(tmp_path: Path) -> None:
     folder = fill(tmp_path / "photos", ("caf\u00e9", "cafe\u0301", "Cat", "cat", "<b>, \"q\" & 'it''s' 🐈"))
     catalog = with_split(make_catalog(folder, folder), Data(), 7)
@@ -329,14 +337,22 @@ def test_names_survive_a_whole_run(tmp_path: Path) -> None:
     "Classes of free text, in a folder with a quote in it, through training, pages and prediction."
     folder = fill(tmp_path / 'it\'s "here" & there', ("<b>, 'x'", "caf\u00e9", 'a "q" 🐈'), 12)
     root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-m", "celestial_ml.cli.app", "run", "smoke", "--run", "hostile-names"]
+    root, run = Path(__file__).resolve().parent.parent, f"names-{os.getpid()}"
+    code = "import sys; from celestial_ml.cli.app import main; sys.argv[0] = 'celestial'; main()"
     settings = [
         "data.source=folder",
         f"data.folder={json.dumps(str(folder))}",
         "evaluate.strangers=4",
         "train.epochs=1",
     ]
-    code = f"import sys; sys.argv = {['celestial', *command[3:], *(x for s in settings for x in ('--set', s))]!r}; from celestial_ml.cli.app import main; main()"
+    command = [sys.executable, "-c", code, "run", "smoke", "--run", run, *(f"--set={setting}" for setting in settings)]
     home = {"CELESTIAL_HOME": str(tmp_path / "home of 'all'")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | home, capture_output=True, text=True)
-    assert "Traceback" not in done.stderr and done.returncode in (0, 1), done.stderr
+    try:
+        done = subprocess.run(command, cwd=root, env=os.environ | home, capture_output=True, text=True)
+        assert "Traceback" not in done.stderr and done.returncode == 0, done.stderr
+        about = json.loads((root / run_folder(run) / "model.json").read_text(encoding="utf-8"))
+        assert about["classes"] == sorted(["<b>, 'x'", "caf\u00e9", 'a "q" 🐈'])
+        for page in (root / run_folder(run)).glob("*.html"):
+            assert "<b>, 'x'" not in page.read_text(encoding="utf-8"), page.name
+    finally:
+        shutil.rmtree(root / run_folder(run), ignore_errors=True)

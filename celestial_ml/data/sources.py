@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..core.errors import CelestialError, unknown
 from ..core.files import atomic
+from ..core.names import check_path
 from ..core.own import find_own
 from ..core.params import Data
 from ..core.progress import progress
@@ -59,7 +60,7 @@ def _folder(data: Data, root: Path) -> Path:
             "data.source is folder, but data.folder names none",
             "Say which: --set data.folder=path/to/images",
         )
-    return (root / Path(data.folder).expanduser()).resolve()
+    return (root / check_path(data.folder).expanduser()).resolve()
 
 
 SOURCES["folder"] = Source(

@@ -22,7 +22,7 @@ from typing import Any
 import celestial_ml
 from ..core.errors import CelestialError
 from ..core.files import atomic
-from ..core.names import check_class, check_name
+from ..core.names import check_class, check_name, check_path
 from ..core.params import Prepare
 from ..data.catalog import image_files
 
@@ -157,6 +157,8 @@ def new_project(
     path = path.absolute()
     package = package_name(path.name)
     Prepare.of(size=size)
+    for named in filter(None, (path, data)):
+        check_path(named)
     if path.exists() or path.is_symlink():
         raise CelestialError(f"{path} is there already", "Choose another name, or remove it.")
     if not path.parent.is_dir():
