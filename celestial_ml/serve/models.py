@@ -194,9 +194,8 @@ class Models:
         folder: Path | str | None = None,  # of a packaged model that answers, whatever the registry says
         challenged: tuple[str, float] = ("off", 0),  # off, shadow or canary, and the share of the traffic
     ):
-        fixed = None if folder is None else Path(folder)
-        find = (lambda: pointed("champion")) if fixed is None else lambda: fixed
-        self.champion = Role("champion", find, metrics, fixed=fixed is not None)
+        find = (lambda: pointed("champion")) if folder is None else lambda: Path(folder)
+        self.champion = Role("champion", find, metrics, fixed=folder is not None)
         self.challenger = Role("challenger", lambda: pointed("challenger"), metrics)
         self.mode, self.share = challenged
         self.watching: Repeat | None = None
