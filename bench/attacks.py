@@ -168,12 +168,19 @@ def png_chunk(kind: bytes, content: bytes = b"") -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
+# Where each pass over an interlaced PNG begins, and its steps. Source: PNG Specification, third edition, 8.1.
+ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+
+
 def png(width: int, height: int, channels: int = 3, before: bytes = b"", interlaced: bool = False) -> bytes:
     "A PNG file of one value, however large, drawn in little memory."
     colours = {1: 0, 3: 2, 4: 6}
     header = struct.pack(">IIBBBBB", width, height, 8, colours[channels], 0, 0, int(interlaced))
-    packer, row = zlib.compressobj(9), b"\0" + b"\x7f" * (width * channels)
-    rows = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    passes = ADAM7 if interlaced else [(0, 0, 1, 1)]
+    sizes = [(-((x - width) // dx), -((y - height) // dy)) for x, y, dx, dy in passes]
+    packer = zlib.compressobj(9)
+    rows = b"".join(packer.compress(b"\0" + b"\x7f" * (w * channels)) for w, h in sizes for _ in range(h))
+    rows += packer.flush()
     chunks = png_chunk(b"IHDR", header) + before + png_chunk(b"IDAT", rows) + png_chunk(b"IEND")
     return b"\x89PNG\r\n\x1a\n" + chunks
 
@@ -306,7 +313,8 @@ async def attack_paths(address: Address, rng: random.Random) -> list[Answer]:
     "A server's files by the function behind each drop area."
     address, session = elsewhere(address, rng), f"{rng.random()}"
     some = rng.sample(stolen(address), 4)
-    calls = [("drop", [one, rng.random() * 1e6, None]) for one in some] + [("compare-drop", [one]) for one in some]
+    calls: list[tuple[str, list[object]]] = [("drop", [one, rng.random() * 1e6, None]) for one in some]
+    calls += [call for one in some for call in (("compare-drop", [one]), ("compare-show", [None, None, None]))]
     return [without_leak(await call(address, part, data, session)) for part, data in calls]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import httpx
 import pandas as pd
@@ -55,7 +57,14 @@ def free_port() -> int:
 class Serving:
     "A service in a process of its own, on its own core."
 
-    def __init__(self, command: list[str], ready: str, **env: str):
+    def __init__(
+        self,
+        command: list[str],
+        ready: str,  # path that answers 200 then
+        prepare: Callable[[], None] = lambda: on_core(SERVER_CORE),  # in the process, before it starts
+        output: int | IO[str] = subprocess.DEVNULL,
+        **env: str,
+    ):
         self.port = free_port()
         command = [*command, "--port", str(self.port)]
         began = time.perf_counter()
@@ -63,9 +72,10 @@ class Serving:
             command,
             env=os.environ | env,
             cwd=env.get("PEER_FOLDER"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            preexec_fn=lambda: on_core(SERVER_CORE),
+            stdout=output,
+            stderr=output,
+            preexec_fn=prepare,
+            start_new_session=True,
         )
         self.wait(f"http://127.0.0.1:{self.port}{ready}")
         self.start = time.perf_counter() - began
@@ -79,8 +89,17 @@ class Serving:
                     return
             except httpx.HTTPError:
                 time.sleep(0.02)
-        self.process.kill()
+        self.end(0)
         sys.exit(f"{self.process.args} was never ready")
+
+    def end(self, seconds: float = 30) -> None:
+        "Ask it to end; then end it, and all below it."
+        self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(30)
 
 
 @contextmanager
@@ -90,8 +109,7 @@ def serving(command: list[str], ready: str, **env: str) -> Iterator[Serving]:
     try:
         yield service
     finally:
-        service.process.terminate()
-        service.process.wait(30)
+        service.end()
 
 
 def ours(model: Path | None, home: Path, *options: str, **settings: str) -> object:
