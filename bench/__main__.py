@@ -199,8 +199,10 @@ def model_figures(asked: argparse.Namespace) -> list[Row]:
 
 def service_figures(asked: argparse.Namespace) -> list[Row]:
     "The service of a run's model."
-    from bench.serving import serving_figures
+    from bench.serving import checkout_figures, serving_figures
 
+    if asked.against:
+        return checkout_figures(asked.params, asked.against)
     return serving_figures(measured_run(asked), asked.requests)
 
 
@@ -267,7 +269,7 @@ def main() -> None:
     )
     parser.add_argument("--params", default="default", help="the params file that the pipeline is measured with")
     parser.add_argument("--requests", type=int, default=100_000, help="requests during which models are swapped")
-    parser.add_argument("--against", type=Path, metavar="FOLDER", help="serving: another checkout, turn by turn")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="serving: beside another checkout")
     parser.add_argument("--minutes", type=float, default=20, help="soak: how long")
     parser.add_argument("--seed", type=int, default=0, help="soak: the order of the attacks")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="soak: a packaged model; else trained for seconds")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import io
 import json
 import random
 import struct
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bench.load import as_request
+from bench.load import as_request, encoded
 
 SHORT, LONG = 12, 40  # seconds that an attack waits for an answer, and that a slow one goes on
 
@@ -185,19 +184,15 @@ def png(width: int, height: int, channels: int = 3, before: bytes = b"", interla
     return b"\x89PNG\r\n\x1a\n" + chunks
 
 
-def encoded(width: int, height: int, kind: str, mode: str = "RGB", **options: object) -> bytes:
+def plain(width: int, height: int, kind: str, mode: str = "RGB", **options: object) -> bytes:
     "A file of one colour, by Pillow."
-    file = io.BytesIO()
-    Image.new(mode, (width, height), (9, 99, 199, 9)[: len(mode)]).save(file, kind, **options)
-    return file.getvalue()
+    return encoded(Image.new(mode, (width, height), (9, 99, 199, 9)[: len(mode)]), kind, **options)
 
 
 def noise_jpeg(width: int, height: int, **options: object) -> bytes:
     "As hard to decode as a photograph."
     small = np.random.default_rng(0).integers(0, 255, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(small).resize((width, height)).save(file, "JPEG", **options)
-    return file.getvalue()
+    return encoded(Image.fromarray(small).resize((width, height)), "JPEG", **options)
 
 
 def scans_jpeg(scans: int, side: int) -> bytes:
@@ -210,15 +205,15 @@ def exif_jpeg(tag: int) -> bytes:
     "A JPEG that lies on its side, with a number of its EXIF data that is text."
     entries = [struct.pack("<HHI4s", 0x0112, 3, 1, b"\6\0\0\0"), struct.pack("<HHI4s", tag, 2, 4, b"72\0\0")]
     tiff = b"II*\0\x08\0\0\0" + struct.pack("<H", 2) + b"".join(entries) + b"\0\0\0\0"
-    return encoded(64, 48, "JPEG", exif=b"Exif\0\0" + tiff)
+    return plain(64, 48, "JPEG", exif=b"Exif\0\0" + tiff)
 
 
 PICTURES: dict[str, Callable[[], bytes]] = {
     "8 × 30,000 PNG": lambda: png(8, 30_000),
     "30,000 × 8 PNG": lambda: png(30_000, 8),
-    "65,500 × 700 JPEG": lambda: encoded(65_500, 700, "JPEG"),
+    "65,500 × 700 JPEG": lambda: plain(65_500, 700, "JPEG"),
     "8 × 6,250,000 PNG": lambda: png(8, 6_250_000),
-    "16,383 × 8 WebP": lambda: encoded(16_383, 8, "WEBP", lossless=True),
+    "16,383 × 8 WebP": lambda: plain(16_383, 8, "WEBP", lossless=True),
     "empty scans": lambda: scans_jpeg(30_000, 1000),
     "empty scans, large": lambda: scans_jpeg(10_000, 3000),
     "empty chunks": lambda: png(64, 64, before=png_chunk(b"teSt") * 1_500_000),
@@ -227,9 +222,9 @@ PICTURES: dict[str, Callable[[], bytes]] = {
     "50 megapixels, RGBA PNG": lambda: png(7071, 7071, channels=4),
     "50 megapixels, interlaced PNG": lambda: png(7071, 7071, channels=4, interlaced=True),
     "50 megapixels, JPEG": lambda: noise_jpeg(7071, 7071, quality=60),
-    "50 megapixels, CMYK JPEG": lambda: encoded(7071, 7071, "JPEG", mode="CMYK"),
-    "50 megapixels, progressive JPEG": lambda: encoded(7071, 7071, "JPEG", progressive=True),
-    "50 megapixels, lossless WebP": lambda: encoded(7000, 7000, "WEBP", lossless=True, method=0, quality=0),
+    "50 megapixels, CMYK JPEG": lambda: plain(7071, 7071, "JPEG", mode="CMYK"),
+    "50 megapixels, progressive JPEG": lambda: plain(7071, 7071, "JPEG", progressive=True),
+    "50 megapixels, lossless WebP": lambda: plain(7000, 7000, "WEBP", lossless=True, method=0, quality=0),
     "900 megapixels": lambda: png(30_000, 30_000, channels=1),
     "EXIF text": lambda: exif_jpeg(0x011A),
     "EXIF text, unit": lambda: exif_jpeg(0x0128),

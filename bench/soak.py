@@ -11,8 +11,6 @@ import asyncio
 import os
 import random
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -29,9 +27,8 @@ import httpx
 import numpy as np
 
 from bench import CELESTIAL, Row
-from bench.attacks import ATTACKS, LONG, WAITING, Address, draw_pictures, encoded, file_data, noise_jpeg
-from bench.serving import Serving, tree
-from bench.sweep import copy_project
+from bench.attacks import ATTACKS, LONG, WAITING, Address, draw_pictures, file_data, noise_jpeg, plain
+from bench.serving import Serving, smoke_model, tree
 from celestial_ml.core.files import project_root, write_json
 from celestial_ml.serve.settings import password_hash
 
@@ -269,16 +266,6 @@ def learn_page(port: int, login: bool) -> dict[str, int]:
     return calls | {"compare-show": calls["compare-drop"] + 1}
 
 
-def smoke_model(root: Path, folder: Path) -> Path:
-    "A model that the code of `root` has trained, for seconds, in a copy."
-    copy_project(root, folder)
-    env = os.environ | {"PYTHONPATH": str(folder), "CELESTIAL_HOME": str(folder / ".celestial")}
-    done = subprocess.run([CELESTIAL, "run", "smoke", "--json"], cwd=folder, env=env, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"the smoke run failed:\n{done.stderr[-3000:]}")
-    return folder / "output/smoke"
-
-
 # ------------------------------------------------------------------------------------------------------------- the soak
 
 
@@ -415,7 +402,7 @@ def soak(
         (folder / "pictures").mkdir()
         pool.submit(draw_pictures, folder / "pictures").result()
         secret = folder / "secret.jpg"
-        secret.write_bytes(encoded(64, 64, "JPEG"))
+        secret.write_bytes(plain(64, 64, "JPEG"))
         with hostage(root or project_root(), model.resolve(), folder, log, login, gigabytes) as service:
             address = Address(service.port, folder / "pictures", learn_page(service.port, login), str(secret))
             pool.submit(stay_healthy, address, time.monotonic() + 2, login).result()  # warm
