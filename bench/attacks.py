@@ -60,7 +60,13 @@ class Address:
     folder: Path  # of the pictures that `draw_pictures` drew
     functions: dict[str, int]  # of the demo: what the part of the page with this id calls
     secret: str  # path of a picture on the server that no client may read
+    pid: int  # of the service
     source: str = "127.0.0.1"
+
+    @property
+    def is_alive(self) -> bool:
+        "Whether there is somebody to ask."
+        return Path(f"/proc/{self.pid}").exists()
 
     def request(self, method: str, path: str, body: bytes = b"", headers: str = "") -> bytes:
         "A whole request."

@@ -58,9 +58,9 @@ class Visitor:
     def __init__(self, kind: str, every: float, visit: Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]):
         self.kind, self.every, self.visit = kind, every, visit
 
-    async def run(self, client: httpx.AsyncClient, until: float, waits: list[Wait]) -> None:
+    async def run(self, client: httpx.AsyncClient, address: Address, until: float, waits: list[Wait]) -> None:
         "Until the end."
-        while (began := time.monotonic()) < until:
+        while (began := time.monotonic()) < until and address.is_alive:
             waits.append(await self.wait(client))
             await asyncio.sleep(max(0, began + self.every - time.monotonic()))
 
@@ -136,7 +136,7 @@ async def _stay_healthy(address: Address, until: float, login: bool) -> list[Wai
     clients = [httpx.AsyncClient(base_url=url, timeout=GIVEN_UP, transport=one) for one in transports]
     await asyncio.gather(*(log_in(client, login) for client in clients))
     people = visitors(address.functions["drop"])
-    await asyncio.gather(*(one.run(client, until, waits) for one, client in zip(people, clients, strict=True)))
+    await asyncio.gather(*(one.run(client, address, until, waits) for one, client in zip(people, clients, strict=True)))
     return waits
 
 
@@ -176,7 +176,7 @@ async def _attack(address: Address, until: float, seed: int, at_once: int) -> li
     async def worker(kinds: list[str], seed: str) -> None:
         "One attack after the other, each kind as often."
         rng, left = random.Random(seed), list[str]()
-        while time.monotonic() < until:
+        while time.monotonic() < until and address.is_alive:
             left = left or rng.sample(kinds, len(kinds))
             done.append(await _attack_one(left.pop(), address, rng))
             await asyncio.sleep(0.2)
@@ -379,7 +379,7 @@ class Soak:
 def watch(service: Serving, uploads: Path, running: list[Future[Any]]) -> list[Sample]:
     "Look every second, until the clients have ended and what they left has had time to go."
     samples, settled = [], 0
-    while settled < SETTLED and (one := sample(service.process.pid, uploads)):
+    while settled < SETTLED and (one := sample(service.process.pid, uploads)) and service.process.poll() is None:
         samples.append(one)
         settled += all(future.done() for future in running)
         time.sleep(1)
@@ -404,7 +404,9 @@ def soak(
         secret = folder / "secret.jpg"
         secret.write_bytes(plain(64, 64, "JPEG"))
         with hostage(root or project_root(), model.resolve(), folder, log, login, gigabytes) as service:
-            address = Address(service.port, folder / "pictures", learn_page(service.port, login), str(secret))
+            address = Address(
+                service.port, folder / "pictures", learn_page(service.port, login), str(secret), service.process.pid
+            )
             pool.submit(stay_healthy, address, time.monotonic() + 2, login).result()  # warm
             began = time.monotonic()
             until = began + 60 * minutes
