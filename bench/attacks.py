@@ -273,7 +273,7 @@ async def attack_batch(address: Address, rng: random.Random) -> list[Answer]:
 
 async def upload(address: Address, content: bytes, name: str = "a.jpg", seconds: float = SHORT) -> Answer:
     "To the demo's folder."
-    request = as_request(content, "/gradio_api/upload", "files").replace(b'filename="a"', f'filename="{name}"'.encode())
+    request = as_request(content, "/gradio_api/upload", "files", name=name)
     return await ask(address, request, seconds)
 
 

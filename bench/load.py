@@ -26,9 +26,10 @@ def as_request(
     field: str = "image",
     headers: str = "",
     kind: str = "application/octet-stream",  # what the form says that it is
+    name: str = "a",  # of the file
 ) -> bytes:
     "A whole HTTP request with a picture in a form."
-    head = f'--b\r\nContent-Disposition: form-data; name="{field}"; filename="a"\r\nContent-Type: {kind}\r\n\r\n'
+    head = f'--b\r\nContent-Disposition: form-data; name="{field}"; filename="{name}"\r\nContent-Type: {kind}\r\n\r\n'
     body = head.encode() + content + b"\r\n--b--\r\n"
     lines = f"POST {path} HTTP/1.1\r\nHost: here\r\nContent-Type: multipart/form-data; boundary=b\r\n{headers}"
     return f"{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body
