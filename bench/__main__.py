@@ -199,8 +199,10 @@ def model_figures(asked: argparse.Namespace) -> list[Row]:
 
 def service_figures(asked: argparse.Namespace) -> list[Row]:
     "The service of a run's model."
-    from bench.serving import serving_figures
+    from bench.serving import checkout_figures, serving_figures
 
+    if asked.against:
+        return checkout_figures(asked.params, asked.against)
     return serving_figures(measured_run(asked), asked.requests)
 
 
@@ -226,6 +228,13 @@ def lab_figures(asked: argparse.Namespace) -> list[Row]:
     return lab_rows()
 
 
+def soak_figures(asked: argparse.Namespace) -> list[Row]:
+    "The service under attack."
+    from bench.soak import soak_rows
+
+    return soak_rows(asked.model, asked.minutes, asked.seed, asked.checkout, asked.login)
+
+
 def scaling_figures(asked: argparse.Namespace) -> list[Row]:
     "More and more images."
     return [scaling(per_class) for per_class in (150, 600, 2400)]
@@ -238,8 +247,10 @@ SECTIONS = {
     "batch": batch_figures,
     "sweep": sweep_figures,
     "lab": lab_figures,
-    "scaling": scaling_figures,  # half an hour, so only when it's asked for
+    "soak": soak_figures,
+    "scaling": scaling_figures,
 }
+LONG = ("soak", "scaling")  # half an hour, so only when they're asked for
 
 
 def measured_run(asked: argparse.Namespace) -> str:
@@ -253,19 +264,30 @@ def measured_run(asked: argparse.Namespace) -> str:
 def main() -> None:
     "Measure and print."
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; all but scaling if none is named")
+    parser.add_argument(
+        "sections", nargs="*", help=f"of {', '.join(SECTIONS)}; all but {' and '.join(LONG)} if none is named"
+    )
     parser.add_argument("--params", default="default", help="the params file that the pipeline is measured with")
     parser.add_argument("--requests", type=int, default=100_000, help="requests during which models are swapped")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="serving: beside another checkout")
+    parser.add_argument("--minutes", type=float, default=20, help="soak: how long")
+    parser.add_argument("--seed", type=int, default=0, help="soak: the order of the attacks")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="soak: a packaged model; else trained for seconds")
+    parser.add_argument("--checkout", type=Path, metavar="FOLDER", help="soak: whose code is served; else this one's")
+    parser.add_argument("--login", action="store_true", help="soak: the demo asks for a login")
     asked = parser.parse_args()
     if unknown := set(asked.sections) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     os.chdir(project_root())
-    for name in asked.sections or [name for name in SECTIONS if name != "scaling"]:
+    missed = False
+    for name in asked.sections or [name for name in SECTIONS if name not in LONG]:
         print(f"\n{name}: some minutes", flush=True)
         rows = SECTIONS[name](asked)
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         for row in rows:
             print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        missed |= any(row[3].endswith("MISSED") for row in rows)
+    sys.exit(int(missed))
 
 
 if __name__ == "__main__":

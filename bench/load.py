@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from PIL import Image
+
+
+def encoded(image: Image.Image | np.ndarray, kind: str, **options: object) -> bytes:
+    "A picture as a file."
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
+    return file.getvalue()
 
 
 def as_request(
@@ -17,9 +26,10 @@ def as_request(
     field: str = "image",
     headers: str = "",
     kind: str = "application/octet-stream",  # what the form says that it is
+    name: str = "a",  # of the file
 ) -> bytes:
     "A whole HTTP request with a picture in a form."
-    head = f'--b\r\nContent-Disposition: form-data; name="{field}"; filename="a"\r\nContent-Type: {kind}\r\n\r\n'
+    head = f'--b\r\nContent-Disposition: form-data; name="{field}"; filename="{name}"\r\nContent-Type: {kind}\r\n\r\n'
     body = head.encode() + content + b"\r\n--b--\r\n"
     lines = f"POST {path} HTTP/1.1\r\nHost: here\r\nContent-Type: multipart/form-data; boundary=b\r\n{headers}"
     return f"{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body

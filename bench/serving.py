@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -12,16 +13,21 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import httpx
+import numpy as np
 import pandas as pd
 
 from bench import CELESTIAL, Row
-from bench.load import Tally, as_request, load
-from celestial_ml.core.files import read_json, write_json
+from bench.load import Tally, as_request, encoded, load
+from bench.sweep import copy_project
+from celestial_ml.core.files import project_root, read_json, write_json
+from celestial_ml.data.bodies import BODIES
+from celestial_ml.data.render import render
 from celestial_ml.serve.predictor import Predictor
 
 SERVER_CORE, CLIENT_CORE = 0, 1
@@ -55,7 +61,14 @@ def free_port() -> int:
 class Serving:
     "A service in a process of its own, on its own core."
 
-    def __init__(self, command: list[str], ready: str, **env: str):
+    def __init__(
+        self,
+        command: list[str],
+        ready: str,  # path that answers 200 then
+        prepare: Callable[[], None] = lambda: on_core(SERVER_CORE),  # in the process, before it starts
+        output: int | IO[str] = subprocess.DEVNULL,
+        **env: str,
+    ):
         self.port = free_port()
         command = [*command, "--port", str(self.port)]
         began = time.perf_counter()
@@ -63,9 +76,10 @@ class Serving:
             command,
             env=os.environ | env,
             cwd=env.get("PEER_FOLDER"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            preexec_fn=lambda: on_core(SERVER_CORE),
+            stdout=output,
+            stderr=output,
+            preexec_fn=prepare,
+            start_new_session=True,
         )
         self.wait(f"http://127.0.0.1:{self.port}{ready}")
         self.start = time.perf_counter() - began
@@ -79,8 +93,17 @@ class Serving:
                     return
             except httpx.HTTPError:
                 time.sleep(0.02)
-        self.process.kill()
+        self.end(0)
         sys.exit(f"{self.process.args} was never ready")
+
+    def end(self, seconds: float = 30) -> None:
+        "Ask it to end; then end it, and all below it."
+        self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(30)
 
 
 @contextmanager
@@ -90,8 +113,7 @@ def serving(command: list[str], ready: str, **env: str) -> Iterator[Serving]:
     try:
         yield service
     finally:
-        service.process.terminate()
-        service.process.wait(30)
+        service.end()
 
 
 def ours(model: Path | None, home: Path, *options: str, **settings: str) -> object:
@@ -246,6 +268,80 @@ def alone(model: Path, home: Path, requests: list[bytes], paths: list[Path], pyt
         against("start with the demo", f"{demo_start:.1f} s", f"{bento_start:.1f} s", demo_start / bento_start),
         against("memory with the demo", f"{demo_memory:.0f} MB", f"{bento_memory:.0f} MB", demo_memory / bento_memory),
     ]
+
+
+def ordinary_pictures() -> dict[str, list[bytes]]:
+    "Files as people send them."
+    sizes = {"128 px JPEG": (128, "JPEG"), "512 px PNG": (512, "PNG"), "1 megapixel JPEG": (1000, "JPEG")}
+    return {name: [encoded(render(body, size=size), kind) for body in BODIES] for name, (size, kind) in sizes.items()}
+
+
+def in_turns(services: list[Serving], requests: list[bytes], clients: int, seconds: float) -> list[list[Tally]]:
+    "What two services do with the same load, one after the other, again and again; who is first changes."
+    tallies: list[list[Tally]] = [[], []]
+    for turn in range(TURNS):
+        for i in (0, 1) if turn % 2 else (1, 0):
+            tallies[i].append(measure(services[i], requests, clients, seconds=seconds))
+    return tallies
+
+
+TURNS = 10
+ALLOWED = 0.05  # that it may be worse than another checkout
+
+
+def checkout_rows(kind: str, services: list[Serving], contents: list[bytes]) -> list[Row]:
+    "Throughput and p50 of one kind of picture: this checkout's, the other's, and the median of the turns' ratios."
+    requests = [as_request(content) for content in contents]
+    full, alone = (in_turns(services, requests, clients, seconds) for clients, seconds in ((16, 2), (1, 1)))
+    rates = np.array([[one.rate for one in tallies] for tallies in full])
+    p50s = np.array([[one.percentile(50) for one in tallies] for tallies in alone])
+    rows = []
+    for what, (here, there), unit, sign in (("throughput", rates, "/s", -1), ("p50", p50s, " ms", 1)):
+        ratio = float(np.median(here / there))
+        verdict = " MISSED" if sign * (ratio - 1) > ALLOWED else ""
+        medians = [f"{np.median(one):.{0 if sign < 0 else 2}f}{unit}" for one in (here, there)]
+        rows.append((f"/predict, {kind}, {what}", medians[0], f"the other {medians[1]}", f"{ratio:.3f} ×{verdict}"))
+    return rows
+
+
+def checkout_figures(run: str, other: Path) -> list[Row]:
+    "This checkout beside another one, turn by turn on the same core; each serves a model that its own code has packaged."
+    roots, before, rows = [project_root(), other.resolve()], os.sched_getaffinity(0), []
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        homes = [Path(name) / side for side in ("here", "there")]
+        models = [root / "output" / run for root in roots]
+        if not all((model / "model.onnx").exists() for model in models):
+            models = [smoke_model(root, home / "run") for root, home in zip(roots, homes, strict=True)]
+        on_core(CLIENT_CORE)
+        try:
+            services = [
+                stack.enter_context(
+                    serving(
+                        [CELESTIAL, "serve", "--model", str(model), "--no-demo"],
+                        "/ready",
+                        PYTHONPATH=str(root),
+                        CELESTIAL_HOME=str(home),
+                    )
+                )
+                for root, model, home in zip(roots, models, homes, strict=True)
+            ]
+            for kind, contents in ordinary_pictures().items():
+                for service in services:  # warm
+                    measure(service, [as_request(content) for content in contents], 4, seconds=1)
+                rows += checkout_rows(kind, services, contents)
+        finally:
+            os.sched_setaffinity(0, before)
+    return rows
+
+
+def smoke_model(root: Path, folder: Path) -> Path:
+    "A model that the code of a checkout has trained, for seconds, in a copy."
+    copy_project(root, folder)
+    env = os.environ | {"PYTHONPATH": str(folder), "CELESTIAL_HOME": str(folder / ".celestial")}
+    done = subprocess.run([CELESTIAL, "run", "smoke", "--json"], cwd=folder, env=env, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"the smoke run failed:\n{done.stderr[-3000:]}")
+    return folder / "output/smoke"
 
 
 def against(what: str, here: str, there: str, ratio: float) -> Row:
