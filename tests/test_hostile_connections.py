@@ -331,7 +331,7 @@ def test_control_characters_in_a_path(quick: Served, path: str) -> None:
 
 
 def test_bodies_have_a_common_memory(tmp_path: Path) -> None:
-    with served(tmp_path, body_memory=10_000_000, body_seconds=20) as server:
+    with served(tmp_path, body_memory=10_000_000, max_bytes=10_000_000, body_seconds=20) as server:
         before, start = server.resident_mb(), POST + b"Content-Length: 4000000\r\n\r\n" + EMPTY[:-2]
         for _ in range(2):  # these take eight of ten megabytes, and then nothing comes
             server.connect(start + 3_900_000 * b"x")
