@@ -179,10 +179,15 @@ class Door:
     "Lets a request in, or says why not."
 
     def __init__(self, settings: ServeSettings):
-        self.keys = settings.api_keys
+        self.settings, self.keys = settings, settings.api_keys
         self.rate: RateLimitItem | None = parse(settings.rate_limit) if settings.rate_limit else None
         self.limiter = MovingWindowRateLimiter(MemoryStorage())
-        self.bodies = Bodies(settings.body_memory)
+        self.bodies = Bodies(max(settings.body_memory, settings.max_bytes))
+
+    def bounded(self, path: str, headers: Headers, receive: Receive) -> BoundedBody:
+        "The body of a request, as far as it may come in; an upload goes to disk, so it takes no memory."
+        bodies = None if path == UPLOAD else self.bodies
+        return BoundedBody(receive, headers, most_bytes(path, self.settings), self.settings.body_seconds, bodies)
 
     def identify(
         self,
@@ -350,20 +355,19 @@ class Guard:
 
     async def answer(self, seen: "_Exchange", path: str, scope: Scope, receive: Receive) -> None:
         "Let the app answer, or say why not."
-        headers, bodies = Headers(scope=scope), None if path == UPLOAD else self.door.bodies
-        body = BoundedBody(receive, headers, most_bytes(path, self.settings), self.settings.body_seconds, bodies)
+        body = self.door.bounded(path, headers := Headers(scope=scope), receive)
         try:
             refuse_control(path)
-            seen.state["who"] = self.door.identify(path, headers, seen.address)
-            self.door.count(path, seen.state["who"])
+            who = seen.state["who"] = self.door.identify(path, headers, seen.address)
+            self.door.count(path, who)
             await self.app(scope, body, seen.send)
         except Refusal as e:
             await e.response()(scope, receive, seen.send)
         except ClientDisconnect:
             seen.status = GONE  # nobody is there to hear it; for the counters and the log
         except Exception:
-            if seen.complete:  # it was answered, and written down, where it failed
-                return
+            if seen.complete:
+                return  # it was answered, and written down, where it failed
             log.exception("%s %s failed, request %s", scope["method"], scope["path"], seen.id)
             if seen.status:  # half an answer is out; only closing tells the client
                 raise
@@ -373,10 +377,10 @@ class Guard:
 
     def count(self, seen: "_Exchange") -> None:
         "Into the metrics and, if asked for, into the access log."
-        took, code = time.perf_counter() - seen.began, seen.state.get("say", {}).get("error")
+        took = time.perf_counter() - seen.began
         self.metrics.requests.labels(seen.route, seen.status).inc()
         self.metrics.seconds.labels(seen.route).observe(took)
-        if code:
+        if code := seen.state.get("say", {}).get("error"):
             self.metrics.refusals.labels(code).inc()
         if access.isEnabledFor(logging.INFO):
             access.info("request", extra=seen.line(took))
