@@ -182,7 +182,7 @@ class Door:
         self.keys = settings.api_keys
         self.rate: RateLimitItem | None = parse(settings.rate_limit) if settings.rate_limit else None
         self.limiter = MovingWindowRateLimiter(MemoryStorage())
-        self.bodies = Bodies(settings.body_memory)
+        self.bodies = Bodies(max(settings.body_memory, settings.max_bytes))
 
     def identify(
         self,
