@@ -92,7 +92,7 @@ class Isolated:
         function: str,  # "module:name"
         megabytes: int,  # of memory for a call
         processes: int = 1,  # at a time, at most
-        calls: int = 100,  # until a process makes room for a fresh one
+        calls: int = 30,  # until a process makes room for a fresh one
     ):
         self.function, self.megabytes, self.calls = function, megabytes, calls
         self.room = threading.BoundedSemaphore(processes)
@@ -107,11 +107,14 @@ class Isolated:
         "Call the function; `IsolatedError` where it had to be ended, `OSError` where no process can be started."
         with self.room:
             process, calls = self._take()
-            answer = _ask(process, about | {"seconds": seconds}, content, seconds, self.megabytes * 1_000_000)
-            if answer is None or calls + 1 >= self.calls:
-                _end(process)
-            else:
-                self.idle.append((process, calls + 1))
+            answer = None
+            try:
+                answer = _ask(process, about | {"seconds": seconds}, content, seconds, self.megabytes * 1_000_000)
+            finally:
+                if answer is None or calls + 1 >= self.calls:
+                    _end(process)
+                else:
+                    self.idle.append((process, calls + 1))
         if answer is None:
             raise IsolatedError(f"{self.function} took more than {seconds:g} s or {self.megabytes} MB")
         return answer

@@ -188,7 +188,8 @@ _WEBP_PIXELS = (b"VP8 ", b"VP8L", b"ALPH", b"ANMF")
 def _read_webp(content: bytes) -> Head:
     "The head of a WebP."
     text, exif, xmp, frames, parts, end = [content[:12]], b"", b"", 0, 0, 12
-    for kind, start, stop, end in _chunks(content, 12, png=False):
+    whole = content[: 8 + int.from_bytes(content[4:8], "little")]  # what stands behind it is no chunk
+    for kind, start, stop, end in _chunks(whole, 12, png=False):
         parts += 1
         frames += kind == b"ANMF"
         text.append(content[start : start + 8 if kind in _WEBP_PIXELS else end])
@@ -422,7 +423,7 @@ def read_costly(
         most = f"{limits.seconds:g} s or {limits.megabytes} MB"
         raise _too_costly(name, f"takes more than {most} to decode") from None
     except OSError as e:
-        raise ImageError("busy", f"there is no process to decode {name} in: {e.strerror}", "Try again.") from None
+        raise ImageError("busy", f"there is no process to decode {name} in: {e.strerror or e}", "Try again.") from None
     if "error" in answer:
         raise ImageError(*answer["error"])
     return Picture(np.frombuffer(pixels, np.uint8).reshape(answer["shape"]), *answer["head"])

@@ -5,8 +5,10 @@
 # %% ../../nbs/serve/01_predictor.ipynb #6f4deff5
 from __future__ import annotations
 
+import ctypes
 import io
 import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,12 @@ def _shrink_afterwards() -> onnxruntime.RunOptions:
     options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return options
 
+
+def _trim() -> None:
+    "So does the C library with what it has freed in pieces, unless it's asked; glibc can be."
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
 # %% ../../nbs/serve/01_predictor.ipynb #graph
 class Graph:
     "A packaged model: what it says of itself, and its ONNX graph."
@@ -192,8 +200,12 @@ class Graph:
         if len(images) > several:
             parts = [self.run_batch(images[at : at + several]) for at in range(0, len(images), several)]
             return {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
-        options = _shrink_afterwards() if len(images) * square > LARGE else None
-        return dict(zip(self.outputs, self.session.run(self.outputs, {"image": images}, options), strict=True))
+        is_large = len(images) * square > LARGE
+        options = _shrink_afterwards() if is_large else None
+        answers = dict(zip(self.outputs, self.session.run(self.outputs, {"image": images}, options), strict=True))
+        if is_large:
+            _trim()
+        return answers
 
 # %% ../../nbs/serve/01_predictor.ipynb #predictor
 class Predictor(Graph):

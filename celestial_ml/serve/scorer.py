@@ -123,12 +123,12 @@ class Scorer:
         patience: float = 5,  # seconds that one may wait
         batch: int = 8,  # pictures that are scored together
         limits: Limits = LIMITS,
-        costly: int = 8,  # large or costly pictures that may wait
+        costly: int = 32,  # large or costly pictures that may wait
     ):
         self.metrics, self.waiting, self.patience = metrics, waiting, patience
         self.limits, self.costly = limits, costly
-        self.small = Lane(self._answer, threads, batch)
-        self.large = Lane(self._answer_costly, 1, 1)  # these hold up nobody but each other
+        self.small = Lane(lambda jobs: _answer(self, jobs), threads, batch)
+        self.large = Lane(lambda jobs: _answer_costly(self, jobs), 1, 1)  # these hold up nobody but each other
         self.under_way = 0  # pictures that were taken and not answered yet; of the event loop alone
         metrics.ask(lambda: [("gauge", "celestial_waiting", "Pictures taken and not answered", {}, self.under_way)])
 
@@ -154,27 +154,30 @@ class Scorer:
         self.small.close()  # first: it may still find that a picture is large
         self.large.close()
 
-    def _answer(self, jobs: list[_Job]) -> None:
-        "Look at the pictures; score the small ones, and let the costly ones wait elsewhere."
-        good, errors = _tried(jobs, lambda job: _look(job, self.limits))
-        for job in good:
-            if job.is_costly and self.large.queue.qsize() < self.costly:
-                self.large.queue.put(job)
-            elif job.is_costly:
-                errors[job] = busy()
-        decoded, damaged = _tried([job for job in good if not job.is_costly], _decode)
-        self._score(decoded, errors | damaged)
+# %% ../../nbs/serve/08_scorer.ipynb #answering
+def _answer(scorer: Scorer, jobs: list[_Job]) -> None:
+    "Look at the pictures; score the small ones, and let the costly ones wait elsewhere."
+    good, errors = _tried(jobs, lambda job: _look(job, scorer.limits))
+    for job in good:
+        if job.is_costly and scorer.large.queue.qsize() < scorer.costly:
+            scorer.large.queue.put(job)
+        elif job.is_costly:
+            errors[job] = busy()
+    decoded, damaged = _tried([job for job in good if not job.is_costly], _decode)
+    _score(scorer, decoded, errors | damaged)
 
-    def _answer_costly(self, jobs: list[_Job]) -> None:
-        "Read costly pictures and score them."
-        self._score(*_tried(jobs, lambda job: _read(job, self.limits)))
 
-    def _score(self, jobs: list[_Job], errors: dict[_Job, BaseException]) -> None:
-        "Score pictures and say so in the loop that waits for them."
-        if jobs:
-            self.metrics.batch.observe(len(jobs))
-        if results := [*errors.items(), *_scored(jobs)]:
-            results[0][0].loop.call_soon_threadsafe(_deliver, results)
+def _answer_costly(scorer: Scorer, jobs: list[_Job]) -> None:
+    "Read costly pictures and score them."
+    _score(scorer, *_tried(jobs, lambda job: _read(job, scorer.limits)))
+
+
+def _score(scorer: Scorer, jobs: list[_Job], errors: dict[_Job, BaseException]) -> None:
+    "Score pictures and say so in the loop that waits for them."
+    if jobs:
+        scorer.metrics.batch.observe(len(jobs))
+    if results := [*errors.items(), *_scored(jobs)]:
+        results[0][0].loop.call_soon_threadsafe(_deliver, results)
 
 # %% ../../nbs/serve/08_scorer.ipynb #opened
 def _tried(

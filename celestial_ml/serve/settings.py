@@ -100,7 +100,7 @@ class ServeSettings(_DemoSettings):
     threads: int = Field(1, ge=1, description="that score pictures; as many as cores are given")
     waiting: int = Field(64, ge=1, description="pictures that may wait to be scored; more are answered 503")
     patience: float = Field(5, gt=0, description="seconds that a picture may wait; then it's answered 503")
-    costly: int = Field(8, ge=1, description="large or costly pictures among them; more are answered 503")
+    costly: int = Field(32, ge=1, description="large or costly pictures among them; more are answered 503")
     decode_seconds: float = Field(
         4, gt=0, description="to decode a large or costly picture; then it's refused with 413"
     )
