@@ -72,6 +72,11 @@ class Upload:
     sent: int = 0  # bytes that it had
     began: float = field(default_factory=time.monotonic)
 
+    @property
+    def reference(self) -> str:
+        "What the page calls it: a name that nobody can guess, and the one that it had."
+        return f"{self.path.name}/{self.name}"
+
 # %% ../../nbs/serve/10_uploads.ipynb #up-keeps
 PARTS = 1000  # of one form; Gradio's page sends no more at once
 FILES = 2000  # of one person
@@ -122,8 +127,8 @@ class Uploads:
 
     def of(self, path: str, owner: str) -> Upload:
         "A person's upload; `Refusal` with 403 for anything else, whatever it is."
-        upload = self.uploads.get(path)
-        if upload is None or upload.owner != owner:
+        upload = self.uploads.get(path.partition("/")[0])
+        if upload is None or upload.owner != owner or path not in (upload.path.name, upload.reference):
             raise no_upload()
         return upload
 
@@ -324,4 +329,4 @@ async def receive_uploads(
     except BaseException:
         abandon(form)
         raise
-    return [upload.path.name for upload in form.done]
+    return [upload.reference for upload in form.done]
