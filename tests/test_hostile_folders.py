@@ -24,6 +24,8 @@ from celestial_ml.data.sources import make_data_set
 from celestial_ml.flow.new import new_project, package_name
 from celestial_ml.flow.state import folder_checksum
 from celestial_ml.flow.steps import run_folder
+from celestial_ml.registry.gate import Rule, Verdict, rules_table
+from celestial_ml.registry.pages import Table, block_markdown
 
 LATIN = os.fsdecode("Zürich.png".encode("latin-1"))
 
@@ -330,6 +332,13 @@ def test_a_project_does_not_take_the_name_of_a_package(name: str, tmp_path: Path
     with pytest.raises(CelestialError, match="can't be the name of a project"):
         new_project(tmp_path / name, ["cat", "dog"])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_class_is_text_in_cards_and_in_the_gates_table() -> None:
+    rule = Rule("worst class", "floor", 0.1, 0.7, False, "worst class (<b>, 'x') F1 is below")
+    html = rules_table(Verdict("celestial/1", "refuse", False, (), (rule,), None, None)).to_html()
+    assert "<b>" not in html and "&lt;b&gt;" in html
+    assert r"\<b>" in block_markdown(Table(("class",), [("<b>, 'x'",)]))
 
 
 @pytest.mark.slow

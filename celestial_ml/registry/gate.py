@@ -390,5 +390,5 @@ def rules_table(
     def colour(met: object) -> str:
         return f"background-color: {'#157a48' if met == 'yes' else '#c2343c'}; color: white"
 
-    styled = table.style.map(colour, subset=["met"]).format(na_rep="–", precision=4)
+    styled = table.style.map(colour, subset=["met"]).format(na_rep="–", precision=4, escape="html")
     return styled.set_properties(subset=["why"], **{"text-align": "left", "white-space": "normal"})
