@@ -78,7 +78,7 @@ def command(
     "Exit code, standard error and peak memory in MB of the command, which may not have more than so much."
     told = [sys.executable, "-c", RUN, str(int(gigabytes * 1e9)), "batch", str(source), str(out)]
     told += ["--model", str(model.folder), *more]
-    result = subprocess.run(told, capture_output=True, text=True, timeout=30)
+    result = subprocess.run(told, capture_output=True, text=True, timeout=60)
     return result.returncode, result.stderr, int(result.stdout.split()[-1]) / 1000
 
 
@@ -358,17 +358,17 @@ def test_names_with_a_patterns_characters(files: list[str], model: Predictor, tm
 
 @pytest.mark.parametrize("column", ["path", "image", "packed"])
 def test_a_cell_of_gigabytes_by_dictionary(column: str, model: Predictor, tmp_path: Path) -> None:
-    value = np.random.default_rng(0).bytes(1000).hex().encode() * 40_000  # 80 MB
+    value = np.random.default_rng(0).bytes(1000).hex().encode() * 20_000  # 40 MB
     few = [value, MARS] if column != "path" else [value, b"nowhere.jpg"]
-    shared = pa.DictionaryArray.from_arrays(pa.array([0] * 75 + [1], pa.int32()), pa.array(few, pa.binary()))
+    shared = pa.DictionaryArray.from_arrays(pa.array([0] * 40 + [1], pa.int32()), pa.array(few, pa.binary()))
     if column == "packed":
         shared = pa.StructArray.from_arrays([shared], names=["bytes"])
     pq.write_table(pa.table({column.replace("packed", "image"): shared}), tmp_path / "t.parquet", compression="zstd")
     assert (tmp_path / "t.parquet").stat().st_size < 5_000_000
     code, said, megabytes = command(tmp_path / "t.parquet", tmp_path / "out", model)
-    assert code == (1 if column == "path" else 0) and megabytes < 1500, (said, megabytes)
+    assert code == (1 if column == "path" else 0) and megabytes < 900, (said, megabytes)
     bad = places(tmp_path / "out").bad.read_text().splitlines()
-    assert len(bad) + len(pd.read_parquet(tmp_path / "out")) == 76
+    assert len(bad) + len(pd.read_parquet(tmp_path / "out")) == 41
 
 
 def test_a_row_group_that_is_a_bomb(model: Predictor, tmp_path: Path) -> None:
@@ -488,19 +488,20 @@ def test_an_exception_is_a_line(error: type, model: Predictor, tmp_path: Path, m
     assert table.row.tolist() == [0, 2] and list(bad) == [1]
 
 
+@pytest.mark.slow
 def test_a_picture_that_ends_dasks_workers(tmp_path: Path, model: Predictor) -> None:
+    import dask
+
     from celestial_ml.serve.batch_dask import dask_cluster
 
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(MARS)
-    code = "import os, celestial_ml.serve.batch_score as b; d = b.decode_image\n"
-    code += "b.decode_image = lambda c, n: os._exit(1) if n.endswith('1.png') else d(c, n)\n"
-    import dask
-
+    code = "import os, celestial_ml.serve.batch_score as b; b.real = getattr(b, 'real', b.decode_image)\n"
+    code += "b.decode_image = lambda c, n: os._exit(1) if n.endswith('1.png') else b.real(c, n)\n"
     (tmp_path / "preload.py").write_text(code)
     with dask.config.set({"distributed.worker.preload": [str(tmp_path / "preload.py")]}):
         result = batch(str(tmp_path), tmp_path / "scores", model, dask_cluster(model, workers=1))
-    assert result.rows == 2 and bad_of(result) == {1: "crashed"}
+    assert bad_of(result) == {1: "crashed"} and result.rows == 2, result.where.bad.read_text()
 
 
 # -- URLs ---------------------------------------------------------------------------------------------------------
@@ -508,6 +509,8 @@ def test_a_picture_that_ends_dasks_workers(tmp_path: Path, model: Predictor) -> 
 
 class Hostile(http.server.BaseHTTPRequestHandler):
     "A server of which every path is another trap."
+
+    bomb = b""  # 300 MB of zeros, packed
 
     def do_GET(self) -> None:
         name = self.path.rpartition("/")[2].partition(".")[0]
@@ -517,7 +520,7 @@ class Hostile(http.server.BaseHTTPRequestHandler):
             self.answer(302, Location="/loop.jpg" if name == "loop" else "file:///etc/passwd")
         elif name == "gzip":
             self.answer(200, **{"Content-Encoding": "gzip"})
-            self.wfile.write(gzip.compress(bytes(300_000_000), 1))
+            self.wfile.write(self.bomb)
         elif name == "page":
             self.answer(200)
             self.wfile.write(b"<html>no picture</html>")
@@ -548,7 +551,7 @@ class Hostile(http.server.BaseHTTPRequestHandler):
             while True:
                 self.wfile.write(more)
                 time.sleep(pause)
-        except OSError:
+        except OSError:  # the client has gone
             pass
 
     def log_message(self, *arguments: object) -> None:
@@ -557,6 +560,7 @@ class Hostile(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def web() -> Iterator[str]:
+    Hostile.bomb = gzip.compress(bytes(300_000_000), 1)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hostile) as server:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -564,13 +568,14 @@ def web() -> Iterator[str]:
         server.shutdown()
 
 
-def test_a_list_of_hostile_urls(web: str, model: Predictor, tmp_path: Path) -> None:
+def test_a_list_of_hostile_urls(web: str, model: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CELESTIAL_URL_SECONDS", "3")
     names = ["404", "500", "loop", "disk", "page", "half", "head", "slow", "endless", "gzip", "good"]
     lines = [f"{web}/{name}.jpg" for name in names] + ["http://127.0.0.1:9/a.jpg", "http://[/a.jpg", "https:///a.jpg"]
     (tmp_path / "list.txt").write_text("\n".join(lines))
     began = time.monotonic()
-    code, said, megabytes = command(tmp_path / "list.txt", tmp_path / "out", model)
-    assert code == 0 and megabytes < 900 and time.monotonic() - began < 20, (said, megabytes)
+    code, said, megabytes = command(tmp_path / "list.txt", tmp_path / "out", model, gigabytes=6)
+    assert code == 0 and megabytes < 1200 and time.monotonic() - began < 60, (said, megabytes)
     assert pd.read_parquet(tmp_path / "out").row.tolist() == [names.index("good")]
     codes = [json.loads(line)["code"] for line in places(tmp_path / "out").bad.read_text().splitlines()]
     assert len(codes) == len(lines) - 1 and codes.count("too_large") == 2 and codes.count("not_an_image") == 1

@@ -104,10 +104,10 @@ class Dask:
                     until = time.monotonic() + PATIENCE
                 elif time.monotonic() > until:
                     raise _lost("no worker is left") from None
-            except KilledWorker as e:  # several workers ended with it: each picture is tried alone
+            except KilledWorker:  # several workers ended with it: each picture is tried alone
                 if len(unit) > 1:
                     return joined([self.result(self.submit([item])) for item in unit])
-                return crashed(self.model, unit[0], f"it ended several workers ({e.last_worker})")
+                return crashed(self.model, unit[0], "it ended several workers")
 
 # %% ../../nbs/serve/26_batch_dask.ipynb #lost
 def _lost(what: str) -> AnswerIsNo:
