@@ -140,13 +140,13 @@ def test_a_distance_needs_no_memory_for_all_at_once() -> None:
 
 
 def test_the_figures_of_many_classes_are_quick_and_light(crowd: pd.DataFrame) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     tracemalloc.start()
     metrics = compute_metrics(crowd, names(300))
     bootstrap_intervals(crowd, names(300), resamples=200)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert time.perf_counter() - started < 10 and peak < 200e6
+    assert time.process_time() - started < 10 and peak < 200e6
     assert len(metrics["per_class"]) == 300 and all(one["images"] == EACH for one in metrics["per_class"].values())
     assert len(confused_pairs(answers(names(300), right=0.0))) == PAIRS
 
