@@ -140,13 +140,13 @@ def test_a_distance_needs_no_memory_for_all_at_once() -> None:
 
 
 def test_the_figures_of_many_classes_are_quick_and_light(crowd: pd.DataFrame) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     tracemalloc.start()
     metrics = compute_metrics(crowd, names(300))
     bootstrap_intervals(crowd, names(300), resamples=200)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert time.perf_counter() - started < 10 and peak < 200e6
+    assert time.process_time() - started < 10 and peak < 200e6
     assert len(metrics["per_class"]) == 300 and all(one["images"] == EACH for one in metrics["per_class"].values())
     assert len(confused_pairs(answers(names(300), right=0.0))) == PAIRS
 
@@ -208,14 +208,15 @@ def test_a_run_of_300_classes_of_6_images(tmp_path: Path, project: Path, celesti
         (folder / name).mkdir(parents=True)
         for i in range(EACH):
             drawn(number, rng).save(folder / name / f"{i}.png")
-    started = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = celestial(
         "run", "default", "--run", "many", "--set", "data.source=folder", "--set", f"data.folder={folder}",
         "--set", "train.epochs=2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - started < 300
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2e6, "in kilobytes: 2 GB"
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 300, "seconds of the processor"
+    assert after.ru_maxrss < 2e6, "in kilobytes: 2 GB"
     out = project / "output/many"
     for path in out.rglob("*.png"):
         assert path.stat().st_size <= BYTES, path

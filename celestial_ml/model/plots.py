@@ -35,7 +35,7 @@ def _plot_matrix(counts: np.ndarray, classes: list[str], title: str) -> Figure:
     "A number in each cell."
     names = [in_figure(name) for name in classes]
     for_names = 0.08 * max(0, max(map(len, names)) - 10)  # inches
-    fig, ax = plt.subplots(figsize=(min(1.5 + 0.55 * len(classes) + for_names, 18),) * 2, layout="constrained")
+    fig, ax = plt.subplots(figsize=(min(max(1.5 + 0.55 * len(classes), 4) + for_names, 18),) * 2, layout="constrained")
     ax.imshow(counts, cmap="Blues", vmin=0)
     for (row, column), n in np.ndenumerate(counts):
         if n:
