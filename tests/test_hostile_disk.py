@@ -398,3 +398,55 @@ def test_a_model_is_taken_up_once_a_fault_has_passed(tmp_path: Path, monkeypatch
         now[0] = float(second)
         late.look()
     assert loads == [0, 1, 3, 7, 15, 31, 63, 123, 183, 243]
+
+
+# -- batch and predict
+
+
+def test_batch_and_predict_end_in_words_where_nothing_can_be_written(tmp_path: Path, small_disk: Path) -> None:
+    from serving import encoded, tiny_model
+
+    from celestial_ml.data.render import render
+
+    model, photos = tiny_model(tmp_path / "model"), tmp_path / "photos"
+    photos.mkdir()
+    for i in range(600):
+        (photos / f"{i:03}.jpg").write_bytes(encoded(render("Mars", size=32)[i % 16 :], "JPEG"))
+    (small_disk / "out").mkdir()
+    with pytest.raises(OSError), (small_disk / "fill").open("wb", buffering=0) as fill:
+        while True:
+            fill.write(bytes(4096))
+    (tmp_path / "file").write_text("")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "CELESTIAL_HOME": str(tmp_path / "home")}
+
+    def command(*arguments: object, **options: object) -> subprocess.CompletedProcess:
+        command = [COMMAND, *map(str, arguments), "--model", str(model)]
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            **{"stdout": subprocess.PIPE} | options,
+        )  # type: ignore[call-overload]
+
+    for out in (
+        small_disk / "out",
+        small_disk / "out.parquet",
+        tmp_path / "file/out",
+        tmp_path / ("n" * 300),
+        "/proc/out",
+    ):
+        result = command("batch", photos, out)
+        assert result.returncode == 2, (out, result.stdout, result.stderr[-2000:])
+        assert "error: " in result.stderr and "Traceback" not in result.stderr, result.stderr
+        named = str(out)[:60] if out != tmp_path / "file/out" else str(tmp_path / "file")
+        assert named in result.stderr, result.stderr
+    os.truncate(small_disk / "fill", (small_disk / "fill").stat().st_size - 16_384)  # room for notes, not for answers
+    result = command("batch", photos, small_disk / "more")
+    assert result.returncode == 2 and "full" in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert not [path for path in small_disk.rglob("*.part*") if path.is_file()]
+    with Path("/dev/full").open("w") as full:
+        result = command("predict", photos / "000.jpg", stdout=full)
+    assert result.returncode == 2 and "output" in result.stderr and "Traceback" not in result.stderr

@@ -195,15 +195,26 @@ class AnswerFile:
         if self.writer is None:
             repeated = ["label", "model_version"]  # a dictionary of what never repeats is only in the way
             self.writer = pq.ParquetWriter(self.beside, table.schema, compression="zstd", use_dictionary=repeated)
-        self.writer.write_table(table)
+        with self._or_nothing():
+            self.writer.write_table(table)
+
+    @contextmanager
+    def _or_nothing(self) -> Iterator[None]:
+        "Leave no half of a file where the disk takes no more."
+        try:
+            yield
+        except OSError as e:
+            self.stack.__exit__(type(e), e, e.__traceback__)
+            raise
 
     def close(self, footer: dict[str, Any]) -> None:
         "The end: from here on it is there."
         if self.waiting:
             self._write()
         assert self.writer is not None, "there is at least an empty table"
-        self.writer.add_key_value_metadata({KEY: json.dumps(footer)})
-        self.writer.close()
+        with self._or_nothing():
+            self.writer.add_key_value_metadata({KEY: json.dumps(footer)})
+            self.writer.close()
         self.stack.close()
 
 # %% ../../nbs/serve/24_batch_parts.ipynb #close-part

@@ -89,7 +89,8 @@ class Standing:
 
     def empty(self) -> None:
         "Nobody is meant: a challenger goes, a champion stays until there is another."
-        self.refused = None if self.name == "challenger" else "no version is champion any more"
+        had = self.name == "champion" and self.predictor is not None
+        self.refused = "no version is champion any more" if had else None
         if self.name == "challenger":
             self.predictor = None
 
