@@ -16,7 +16,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -208,6 +208,7 @@ class Sample:
     descriptors: int
     uploads: float  # MB in the demo's folder
     processes: int
+    load: float  # of the machine, over a minute; far above 2 × its cores, others slow it down
 
 
 def _kilobytes(path: Path, name: str) -> int:
@@ -228,14 +229,23 @@ def sample(pid: int, uploads: Path) -> Sample | None:
             descriptors += len(os.listdir(f"/proc/{one}/fd"))  # noqa: PTH208
         except OSError:  # it has ended meanwhile
             continue
-    kept = sum(file.stat().st_size for file in uploads.rglob("*") if file.is_file()) if uploads.exists() else 0
-    return Sample(time.monotonic(), memory / 1000, descriptors, kept / 1e6, 1 + len(below)) if memory else None
+    kept = 0
+    for file in uploads.rglob("*"):
+        with suppress(OSError):  # it is deleted while we look
+            kept += file.stat().st_size
+    return (
+        Sample(time.monotonic(), memory / 1000, descriptors, kept / 1e6, 1 + len(below), os.getloadavg()[0])
+        if memory
+        else None
+    )
 
 
 @contextmanager
 def hostage(root: Path, model: Path, folder: Path, log: Path, login: bool, gigabytes: float) -> Iterator[Serving]:
     "`celestial serve` with the demo, as anybody starts it, with the limits of an ordinary machine."
-    env = {"PYTHONPATH": str(root), "CELESTIAL_HOME": str(folder / "home"), "GRADIO_TEMP_DIR": str(folder / "uploads")}
+    (folder / "uploads").mkdir()
+    env = {"PYTHONPATH": str(root), "CELESTIAL_HOME": str(folder / "home")}
+    env |= {"GRADIO_TEMP_DIR": str(folder / "uploads"), "TMPDIR": str(folder / "uploads")}
     env |= {"CELESTIAL_SERVE_DEMO_LOGIN": f"ann:{password_hash(PASSWORD)}"} if login else {}
 
     def limit() -> None:
@@ -304,7 +314,7 @@ class Soak:
 
     def worst(self, count: int = 12) -> list[dict[str, Any]]:
         "The longest waits, with what was attacked meanwhile."
-        slowest = sorted(self.waits, key=lambda one: -one.seconds)[:count]
+        slowest = sorted((one for one in self.waits if one.kind != LARGE), key=lambda one: -one.seconds)[:count]
         return [
             asdict(one)
             | {"began": one.began - self.began}
@@ -348,7 +358,7 @@ class Soak:
         for kind, about in self.to_dict()["healthy"].items():
             answers = ", ".join(f"{status}: {n}" for status, n in about["first_answers"].items())
             rows.append((f"  {kind}", f"p50 {about['p50_ms']:.0f} ms", f"p99 {about['p99_ms']:.0f} ms", answers))
-        for name, unit in (("memory", " MB"), ("descriptors", ""), ("uploads", " MB"), ("processes", "")):
+        for name, unit in (("memory", " MB"), ("descriptors", ""), ("uploads", " MB"), ("processes", ""), ("load", "")):
             most = max(getattr(one, name) for one in self.samples)
             ends = f"start {getattr(first, name):.0f}{unit}", f"end {getattr(last, name):.0f}{unit}"
             rows.append((f"  {name}", f"peak {most:.0f}{unit}", *ends))
