@@ -204,7 +204,8 @@ class Sample:
     "What the service takes at a moment."
 
     at: float
-    memory: float  # MB resident; of processes below it, what they don't share
+    memory: float  # MB resident; of processes below it, their share
+    below: float  # of these, MB of the processes below it
     descriptors: int
     uploads: float  # MB in the demo's folder
     processes: int
@@ -219,13 +220,13 @@ def sample(pid: int, uploads: Path) -> Sample | None:
     "Look at the service; None where it has gone."
     try:
         first, *below = tree(pid)
-        memory = _kilobytes(Path(f"/proc/{first}/status"), "VmRSS:")
+        memory, shares = _kilobytes(Path(f"/proc/{first}/status"), "VmRSS:"), 0
         descriptors = len(os.listdir(f"/proc/{first}/fd"))  # noqa: PTH208
     except (OSError, IndexError):
         return None
     for one in below:
         try:
-            memory += _kilobytes(Path(f"/proc/{one}/smaps_rollup"), "Pss:")
+            shares += _kilobytes(Path(f"/proc/{one}/smaps_rollup"), "Pss:")
             descriptors += len(os.listdir(f"/proc/{one}/fd"))  # noqa: PTH208
         except OSError:  # it has ended meanwhile
             continue
@@ -234,7 +235,15 @@ def sample(pid: int, uploads: Path) -> Sample | None:
         with suppress(OSError):  # it is deleted while we look
             kept += file.stat().st_size
     return (
-        Sample(time.monotonic(), memory / 1000, descriptors, kept / 1e6, 1 + len(below), os.getloadavg()[0])
+        Sample(
+            time.monotonic(),
+            (memory + shares) / 1000,
+            shares / 1000,
+            descriptors,
+            kept / 1e6,
+            1 + len(below),
+            os.getloadavg()[0],
+        )
         if memory
         else None
     )
@@ -358,7 +367,14 @@ class Soak:
         for kind, about in self.to_dict()["healthy"].items():
             answers = ", ".join(f"{status}: {n}" for status, n in about["first_answers"].items())
             rows.append((f"  {kind}", f"p50 {about['p50_ms']:.0f} ms", f"p99 {about['p99_ms']:.0f} ms", answers))
-        for name, unit in (("memory", " MB"), ("descriptors", ""), ("uploads", " MB"), ("processes", ""), ("load", "")):
+        for name, unit in (
+            ("memory", " MB"),
+            ("below", " MB"),
+            ("descriptors", ""),
+            ("uploads", " MB"),
+            ("processes", ""),
+            ("load", ""),
+        ):
             most = max(getattr(one, name) for one in self.samples)
             ends = f"start {getattr(first, name):.0f}{unit}", f"end {getattr(last, name):.0f}{unit}"
             rows.append((f"  {name}", f"peak {most:.0f}{unit}", *ends))
