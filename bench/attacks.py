@@ -282,10 +282,13 @@ def file_data(path: str, **more: object) -> dict[str, object]:
     return {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.jpg"} | more
 
 
-async def call(address: Address, part: str, data: list[object], session: str) -> Answer:
+async def call(address: Address, part: str, data: list[object], session: str, cookie: str = "") -> Answer:
     "What a part of the page calls."
     said = {"data": data, "fn_index": address.functions[part], "session_hash": session}
-    return await ask(address, address.json("/gradio_api/run/predict", said), LONG)
+    headers = f"Content-Type: application/json\r\nCookie: {cookie}\r\n"
+    return await ask(
+        address, address.request("POST", "/gradio_api/run/predict", json.dumps(said).encode(), headers), LONG
+    )
 
 
 async def drop(address: Address, content: bytes, rng: random.Random) -> Answer:
@@ -293,8 +296,8 @@ async def drop(address: Address, content: bytes, rng: random.Random) -> Answer:
     answer = await upload(address, content, seconds=LONG)
     if answer.status != 200:
         return answer
-    path = json.loads(answer.body)[0]
-    return await call(address, "drop", [file_data(path), rng.random() * 1e6, None], f"{rng.random()}")
+    path, cookie = json.loads(answer.body)[0], answer.headers.get("set-cookie", "").partition(";")[0]
+    return await call(address, "drop", [file_data(path), rng.random() * 1e6, None], f"{rng.random()}", cookie)
 
 
 def without_leak(answer: Answer) -> Answer:

@@ -41,9 +41,12 @@ def on_core(core: int) -> None:
 
 
 def tree(pid: int) -> list[int]:
-    "A process and all below it."
-    below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(one for child in below for one in tree(int(child)))]
+    "A process and all below it, whichever thread has started them."
+    below: list[int] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # the thread, or the child, has ended meanwhile
+            below += [one for child in file.read_text().split() for one in tree(int(child))]
+    return [pid, *below]
 
 
 def resident_mb(pid: int) -> float:

@@ -16,7 +16,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -204,10 +204,12 @@ class Sample:
     "What the service takes at a moment."
 
     at: float
-    memory: float  # MB resident; of processes below it, what they don't share
+    memory: float  # MB resident; of processes below it, their share
+    below: float  # of these, MB of the processes below it
     descriptors: int
     uploads: float  # MB in the demo's folder
     processes: int
+    load: float  # of the machine, over a minute; far above 2 × its cores, others slow it down
 
 
 def _kilobytes(path: Path, name: str) -> int:
@@ -218,24 +220,41 @@ def sample(pid: int, uploads: Path) -> Sample | None:
     "Look at the service; None where it has gone."
     try:
         first, *below = tree(pid)
-        memory = _kilobytes(Path(f"/proc/{first}/status"), "VmRSS:")
+        memory, shares = _kilobytes(Path(f"/proc/{first}/status"), "VmRSS:"), 0
         descriptors = len(os.listdir(f"/proc/{first}/fd"))  # noqa: PTH208
     except (OSError, IndexError):
         return None
     for one in below:
         try:
-            memory += _kilobytes(Path(f"/proc/{one}/smaps_rollup"), "Pss:")
+            shares += _kilobytes(Path(f"/proc/{one}/smaps_rollup"), "Pss:")
             descriptors += len(os.listdir(f"/proc/{one}/fd"))  # noqa: PTH208
         except OSError:  # it has ended meanwhile
             continue
-    kept = sum(file.stat().st_size for file in uploads.rglob("*") if file.is_file()) if uploads.exists() else 0
-    return Sample(time.monotonic(), memory / 1000, descriptors, kept / 1e6, 1 + len(below)) if memory else None
+    kept = 0
+    for file in uploads.rglob("*"):
+        with suppress(OSError):  # it is deleted while we look
+            kept += file.stat().st_size
+    return (
+        Sample(
+            time.monotonic(),
+            (memory + shares) / 1000,
+            shares / 1000,
+            descriptors,
+            kept / 1e6,
+            1 + len(below),
+            os.getloadavg()[0],
+        )
+        if memory
+        else None
+    )
 
 
 @contextmanager
 def hostage(root: Path, model: Path, folder: Path, log: Path, login: bool, gigabytes: float) -> Iterator[Serving]:
     "`celestial serve` with the demo, as anybody starts it, with the limits of an ordinary machine."
-    env = {"PYTHONPATH": str(root), "CELESTIAL_HOME": str(folder / "home"), "GRADIO_TEMP_DIR": str(folder / "uploads")}
+    (folder / "uploads").mkdir()
+    env = {"PYTHONPATH": str(root), "CELESTIAL_HOME": str(folder / "home")}
+    env |= {"GRADIO_TEMP_DIR": str(folder / "uploads"), "TMPDIR": str(folder / "uploads")}
     env |= {"CELESTIAL_SERVE_DEMO_LOGIN": f"ann:{password_hash(PASSWORD)}"} if login else {}
 
     def limit() -> None:
@@ -304,7 +323,7 @@ class Soak:
 
     def worst(self, count: int = 12) -> list[dict[str, Any]]:
         "The longest waits, with what was attacked meanwhile."
-        slowest = sorted(self.waits, key=lambda one: -one.seconds)[:count]
+        slowest = sorted((one for one in self.waits if one.kind != LARGE), key=lambda one: -one.seconds)[:count]
         return [
             asdict(one)
             | {"began": one.began - self.began}
@@ -348,7 +367,14 @@ class Soak:
         for kind, about in self.to_dict()["healthy"].items():
             answers = ", ".join(f"{status}: {n}" for status, n in about["first_answers"].items())
             rows.append((f"  {kind}", f"p50 {about['p50_ms']:.0f} ms", f"p99 {about['p99_ms']:.0f} ms", answers))
-        for name, unit in (("memory", " MB"), ("descriptors", ""), ("uploads", " MB"), ("processes", "")):
+        for name, unit in (
+            ("memory", " MB"),
+            ("below", " MB"),
+            ("descriptors", ""),
+            ("uploads", " MB"),
+            ("processes", ""),
+            ("load", ""),
+        ):
             most = max(getattr(one, name) for one in self.samples)
             ends = f"start {getattr(first, name):.0f}{unit}", f"end {getattr(last, name):.0f}{unit}"
             rows.append((f"  {name}", f"peak {most:.0f}{unit}", *ends))

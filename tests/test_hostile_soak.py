@@ -129,8 +129,8 @@ def test_what_is_a_failure() -> None:
         ({}, None),
         ({"waits": [Wait("/predict, 128 px", 0, 2, 200)] * 2}, "wait"),
         ({"waits": [Wait(LARGE, 0, 9, 200)]}, None),
-        ({"samples": [Sample(1, 501, 30, 0, 1)]}, "memory"),
-        ({"samples": [Sample(1, 200, 99, 0, 1)]}, "descriptors"),
+        ({"samples": [Sample(1, 501, 0, 30, 0, 1, 0)]}, "memory"),
+        ({"samples": [Sample(1, 200, 0, 99, 0, 1, 0)]}, "descriptors"),
         ({"attacks": [Attack("paths", 0, 1, {"leak": 1}, ["leak"])]}, "5xx"),
         ({"survived": False}, "gone"),
     ],
@@ -139,7 +139,7 @@ def test_a_soak_is_judged(harm: dict, missed: str | None) -> None:
     good = {
         "waits": [Wait("/predict, 128 px", 0, 0.01, 200)] * 100,
         "attacks": [],
-        "samples": [Sample(0, 200, 30, 0, 1)],
+        "samples": [Sample(0, 200, 0, 30, 0, 1, 0)],
     }
     merged = {
         name: value + harm[name] if name in harm and name != "survived" else value for name, value in good.items()
