@@ -15,6 +15,7 @@ from bench.attacks import Answer  # noqa: E402
 from bench.soak import LARGE, Attack, Sample, Soak, Wait, soak  # noqa: E402
 from celestial_ml.monitor.log import service_log  # noqa: E402
 from celestial_ml.serve.api import build_app  # noqa: E402
+from celestial_ml.serve.connections import Connections  # noqa: E402
 from celestial_ml.serve.problems import IMAGE_STATUS  # noqa: E402
 from celestial_ml.serve.settings import ServeSettings, serve_settings  # noqa: E402
 
@@ -22,9 +23,10 @@ OPERATIONS = (ROOT / "nbs/operations.md").read_text()
 
 
 def table(heading: str) -> list[list[str]]:
-    "The rows of the table under a heading of the operations page."
+    "The rows of the tables under a heading of the operations page."
     part = OPERATIONS.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    rows = [line for line in part.splitlines() if line.startswith("|")][2:]
+    tables = re.findall(r"(?:^\|.*\n)+", part, re.MULTILINE)
+    rows = [line for table in tables for line in table.splitlines()[2:]]
     return [
         [cell.strip().replace("\0", "|") for cell in row.replace(r"\|", "\0").strip("|").split("|")] for row in rows
     ]
@@ -37,7 +39,7 @@ def is_default(cell: str, default: object) -> bool:
         return cell == str(default).lower()
     if isinstance(default, int | float):
         return re.fullmatch(r"[\d.]+", cell) is not None and float(cell) == default
-    if default is None or default in ((), {}):
+    if default is None or default in ((), {}, ""):
         return re.fullmatch(r"[\d.]+", cell) is None
     return cell == default
 
@@ -69,7 +71,7 @@ NO_LIMITS = {"no_model", "no_log", "log_unavailable"}  # 503 for another reason
 def refusals() -> set[tuple[int, str]]:
     'Status and code of all that the service refuses, as the code says them: `Refusal(413, "too_large", …)`.'
     sources = "\n".join(path.read_text() for path in (ROOT / "celestial_ml").rglob("*.py"))
-    pairs = {(int(status), code) for status, code in re.findall(r"\b([45]\d\d),\s*\"([a-z_]+)\"", sources)}
+    pairs = {(int(status), code) for status, code in re.findall(r"\b([45]\d\d), \"([a-z_]+)\"", sources)}
     return pairs | {(status, code) for code, status in IMAGE_STATUS.items()}
 
 
@@ -89,6 +91,7 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CELESTIAL_HOME", str(tmp_path))
     log = service_log(serve_settings())
     app = build_app(tiny_model(tmp_path / "model"), demo=False, log=log)
+    Connections(app.state.service.settings, app.state.service.metrics)  # a server has them; they count themselves
     yield app
     app.state.service.close()
     log.close()
