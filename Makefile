@@ -51,7 +51,7 @@ serve: $(READY)  ## the HTTP API and the demo on http://127.0.0.1:8000
 
 .PHONY: lab
 lab: $(READY)  ## JupyterLab: workspace, notebook diffs, reloaded modules; ARGS="--port=9999 --no-browser" go to it
-	@python -m celestial_ml.flow.lab $(ARGS)
+	@python -m celestial_ml.workbench.lab $(ARGS)
 
 .PHONY: test
 test: $(READY)  ## all tests: library notebooks, contracts, pipeline, HTTP, browser
@@ -83,7 +83,7 @@ export: $(READY)  ## after editing notebooks: format, clean, export, README, par
 	@ruff format --quiet nbs tests bench
 	@nbdev_clean
 	@nbdev_export
-	@python -m celestial_ml.flow.publish
+	@python -m celestial_ml.workbench.generated_files
 	@touch $(READY)   # nbdev has written pyproject.toml anew, with nothing new in it
 
 .PHONY: lock

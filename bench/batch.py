@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from bench import CELESTIAL, Row, wall
+from celestial_ml.batch.inputs import find_source, items
+from celestial_ml.batch.job import batch
+from celestial_ml.batch.scoring import GROUP, cores
 from celestial_ml.core.files import project_root
 from celestial_ml.data.images import decode_image
-from celestial_ml.serve.batch import batch
-from celestial_ml.serve.batch_score import GROUP, cores
-from celestial_ml.serve.batch_sources import find_source, items
 from celestial_ml.serve.predictor import Predictor
 
 
@@ -93,7 +93,7 @@ def against_keras(run: Path, folder: Path) -> Row:
 FIRST = """
 import time
 from celestial_ml.cli.app import app
-from celestial_ml.serve import batch
+from celestial_ml.batch import job as batch
 def told(unit, answers, _write=batch.Writer.add):
     raise SystemExit(0)
 batch.Writer.add = lambda self, unit, answers: told(unit, answers)

@@ -17,9 +17,9 @@ from urllib.request import urlopen
 
 from bench import Row
 from celestial_ml.core.files import project_root, read_json
-from celestial_ml.flow.lab import ASSETS
+from celestial_ml.workbench.lab import ASSETS
 
-OURS = ["-m", "celestial_ml.flow.lab"]
+OURS = ["-m", "celestial_ml.workbench.lab"]
 BARE = ["-m", "jupyterlab", "--ServerApp.log_level=WARN", "--LabApp.news_url=None"]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 

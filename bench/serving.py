@@ -26,8 +26,8 @@ from bench import CELESTIAL, Row
 from bench.load import Tally, as_request, encoded, load
 from bench.sweep import copy_project
 from celestial_ml.core.files import project_root, read_json, write_json
-from celestial_ml.data.bodies import BODIES
-from celestial_ml.data.render import render
+from celestial_ml.planets.bodies import BODIES
+from celestial_ml.planets.renderer import render
 from celestial_ml.serve.predictor import Predictor
 
 SERVER_CORE, CLIENT_CORE = 0, 1

@@ -21,9 +21,9 @@ from papermill.engines import NBClientEngine, papermill_engines
 from bench import CELESTIAL, Row
 from celestial_ml.core.files import project_root
 from celestial_ml.core.params import load_params
+from celestial_ml.flow.kernels import fork_server, use_warm_kernels, warm_modules
 from celestial_ml.flow.steps import load_tasks, step_parameters
 from celestial_ml.flow.sweep import core_shares
-from celestial_ml.flow.warm import fork_server, use_warm_kernels, warm_modules
 
 PAPERMILL = str(Path(sys.executable).with_name("papermill"))
 

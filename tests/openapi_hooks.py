@@ -4,7 +4,7 @@ import schemathesis
 from hypothesis import strategies
 from serving import encoded, neptune
 
-from celestial_ml.data.render import render
+from celestial_ml.planets.renderer import render
 
 PICTURES = strategies.sampled_from([neptune("JPEG"), neptune("PNG"), neptune("WEBP"), encoded(render("Mars"))])
 for kind in ("image/jpeg", "image/png", "image/webp"):

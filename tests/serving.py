@@ -15,9 +15,9 @@ import onnx
 from PIL import Image
 
 from celestial_ml.core.files import sha256_of, write_json
-from celestial_ml.data.bodies import BODIES
-from celestial_ml.data.render import render
-from celestial_ml.serve.why import write_reference
+from celestial_ml.planets.bodies import BODIES
+from celestial_ml.planets.renderer import render
+from celestial_ml.serve.explanation import write_reference
 
 # It looks at the mean colour alone: red is Mars, blue is Neptune, and the eight others are never the answer.
 GRAPH = """
@@ -76,13 +76,14 @@ def neptune(kind: str = "PNG", **options: object) -> bytes:
 
 # As the command `celestial serve` does it, with a prediction log, but on any port that is free.
 SERVE = """
+from celestial_ml.demo.routes import add_demo
 from celestial_ml.monitor.log import service_log
 from celestial_ml.serve.server import serve
 from celestial_ml.serve.settings import serve_settings
 settings = serve_settings()
 log = service_log(settings)
 try:
-    serve({model!r}, port=0, demo={demo}, settings=settings, log=log)
+    serve({model!r}, port=0, demo=add_demo if {demo} else None, settings=settings, log=log)
 finally:
     if log is not None:
         log.close()
@@ -100,9 +101,9 @@ def running(
         code = serve
     elif model is None:
         code = (
-            "import uvicorn; from celestial_ml.serve.api import build_app; from celestial_ml.serve.server import open_port;"
+            "import uvicorn; from celestial_ml.demo.routes import add_demo; from celestial_ml.serve.api import build_app; from celestial_ml.serve.server import open_port;"
             "s = open_port('127.0.0.1', 0); print(f'http://127.0.0.1:{s.getsockname()[1]}', flush=True);"
-            f"uvicorn.Server(uvicorn.Config(build_app(None, {demo}), log_level='warning')).run(sockets=[s])"
+            f"uvicorn.Server(uvicorn.Config(build_app(None, add_demo if {demo} else None), log_level='warning')).run(sockets=[s])"
         )
     env = os.environ | {"CELESTIAL_HOME": str(log.parent / "home")}
     env |= {f"CELESTIAL_SERVE_{name.upper()}": str(value) for name, value in settings.items()}

@@ -26,13 +26,13 @@ import pytest
 from serving import encoded, tiny_model
 from typer.testing import CliRunner
 
+from celestial_ml.batch.job import batch
+from celestial_ml.batch.parts import part_files, places
 from celestial_ml.cli.app import app
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.files import read_json
-from celestial_ml.data.render import render
 from celestial_ml.flow.pipeline import Plan, make_plan, run_pipeline
-from celestial_ml.serve.batch import batch
-from celestial_ml.serve.batch_parts import part_files, places
+from celestial_ml.planets.renderer import render
 from celestial_ml.serve.predictor import Predictor
 
 CELESTIAL = str(Path(sys.executable).with_name("celestial"))
@@ -170,7 +170,7 @@ def test_the_step_beside_the_chain(smoke: Plan) -> None:
 
 SCORE = """
 import sys
-from celestial_ml.serve.batch import batch
+from celestial_ml.batch.job import batch
 from celestial_ml.serve.predictor import Predictor
 batch(sys.argv[1], sys.argv[2], Predictor(sys.argv[3]), rows=int(sys.argv[4]))
 """

@@ -22,9 +22,9 @@ from PIL import Image
 from serving import encoded, neptune, running, tiny_model
 
 from celestial_ml.core.files import read_json, sha256_of, write_json
-from celestial_ml.data.bodies import BODIES
-from celestial_ml.data.render import render
-from celestial_ml.model.performance import write_performance
+from celestial_ml.model.answer_examples import write_performance
+from celestial_ml.planets.bodies import BODIES
+from celestial_ml.planets.renderer import render
 from celestial_ml.serve.predictor import find_model, models_folder
 from celestial_ml.serve.settings import password_hash
 
@@ -53,8 +53,9 @@ SERVE = (
     "import sys; away = lambda at: isinstance(at, tuple) and at[0] not in ('127.0.0.1', '::1', 'localhost');"
     "sys.addaudithook(lambda event, told: event in ('socket.connect', 'socket.getaddrinfo') and"
     " away(told[1] if event == 'socket.connect' else told) and print('asked elsewhere', told, file=sys.stderr));"
-    "from celestial_ml.monitor.log import open_log; from celestial_ml.serve.server import serve;"
-    "log = open_log(); serve({model}, port=0, log=log); log.close()"
+    "from celestial_ml.demo.routes import add_demo; from celestial_ml.monitor.log import open_log;"
+    "from celestial_ml.serve.server import serve;"
+    "log = open_log(); serve({model}, port=0, demo=add_demo, log=log); log.close()"
 )
 # Notes what a person sees, each time the page changes: the headline, and what stands where the reasons will.
 WATCH = """() => {

@@ -14,7 +14,7 @@ from PIL import Image
 from serving import tiny_model
 
 from celestial_ml.core.files import sha256_of, write_json
-from celestial_ml.data.render import render
+from celestial_ml.planets.renderer import render
 
 HEAVY = {
     "tensorflow",

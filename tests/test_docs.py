@@ -93,7 +93,7 @@ def test_every_route_is_explained(pages: dict[str, str], tmp_path: Path, monkeyp
     monkeypatch.setenv("CELESTIAL_HOME", str(tmp_path))
     from celestial_ml.serve.api import build_app
 
-    app = build_app(None, demo=False)
+    app = build_app(None)
     try:
         paths = app.openapi()["paths"]
     finally:

@@ -14,7 +14,7 @@ from celestial_ml.core.files import read_json
 from celestial_ml.core.params import Data
 from celestial_ml.data.catalog import guide_split, make_catalog, with_split
 from celestial_ml.data.guide import dvc_checksum, expected, get_guide
-from celestial_ml.data.render import render
+from celestial_ml.planets.renderer import render
 
 ROOT = Path(__file__).resolve().parent.parent
 DVC = [sys.executable, "-m", "dvc"]

@@ -23,11 +23,11 @@ import pyarrow.parquet as pq
 import pytest
 from serving import encoded, tiny_model
 
+from celestial_ml.batch.job import Result, batch
+from celestial_ml.batch.parts import places
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.files import read_json
-from celestial_ml.data.render import render
-from celestial_ml.serve.batch import Result, batch
-from celestial_ml.serve.batch_parts import places
+from celestial_ml.planets.renderer import render
 from celestial_ml.serve.predictor import Predictor
 
 MARS, NEPTUNE = encoded(render("Mars")), encoded(render("Neptune"))
@@ -492,11 +492,11 @@ def test_an_exception_is_a_line(error: type, model: Predictor, tmp_path: Path, m
 def test_a_picture_that_ends_dasks_workers(tmp_path: Path, model: Predictor) -> None:
     import dask
 
-    from celestial_ml.serve.batch_dask import dask_cluster
+    from celestial_ml.batch.dask_cluster import dask_cluster
 
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(MARS)
-    code = "import os, celestial_ml.serve.batch_score as b; b.real = getattr(b, 'real', b.decode_image)\n"
+    code = "import os, celestial_ml.batch.scoring as b; b.real = getattr(b, 'real', b.decode_image)\n"
     code += "b.decode_image = lambda c, n: os._exit(1) if n.endswith('1.png') else b.real(c, n)\n"
     (tmp_path / "preload.py").write_text(code)
     with dask.config.set({"distributed.worker.preload": [str(tmp_path / "preload.py")]}):

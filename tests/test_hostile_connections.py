@@ -17,8 +17,9 @@ from celestial_ml.serve.settings import new_key
 
 LIMITED = (  # with few descriptors, as a system may give them
     "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({descriptors}, {descriptors}));"
-    "from celestial_ml.serve.server import serve; from celestial_ml.serve.settings import serve_settings;"
-    "serve({model!r}, port=0, demo={demo}, settings=serve_settings())"
+    "from celestial_ml.demo.routes import add_demo; from celestial_ml.serve.server import serve;"
+    "from celestial_ml.serve.settings import serve_settings;"
+    "serve({model!r}, port=0, demo=add_demo if {demo} else None, settings=serve_settings())"
 )
 
 

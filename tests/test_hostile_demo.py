@@ -16,7 +16,7 @@ import httpx
 import pytest
 from serving import encoded, neptune, running, tiny_model
 
-from celestial_ml.data.render import render
+from celestial_ml.planets.renderer import render
 from celestial_ml.serve.settings import password_hash
 
 FILE = {"meta": {"_type": "gradio.FileData"}}
@@ -465,8 +465,9 @@ def test_judgements_have_a_rate(tmp_path: Path) -> None:
 
 ELSEWHERE = """
 import celestial_ml.serve.server as server
+from celestial_ml.demo.routes import add_demo
 from celestial_ml.serve.settings import serve_settings
-server.serve({model!r}, "0.0.0.0", port=0, settings=serve_settings())
+server.serve({model!r}, "0.0.0.0", port=0, demo=add_demo, settings=serve_settings())
 """
 
 

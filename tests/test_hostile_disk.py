@@ -337,8 +337,8 @@ def test_a_model_is_taken_up_once_a_fault_has_passed(tmp_path: Path, monkeypatch
     import onnx
 
     from celestial_ml.core.files import sha256_of
+    from celestial_ml.serve.live_models import Models
     from celestial_ml.serve.metrics import Metrics
-    from celestial_ml.serve.models import Models
 
     monkeypatch.setenv("CELESTIAL_HOME", str(tmp_path))
     graph = """
@@ -406,7 +406,7 @@ def test_a_model_is_taken_up_once_a_fault_has_passed(tmp_path: Path, monkeypatch
 def test_batch_and_predict_end_in_words_where_nothing_can_be_written(tmp_path: Path, small_disk: Path) -> None:
     from serving import encoded, tiny_model
 
-    from celestial_ml.data.render import render
+    from celestial_ml.planets.renderer import render
 
     model, photos = tiny_model(tmp_path / "model"), tmp_path / "photos"
     photos.mkdir()

@@ -16,16 +16,16 @@ from typer.testing import CliRunner
 from celestial_ml.cli.app import app
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.names import check_class, check_name, printable
+from celestial_ml.core.page_builder import Table, block_markdown
 from celestial_ml.core.params import Check, Data
 from celestial_ml.data.catalog import image_files, make_catalog, split_folders, with_split
 from celestial_ml.data.checks import run_checks
 from celestial_ml.data.images import find_pictures
 from celestial_ml.data.sources import make_data_set
-from celestial_ml.flow.new import new_project, package_name
 from celestial_ml.flow.state import folder_checksum
 from celestial_ml.flow.steps import run_folder
 from celestial_ml.registry.gate import Rule, Verdict, rules_table
-from celestial_ml.registry.pages import Table, block_markdown
+from celestial_ml.workbench.new_project import new_project, package_name
 
 LATIN = os.fsdecode("Zürich.png".encode("latin-1"))
 

@@ -36,9 +36,9 @@ from celestial_ml.data.images import (
     read_image,
 )
 from celestial_ml.data.prepare import Preparer
+from celestial_ml.serve.error_responses import Refusal
 from celestial_ml.serve.metrics import Metrics
 from celestial_ml.serve.predictor import Predictor
-from celestial_ml.serve.problems import Refusal
 from celestial_ml.serve.scorer import Scorer
 
 FAULTS = Path(__file__).resolve().parent.parent.parent / "shared/faults"

@@ -13,10 +13,11 @@ sys.path.insert(0, str(ROOT))
 
 from bench.attacks import Answer  # noqa: E402
 from bench.soak import LARGE, Attack, Sample, Soak, Wait, soak  # noqa: E402
+from celestial_ml.demo.uploads import upload_figures  # noqa: E402
 from celestial_ml.monitor.log import service_log  # noqa: E402
 from celestial_ml.serve.api import build_app  # noqa: E402
 from celestial_ml.serve.connections import Connections  # noqa: E402
-from celestial_ml.serve.problems import IMAGE_STATUS  # noqa: E402
+from celestial_ml.serve.error_responses import IMAGE_STATUS  # noqa: E402
 from celestial_ml.serve.settings import ServeSettings, serve_settings  # noqa: E402
 
 OPERATIONS = (ROOT / "nbs/operations.md").read_text()
@@ -90,8 +91,9 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     "The service, with a prediction log."
     monkeypatch.setenv("CELESTIAL_HOME", str(tmp_path))
     log = service_log(serve_settings())
-    app = build_app(tiny_model(tmp_path / "model"), demo=False, log=log)
+    app = build_app(tiny_model(tmp_path / "model"), log=log)
     Connections(app.state.service.settings, app.state.service.metrics)  # a server has them; they count themselves
+    app.state.service.metrics.ask(lambda: upload_figures(None))  # and the demo's
     yield app
     app.state.service.close()
     log.close()

@@ -19,7 +19,7 @@ from serving import encoded, neptune, running, tiny_model
 
 from celestial_ml.core.files import read_json, write_json
 from celestial_ml.data.images import decode_image
-from celestial_ml.data.render import render
+from celestial_ml.planets.renderer import render
 from celestial_ml.serve.predictor import ModelError, Predictor
 
 
@@ -303,7 +303,7 @@ def test_serving_is_light(model, tmp_path):
 import json, sys
 from fastapi.testclient import TestClient
 from celestial_ml.serve.api import build_app
-client = TestClient(build_app({str(model)!r}, demo=False))
+client = TestClient(build_app({str(model)!r}))
 for path in ("/predict", "/explain"):
     answer = client.post(path, files={{"image": open({str(tmp_path / "picture.png")!r}, "rb")}})
     assert answer.json()["label"] == "Neptune"
@@ -330,8 +330,9 @@ print(json.dumps(sorted({{name.split(".")[0] for name in sys.modules}})))
 def test_demo_is_light(model):
     code = f"""
 import json, sys
+from celestial_ml.demo.routes import add_demo
 from celestial_ml.serve.api import build_app
-build_app({str(model)!r})
+build_app({str(model)!r}, add_demo)
 print(json.dumps(sorted({{name.split(".")[0] for name in sys.modules}})))
 """
     run = python(code)
@@ -356,7 +357,7 @@ def test_port_in_use(model):
 
 
 def test_interrupt_ends_quietly(model):
-    code = f"from celestial_ml.serve.server import serve; serve({str(model)!r}, port=0, demo=False)"
+    code = f"from celestial_ml.serve.server import serve; serve({str(model)!r}, port=0)"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", code], **pipes, env=os.environ)
     line = process.stdout.readline()

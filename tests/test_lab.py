@@ -27,11 +27,11 @@ from PIL import Image
 
 from celestial_ml.core.files import read_json
 from celestial_ml.core.params import load_params
-from celestial_ml.flow.here import pipeline_states, where_am_i
-from celestial_ml.flow.lab import ASSETS
 from celestial_ml.flow.pipeline import Plan
 from celestial_ml.flow.state import inputs_file
 from celestial_ml.flow.steps import step_parameters
+from celestial_ml.workbench.lab import ASSETS
+from celestial_ml.workbench.status_panel import pipeline_states, where_am_i
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
@@ -171,10 +171,10 @@ def test_git_merges_by_nbdev_and_compares_by_nbdime(lab: Lab, desk: Path) -> Non
 def test_an_unpacked_archive_will_do(tmp_path: Path) -> None:
     copy_project(tmp_path / "project")
     env = environment(tmp_path / "project") | {"GIT_CEILING_DIRECTORIES": str(tmp_path)}
-    said = command(sys.executable, "-m", "celestial_ml.flow.lab", "--version", cwd=tmp_path / "project", **env)
+    said = command(sys.executable, "-m", "celestial_ml.workbench.lab", "--version", cwd=tmp_path / "project", **env)
     assert "no git repository here" in said and re.search(r"^4\.", said, re.M)
     outside = subprocess.run(
-        [sys.executable, "-m", "celestial_ml.flow.lab"],
+        [sys.executable, "-m", "celestial_ml.workbench.lab"],
         cwd=tmp_path,
         env=os.environ | env,
         capture_output=True,

@@ -52,9 +52,9 @@ from celestial_ml.monitor.database import (
 from celestial_ml.monitor.export import export_days
 from celestial_ml.monitor.feedback import Contradiction
 from celestial_ml.monitor.log import PredictionLog, open_log
-from celestial_ml.monitor.policy import ImagePolicy
 from celestial_ml.monitor.records import forget, last_answers, log_status
-from celestial_ml.monitor.window import embeddings, live_accuracy, read_answers
+from celestial_ml.monitor.retention import ImagePolicy
+from celestial_ml.monitor.time_range import embeddings, live_accuracy, read_answers
 
 SECRET = "s3cret/&"
 BOTH = ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]

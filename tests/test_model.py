@@ -16,8 +16,8 @@ from PIL import Image
 
 from celestial_ml.core.files import read_json, sha256_of
 from celestial_ml.core.params import load_params
-from celestial_ml.data.render import render_many
 from celestial_ml.flow.pipeline import Plan
+from celestial_ml.planets.renderer import render_many
 from celestial_ml.serve.predictor import Predictor
 
 TINY = ["model.width=4", "prepare.size=16", "evaluate.strangers=4", "evaluate.corrupted=4", "evaluate.bootstrap=100"]

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 from celestial_ml.cli.app import app
 from celestial_ml.core.params import load_params
-from celestial_ml.flow.new import new_project
 from celestial_ml.flow.pipeline import make_plan
 from celestial_ml.flow.steps import load_tasks
+from celestial_ml.workbench.new_project import new_project
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -225,9 +225,7 @@ def test_a_wheel_holds_the_template(tmp_path: Path) -> None:
     wheel = next(tmp_path.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
-    code = (
-        "from celestial_ml.flow.new import new_project; from pathlib import Path; new_project(Path('shop'), ['a', 'b'])"
-    )
+    code = "from celestial_ml.workbench.new_project import new_project; from pathlib import Path; new_project(Path('shop'), ['a', 'b'])"
     env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
     (tmp_path / "here").mkdir()
@@ -251,9 +249,7 @@ def test_copier_update_brings_what_is_new(tmp_path: Path) -> None:
     clone = snapshot(tmp_path / "clone")
     git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.com"]
     subprocess.run([*git, "tag", "v0.1.0"], cwd=clone, check=True)
-    code = (
-        "from celestial_ml.flow.new import new_project; from pathlib import Path; new_project(Path('shop'), ['a', 'b'])"
-    )
+    code = "from celestial_ml.workbench.new_project import new_project; from pathlib import Path; new_project(Path('shop'), ['a', 'b'])"
     env = os.environ | {"PYTHONPATH": str(clone), "GIT_AUTHOR_NAME": "test", "GIT_AUTHOR_EMAIL": "test@example.com"}
     env |= {"GIT_COMMITTER_NAME": "test", "GIT_COMMITTER_EMAIL": "test@example.com"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
@@ -262,7 +258,10 @@ def test_copier_update_brings_what_is_new(tmp_path: Path) -> None:
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "begin"]):
         subprocess.run(["git", *command], cwd=shop, env=env, check=True)
 
-    step, makefile = clone / "nbs/steps/01_acquire.ipynb", clone / "celestial_ml/flow/template/project/Makefile.jinja"
+    step, makefile = (
+        clone / "nbs/steps/01_acquire.ipynb",
+        clone / "celestial_ml/workbench/template/project/Makefile.jinja",
+    )
     step.write_text(step.read_text().replace("# acquire", "# acquire the images"))
     makefile.write_text(makefile.read_text() + "\n# new in this version\n")
     subprocess.run([*git, "commit", "-qam", "better"], cwd=clone, check=True)

@@ -47,7 +47,7 @@ def test_each_command_is_there(tmp_path: Path) -> None:
     "Each make target and each command of `celestial` exists, with the options that are named."
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     made = set(
-        re.findall(r"^([a-z]+):", (ROOT / "celestial_ml/flow/template/project/Makefile.jinja").read_text(), re.M)
+        re.findall(r"^([a-z]+):", (ROOT / "celestial_ml/workbench/template/project/Makefile.jinja").read_text(), re.M)
     )
     for command in commands():
         first, *rest = words(command)

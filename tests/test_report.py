@@ -28,15 +28,15 @@ from typer.testing import CliRunner
 
 from celestial_ml.cli.app import app
 from celestial_ml.core.files import read_json, write_json
+from celestial_ml.core.page_builder import card_html, card_markdown
 from celestial_ml.core.params import Register
-from celestial_ml.flow.compare import compare_run, report_page
 from celestial_ml.flow.pipeline import Plan, make_plan, run_pipeline
-from celestial_ml.flow.report import against_version, in_short, make_report, rival
-from celestial_ml.registry.card import make_card
 from celestial_ml.registry.decisions import submit
 from celestial_ml.registry.evidence import EVIDENCE, Evidence
-from celestial_ml.registry.pages import card_html, card_markdown
 from celestial_ml.registry.versions import publish, published, read_version
+from celestial_ml.reports.comparison import compare_run, report_page
+from celestial_ml.reports.model_card import make_card
+from celestial_ml.reports.run_report import against_version, in_short, make_report, rival
 
 ROOT = Path(__file__).resolve().parent.parent
 SCREENSHOTS = ROOT / "nbs" / "images" if os.environ.get("CELESTIAL_SCREENSHOTS") else None

@@ -20,7 +20,7 @@ from PIL import Image
 from serving import encoded, neptune, running, tiny_model, until
 
 from celestial_ml.core.files import read_json, sha256_of, write_json
-from celestial_ml.data.render import render
+from celestial_ml.planets.renderer import render
 from celestial_ml.serve.settings import ServeSettings, new_key, password_hash
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +63,7 @@ def point(home: Path, role: str, version: str) -> None:
     write_json(home / "models" / f"{role}.json", {"model": f"tiny/{version}"})
 
 
-SERVE = "from celestial_ml.serve.server import serve; serve(None, port=0, demo=False)"
+SERVE = "from celestial_ml.serve.server import serve; serve(None, port=0)"
 
 
 @pytest.fixture
@@ -278,7 +278,7 @@ def test_slow_and_vanishing_clients_cost_nothing(tmp_path: Path) -> None:
 
 def test_asked_to_stop_it_finishes_what_it_has_taken(tmp_path: Path) -> None:
     model, content = tiny_model(tmp_path / "model"), slow_picture()
-    command = f"from celestial_ml.serve.server import serve; serve({str(model)!r}, port=0, demo=False)"
+    command = f"from celestial_ml.serve.server import serve; serve({str(model)!r}, port=0)"
     env = os.environ | {"CELESTIAL_SERVE_MAX_BYTES": "60000000", "CELESTIAL_HOME": str(tmp_path / "home")}
     process = subprocess.Popen(
         [sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env

@@ -21,7 +21,7 @@ from celestial_ml.cli.sweep import sweep_app
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.files import read_json
 from celestial_ml.core.params import ParamsError
-from celestial_ml.flow.gallery import gallery_html, rows_of, write_gallery
+from celestial_ml.flow.kernels import fork_server, use_warm_kernels
 from celestial_ml.flow.sweep import (
     Outcome,
     Sweep,
@@ -32,7 +32,7 @@ from celestial_ml.flow.sweep import (
     run_metrics,
     run_sweep,
 )
-from celestial_ml.flow.warm import fork_server, use_warm_kernels
+from celestial_ml.reports.sweep_page import gallery_html, rows_of, write_gallery
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 
@@ -152,7 +152,7 @@ print({name: os.environ[name] for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_TH
 ODD = """
 import os
 from pathlib import Path
-from celestial_ml.flow.warm import record
+from celestial_ml.flow.kernels import record
 tried = Path("tried") / str(x)
 tried.parent.mkdir(exist_ok=True)
 again = tried.exists()

@@ -17,13 +17,13 @@ from typing import Annotated, Any
 import typer
 
 from .batch import batch_app
+from .console import CUT_OFF, drop_output, print_error, words_for_mistakes
 from .keys import keys_app
 from .log import log_app
 from .models import models_app
 from .new import new_app
 from .report import report_app
 from .sweep import sweep_app
-from .words import CUT_OFF, drop_output, print_error, words_for_mistakes
 from ..core.errors import CelestialError, refused_by_machine
 from ..core.files import project_root
 from ..core.folders import PassedOver
@@ -205,6 +205,7 @@ def serve(
 ) -> None:
     "Serve the HTTP API and the demo."
     with words_for_mistakes():
+        from celestial_ml.demo.routes import add_demo
         from celestial_ml.monitor.log import service_log
         from celestial_ml.serve.predictor import find_model
         from celestial_ml.serve.server import serve as serve_forever
@@ -215,7 +216,7 @@ def serve(
         named = model or os.environ.get("CELESTIAL_MODEL")
         folder, log = find_model(named) if named else None, service_log(settings)
         try:
-            serve_forever(folder, host, port, demo, settings, log)
+            serve_forever(folder, host, port, add_demo if demo else None, settings, log)
         finally:
             if log is not None:
                 log.close()
@@ -226,6 +227,7 @@ def _catalog_of(source: str | None, params: str) -> "tuple[object, object]":  # 
     from celestial_ml.core.params import load_params
     from celestial_ml.data.catalog import make_catalog, with_split
     from celestial_ml.data.sources import get_source
+    from celestial_ml.planets import source as rendered  # noqa: F401  # registers the source `render`
 
     settings = (
         [] if source is None else ["data.source=folder", f"data.folder={json.dumps(str(Path(source).resolve()))}"]

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .words import words_for_mistakes
+from .console import words_for_mistakes
 from ..core.errors import AnswerIsNo
 
 if TYPE_CHECKING:
-    from celestial_ml.serve.batch import Result
-    from celestial_ml.serve.batch_summary import Summary
+    from celestial_ml.batch.job import Result
+    from celestial_ml.batch.summary import Summary
     from celestial_ml.serve.predictor import Predictor
 
 # %% ../../nbs/cli/04_batch.ipynb #batch
@@ -50,8 +50,8 @@ def batch(
     """
     os.environ["CELESTIAL_TERMINAL"] = "1"
     with words_for_mistakes():
-        from celestial_ml.serve.batch import batch as score
-        from celestial_ml.serve.batch import engine_named
+        from celestial_ml.batch.job import batch as score
+        from celestial_ml.batch.job import engine_named
         from celestial_ml.serve.predictor import Predictor, find_model
 
         predictor = Predictor(find_model(model))
@@ -65,9 +65,9 @@ def batch(
 # %% ../../nbs/cli/04_batch.ipynb #summary
 def _summary(result: "Result", model: "Predictor", given: str, column: str | None) -> "Summary":
     "Count the answers, and write the page."
+    from celestial_ml.batch.inputs import find_source
+    from celestial_ml.batch.summary import summarise, write_page
     from celestial_ml.core.progress import as_time
-    from celestial_ml.serve.batch_sources import find_source
-    from celestial_ml.serve.batch_summary import summarise, write_page
 
     summary = summarise(result.where, model.about["ood_threshold"])
     if result.rate or not result.where.summary.is_file():

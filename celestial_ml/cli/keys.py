@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .words import words_for_mistakes
+from .console import words_for_mistakes
 
 # %% ../../nbs/cli/03_keys.ipynb #keys-new
 keys_app = typer.Typer(

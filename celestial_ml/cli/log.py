@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .words import words_for_mistakes
+from .console import words_for_mistakes
 
 # %% ../../nbs/cli/02_log.ipynb #b33bc115
 log_app = typer.Typer(

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .words import words_for_mistakes
+from .console import words_for_mistakes
 from ..core.errors import AnswerIsNo, CelestialError
 from ..core.files import find_root
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from .words import words_for_mistakes
+from .console import words_for_mistakes
 
 # %% ../../nbs/cli/07_new.ipynb #new
 new_app = typer.Typer(rich_markup_mode=None)
@@ -30,7 +30,7 @@ def new(
 ) -> None:
     "Start another image-classification project: its notebooks, parameters, tests and README."
     with words_for_mistakes():
-        from celestial_ml.flow.new import new_project
+        from celestial_ml.workbench.new_project import new_project
 
         named = None if classes is None else classes.split(",")
         told_apart = new_project(project, named, data.expanduser() if data else None, size)

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .words import words_for_mistakes
+from .console import words_for_mistakes
 from ..core.errors import CelestialError
 from ..core.files import atomic, project_root
 
 if TYPE_CHECKING:
-    from celestial_ml.flow.compare import Report
+    from celestial_ml.reports.comparison import Report
 
 # %% ../../nbs/cli/06_report.ipynb #report
 report_app = typer.Typer(rich_markup_mode=None)
@@ -41,7 +41,7 @@ def report(
     "Hold a run beside another revision's, or the champion: Markdown for a pull request."
     files, here = [path.resolve() for path in output or []], Path.cwd()
     with words_for_mistakes():
-        from celestial_ml.flow.compare import compare_run, report_json, report_markdown
+        from celestial_ml.reports.comparison import compare_run, report_json, report_markdown
 
         for path in files:
             if path.suffix not in (".md", ".html"):
@@ -66,8 +66,8 @@ def report(
 # %% ../../nbs/cli/06_report.ipynb #write
 def _write(path: Path, found: "list[Report]", text: str) -> None:
     "Write a report in the form that its name asks for."
-    from celestial_ml.flow.compare import report_page
-    from celestial_ml.registry.pages import card_html
+    from celestial_ml.core.page_builder import card_html
+    from celestial_ml.reports.comparison import report_page
 
     with tempfile.TemporaryDirectory() as folder:
         content = card_html(report_page(found, Path(folder))) if path.suffix == ".html" else text

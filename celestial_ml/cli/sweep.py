@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .words import words_for_mistakes
+from .console import words_for_mistakes
 from ..core.errors import AnswerIsNo, CelestialError, unknown
 from ..core.files import project_root
 
@@ -42,8 +42,8 @@ def sweep(
     Every combination is checked before anything starts. Leaves with 1 if a run failed.
     """
     with words_for_mistakes():
-        from celestial_ml.flow.gallery import write_gallery
         from celestial_ml.flow.sweep import known_runs, plan_sweep, run_sweep
+        from celestial_ml.reports.sweep_page import write_gallery
 
         if notebook and until:
             raise CelestialError(
@@ -67,7 +67,7 @@ def sweep(
 # %% ../../nbs/cli/05_sweep.ipynb #print-result
 def _print_result(plan: "Sweep", outcomes: "list[Outcome]", page: Path, as_json: bool) -> None:
     "What a sweep came to; `AnswerIsNo` if a run of it failed."
-    from celestial_ml.flow.gallery import best_row, columns, rows_of
+    from celestial_ml.reports.sweep_page import best_row, columns, rows_of
 
     rows = rows_of(outcomes)
     best = best_row(rows, columns(rows)[1])

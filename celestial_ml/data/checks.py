@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..core.errors import AnswerIsNo
 from ..core.folders import PassedOver
-from ..core.many import listed
+from ..core.many_classes import listed
 from ..core.names import printable
 from ..core.params import Check
 

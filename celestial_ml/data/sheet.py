@@ -14,7 +14,7 @@ import pandas as pd
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..core.files import atomic
-from ..core.many import shortened
+from ..core.many_classes import shortened
 
 # %% ../../nbs/data/10_sheet.ipynb #some-of-each
 def some_of_each(

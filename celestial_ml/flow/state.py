@@ -16,7 +16,7 @@ from typing import Any
 import celestial_ml
 from ..core.files import read_json, sha256_of, write_json
 from ..core.folders import PassedOver, find_files
-from ..core.own import own_file
+from ..core.plugins import own_file
 from .steps import Task
 
 # %% ../../nbs/flow/01_state.ipynb #notebook-cells

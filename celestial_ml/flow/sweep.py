@@ -40,10 +40,10 @@ from celestial_ml.core.params import (
     typed,
 )
 from ..core.progress import as_time, say
+from .kernels import RECORD, Child, Warm, fork_server, use_warm_kernels, warm_modules
 from .pipeline import Plan, StepFailed, images_checksum, run_pipeline, step_error
 from .state import stale_steps, step_inputs
 from .steps import SECTIONS, Task, load_tasks, run_folder, step_parameters
-from .warm import RECORD, Child, Warm, fork_server, use_warm_kernels, warm_modules
 from ..model.networks import get_network
 
 # %% auto #0

@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..data.bodies import BODIES
-from ..data.render import render
+from ..planets.bodies import BODIES
+from ..planets.renderer import render
 
 # %% ../../nbs/model/12_behaviour.ipynb #rolled
 Probabilities = Callable[[Sequence[np.ndarray]], np.ndarray]  # uint8 (h, w, 3) pictures → float (n, classes)

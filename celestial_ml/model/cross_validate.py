@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedKFold
 
-from ..core.many import FEW, MANY
+from ..core.many_classes import FEW, MANY
 from ..core.params import Model, Prepare, Train
 from ..core.progress import progress
 from ..core.seeds import set_seed

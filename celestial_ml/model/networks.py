@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import CelestialError, unknown
-from ..core.own import find_own
 from ..core.params import Model
+from ..core.plugins import find_own
 
 if TYPE_CHECKING:
     import keras

@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from ..core.files import atomic
-from ..core.many import FEW, MANY, shortened
+from ..core.many_classes import FEW, MANY, shortened
 from ..data.sheet import save_sheet
 
 # %% ../../nbs/model/04_plots.ipynb #in-figure

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..core.many import MANY, few_of
-from ..core.shares import share_interval
+from ..core.intervals import share_interval
+from ..core.many_classes import MANY, few_of
 from .calibrate import confidence_bins
 from .plots import in_figure
 

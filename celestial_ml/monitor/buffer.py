@@ -12,7 +12,7 @@ from collections import deque
 from typing import Any
 
 from .counters import ANSWERED, CLOSED, FULL, INVALID, Counters
-from .policy import ImagePolicy
+from .retention import ImagePolicy
 
 # %% auto #0
 __all__ = ['ImageRoom', 'Buffer', 'oldest', 'find_waiting']

@@ -27,7 +27,7 @@ from celestial_ml.monitor.database import (
     utc,
 )
 from .feedback import add_feedback
-from .policy import ImagePolicy, image_policy, served_policy
+from .retention import ImagePolicy, image_policy, served_policy
 from .writer import PATIENCE, Writer
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import CelestialError, unknown
 from ..core.files import home, read_json, write_json
+from ..core.page_builder import mark_retired
 from .audit import append, audit_file, locked, read_log, verify, whoami
-from .pages import mark_retired
 from .versions import damage, published, read_version, versions
 
 if TYPE_CHECKING:

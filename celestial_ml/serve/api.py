@@ -11,11 +11,10 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable
-from functools import partial
+from collections.abc import AsyncIterator, Callable, Iterable
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -36,18 +35,13 @@ from starlette.types import Receive, Scope, Send
 from .. import __version__
 from ..core.errors import CelestialError
 from ..data.images import ImageError, Limits
+from .error_responses import HANDLERS, Refusal, errors, refuse_http, refuse_image
 from .guard import Door, Guard, Proxies
-from .login import Logins
+from .live_models import Models
 from .metrics import Metrics
-from .models import Models
 from .predictor import Predictor, Seen
-from .problems import HANDLERS, Refusal, errors, refuse_demo, refuse_http, refuse_image
 from .scorer import Scored, Scorer, busy
 from .settings import ServeSettings
-from .uploads import Uploads, upload_figures
-
-if TYPE_CHECKING:
-    from celestial_ml.serve.identify import Host
 
 # %% ../../nbs/serve/20_api.ipynb #d17dc4dc
 EXAMPLE: dict[str, Any] = {
@@ -213,9 +207,7 @@ class Service:
         s = settings
         limits = Limits(s.max_pixels, s.decode_seconds, s.decode_mb)
         self.scorer = Scorer(self.metrics, s.threads, s.waiting, s.patience, s.batch, limits, s.costly)
-        self.uploads: Uploads | None = None  # to the demo
         self.feedback_rate, self.limiter = parse(settings.feedback_limit), MovingWindowRateLimiter(MemoryStorage())
-        self.metrics.ask(lambda: upload_figures(self.uploads))
         self.explaining = 0  # pictures that are explained right now
         self.shadows: set[asyncio.Task[None]] = set()  # kept, or the garbage collector would end them
         if log is not None:
@@ -625,18 +617,6 @@ def add_docs(app: FastAPI) -> None:
             swagger_favicon_url=f"{base}/docs/static/favicon.png",
         )
 
-# %% ../../nbs/serve/20_api.ipynb #demo-host
-def demo_host(service: Service) -> "Host":
-    "What the demo asks of the service: the same as the API's clients."
-    from celestial_ml.serve.identify import Host
-
-    async def take_feedback(who: str, **said: Any) -> None:
-        await keep_judgement(service, Feedback(**said), who)
-
-    score = service.scorer.score
-    answered, alone = partial(score_picture, service, picture=True), partial(score, picture=True)
-    return Host(service.models.now, answered, take_feedback, alone, service.uploads)
-
 # %% ../../nbs/serve/20_api.ipynb #app
 class App(FastAPI):
     "FastAPI, with a short way to /predict; behind a proxy too."
@@ -667,7 +647,7 @@ async def predict_directly(scope: Scope, receive: Receive, send: Send) -> None:
 # %% ../../nbs/serve/20_api.ipynb #build-app
 def build_app(
     folder: Path | str | None,  # of a packaged model; None: the registry's champion, whichever that is
-    demo: bool = True,  # the Gradio demo at /
+    demo: Callable[[FastAPI, Service], None] | None = None,  # adds the pages at /: `add_demo` of the room `demo`
     settings: ServeSettings | None = None,
     log: Log | None = None,  # the prediction log
 ) -> FastAPI:
@@ -693,9 +673,5 @@ def build_app(
     app.include_router(api)
     add_docs(app)
     if demo:
-        from celestial_ml.serve.gate import mount_demo  # here, because Gradio takes seconds to import
-
-        service.uploads = Uploads(settings)
-        logins = Logins(settings) if settings.demo_login else None
-        mount_demo(app, demo_host(service), HANDLERS | {Exception: refuse_demo}, logins, 3600 * settings.login_hours)
+        demo(app, service)
     return app

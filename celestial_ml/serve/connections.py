@@ -22,9 +22,9 @@ import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from .error_responses import Refusal
 from .guard import FOR_PROGRAMS, Proxies
 from .metrics import Metrics
-from .problems import Refusal
 from .settings import ServeSettings
 
 # %% ../../nbs/serve/19_connections.ipynb #room-for

@@ -25,8 +25,8 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .error_responses import Refusal, our_mistake
 from .metrics import Metrics
-from .problems import Refusal, our_mistake
 from .settings import ServeSettings, is_clean_path, key_owner, new_key
 
 # %% ../../nbs/serve/06_guard.ipynb #boundedbody

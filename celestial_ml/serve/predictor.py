@@ -19,7 +19,7 @@ import onnxruntime
 from ..core.errors import CelestialError
 from ..core.files import find_root, home, read_json, sha256_of
 from ..data.images import decode_image
-from celestial_ml.serve.why import (
+from celestial_ml.serve.explanation import (
     Neighbour,
     Reference,
     data_uri,

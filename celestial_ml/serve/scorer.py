@@ -27,10 +27,10 @@ from celestial_ml.data.images import (
     open_image,
     read_costly,
 )
+from .error_responses import Refusal
+from .explanation import shrink
 from .metrics import Metrics
 from .predictor import OVERLAY, Prediction, Predictor, as_prediction
-from .problems import Refusal
-from .why import shrink
 
 # %% auto #0
 __all__ = ['Scored', 'busy', 'Scorer']

@@ -25,6 +25,10 @@ from ..core.errors import CelestialError
 from .settings import ServeSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastapi import FastAPI
+
     from celestial_ml.serve.api import Log, Service
 
 # %% ../../nbs/serve/21_server.ipynb #open-port
@@ -147,7 +151,7 @@ def serve(
     folder: Path | str | None,  # of a packaged model; None: the registry's champion, whichever that is
     host: str = "127.0.0.1",  # only this machine; "0.0.0.0": all that can reach it
     port: int = 8000,
-    demo: bool = True,  # the Gradio demo at /
+    demo: "Callable[[FastAPI, Service], None] | None" = None,  # adds the pages at /, as `build_app` takes it
     settings: ServeSettings | None = None,
     log: "Log | None" = None,  # the prediction log
 ) -> None:
@@ -162,7 +166,7 @@ def serve(
             from celestial_ml.serve.connections import Connection, Connections
 
             if demo and (why := why_no_demo(settings, host)):
-                demo = False
+                demo = None
                 print(f"{why}\n")
             app = build_app(folder, demo, settings, log)
             service: Service = app.state.service
@@ -170,7 +174,7 @@ def serve(
                 raise service.models.champion.error()
             service.models.watch(settings.reload_seconds)
             version, keys = service.models.current.version, bool(settings.api_keys)
-            print(greeting(host, listener.getsockname()[1], version, demo, keys), flush=True)
+            print(greeting(host, listener.getsockname()[1], version, demo is not None, keys), flush=True)
             seconds = int(settings.patience + settings.body_seconds) + 1
             config = uvicorn.Config(
                 app,

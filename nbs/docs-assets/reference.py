@@ -10,7 +10,10 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
-ROOMS = ("core", "data", "model", "registry", "serve", "monitor", "label", "flow", "cli")  # from the ground up
+ROOMS = (  # from the ground up
+    *("core", "data", "planets", "model", "package", "registry", "serve", "batch", "demo"),
+    *("monitor", "label", "flow", "reports", "workbench", "cli"),
+)
 METHODS = ("get", "post", "put", "patch", "delete")
 
 
