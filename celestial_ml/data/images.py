@@ -77,7 +77,7 @@ class Head:
     orientation: int = 1  # 1 … 8, EXIF 2.32
     scans: int = 1  # how often a decoder goes over all pixels
     frames: int = 1
-    memory: int = 4  # bytes that a decoder takes for a pixel
+    memory: float = 4  # bytes that a decoder takes for a pixel
 
     @property
     def is_costly(self) -> bool:
@@ -130,18 +130,22 @@ def _read_jpeg(content: bytes) -> Head:
         elif marker < 0xE0 or marker in (0xE0, 0xEE):  # JFIF and Adobe say which colours these are
             kept.append(content[start:stop])
     scans = sum(marker == 0xDA for marker, _, _ in segments)
-    at_once = scans == 1 and frame[1:2] in (b"\xc0", b"\xc1")  # the others are held whole
+    width, height = int.from_bytes(frame[7:9]), int.from_bytes(frame[5:7])
+    scale = next(scale for scale in (8, 4, 2, 1) if scale == 1 or max(width, height) > SIDE * (scale - 1))  # of `draft`
+    at_once = scans == 1 and frame[1:2] in (b"\xc0", b"\xc1")  # the others are held whole, two bytes a coefficient
+    sides = [(one >> 4, one & 15) for one in frame[11::3]]  # of each component's blocks
+    held = 0 if at_once or not sides else 2 * sum(x * y for x, y in sides) / max(1, max(x * y for x, y in sides))
     return Head(
         "JPEG",
-        width=int.from_bytes(frame[7:9]),
-        height=int.from_bytes(frame[5:7]),
+        width=width,
+        height=height,
         content=content,
         picture=b"".join([*kept, content[first:end]]),
         text=b"\n".join([content[:first], *between, content[end:]]),
         parts=len(segments),
         orientation=_orientation(exif, xmp),
         scans=scans * (1 if frame[1:2] < b"\xc9" else 4),  # arithmetic coding is slow
-        memory=4 if at_once else 4 + 2 * int.from_bytes(frame[9:10]),
+        memory=4 / scale**2 + held,
     )
 
 # %% ../../nbs/data/03_images.ipynb #chunks

@@ -9,7 +9,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -163,8 +163,26 @@ def _answer(scorer: Scorer, jobs: list[_Job]) -> None:
             scorer.large.queue.put(job)
         elif job.is_costly:
             errors[job] = busy()
-    decoded, damaged = _tried([job for job in good if not job.is_costly], _decode)
-    _score(scorer, decoded, errors | damaged)
+    for some in _portions([job for job in good if not job.is_costly]):
+        decoded, damaged = _tried(some, _decode)
+        _score(scorer, decoded, errors | damaged)
+        errors = {}
+    _score(scorer, [], errors)
+
+
+def _portions(jobs: list[_Job]) -> Iterator[list[_Job]]:
+    "Pictures that are in memory together: of four megapixels in all, or a single one."
+    some: list[_Job] = []
+    pixels = 0
+    for job in jobs:
+        assert job.head is not None
+        pixels += job.head.width * job.head.height
+        if some and pixels > 4_000_000:
+            yield some
+            some, pixels = [], job.head.width * job.head.height
+        some.append(job)
+    if some:
+        yield some
 
 
 def _answer_costly(scorer: Scorer, jobs: list[_Job]) -> None:

@@ -105,7 +105,7 @@ class ServeSettings(_DemoSettings):
     decode_seconds: float = Field(
         4, gt=0, description="to decode a large or costly picture; then it's refused with 413"
     )
-    decode_mb: int = Field(500, ge=50, description="megabytes of memory to decode a large or costly picture")
+    decode_mb: int = Field(200, ge=50, description="megabytes of memory to decode a large or costly picture")
     batch: int = Field(8, ge=1, description="waiting pictures that are scored together")
     explaining: int = Field(2, ge=1, description="pictures that may be explained at once; more are answered 503")
     reload_seconds: float = Field(1, gt=0, description="how often to look whether there is a new champion")
