@@ -202,15 +202,15 @@ def test_own_code_is_found_and_watched(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_what_the_package_ships_is_the_whole_template() -> None:
     "The patterns in pyproject.toml catch every file of it; and `copier update` finds it from the repository's root."
-    flow = ROOT / "celestial_ml/flow"
+    workbench = ROOT / "celestial_ml/workbench"
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     shipped = {
         path
-        for pattern in patterns["celestial_ml.flow"]
-        for path in glob(pattern, root_dir=flow, recursive=True)  # noqa: PTH207
+        for pattern in patterns["celestial_ml.workbench"]
+        for path in glob(pattern, root_dir=workbench, recursive=True)  # noqa: PTH207
     }
-    folders = [flow / "template", flow / "template/project/nbs/steps"]  # rglob doesn't follow links
-    inside = {path.relative_to(flow).as_posix() for folder in folders for path in folder.rglob("*") if path.is_file()}
+    folders = [workbench / "template", workbench / "template/project/nbs/steps"]  # rglob doesn't follow links
+    inside = {path.relative_to(workbench).as_posix() for folder in folders for path in folder.rglob("*") if path.is_file()}
     assert {path for path in inside if ".ipynb_checkpoints" not in path} <= shipped
     root = list(yaml.load_all((ROOT / "copier.yml").read_text().replace("!include", ""), yaml.SafeLoader))
     assert (ROOT / root[0]).is_file() and (ROOT / root[1]["_subdirectory"]).is_dir()

@@ -31,7 +31,7 @@ def static(
     name: str,  # "demo.css"
 ) -> bytes:
     "A file of the page."
-    return (files("celestial_ml.serve") / "static" / name).read_bytes()
+    return (files("celestial_ml.demo") / "static" / name).read_bytes()
 
 # %% ../../nbs/demo/01_elements.ipynb #0ef50feb
 PLAIN = View(longitude_deg=40, latitude_deg=10)
@@ -96,7 +96,7 @@ def write_pictures(
 
 
 if __name__ == "__main__" and "__file__" in globals():  # `python -m`, not a notebook
-    write_pictures(str(files("celestial_ml.serve") / "static"))
+    write_pictures(str(files("celestial_ml.demo") / "static"))
 
 # %% ../../nbs/demo/01_elements.ipynb #picture-uri
 def picture_uri(

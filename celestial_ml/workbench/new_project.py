@@ -138,7 +138,7 @@ def _fill(
         raise CelestialError("copier isn't installed", "pip install 'celestial-ml[train]'")
     from copier import run_copy
 
-    with as_file(files("celestial_ml.flow") / "template") as template, tempfile.TemporaryDirectory() as name:
+    with as_file(files("celestial_ml.workbench") / "template") as template, tempfile.TemporaryDirectory() as name:
         form = Path(name) / "template"
         shutil.copytree(template, form, ignore=shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__"))
         run_copy(str(form), folder, data=answers, defaults=True, overwrite=True, quiet=True)
