@@ -15,6 +15,9 @@ from serving import neptune, running, tiny_model, until
 
 from celestial_ml.core.files import read_json, write_json
 from celestial_ml.data.images import open_image
+from celestial_ml.serve.live_models import Models
+from celestial_ml.serve.metrics import Metrics
+from celestial_ml.serve.predictor import models_folder
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +120,56 @@ def test_a_size_that_is_said_twice_leaves_no_line_that_is_not_json(url: str, fol
     twice = good[:33] + chunk(b"IHDR", struct.pack(">IIBBBBB", 12_000, 12_000, 8, 2, 0, 0, 0)) + good[33:]
     assert httpx.post(f"{url}/predict", files={"image": io.BytesIO(twice)}).status_code == 400
     assert all(json.loads(line) for line in (folder / "log").read_text().splitlines())
+
+
+@pytest.fixture
+def champion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Models, Path]]:
+    "The models of a registry that is looked at all the time, and the champion's folder."
+    monkeypatch.setenv("CELESTIAL_HOME", str(tmp_path))
+    folder = tiny_model(models_folder() / "tiny" / "7")
+    write_json(models_folder() / "champion.json", {"model": "tiny/7"})
+    models = Models(Metrics())
+    models.watch(0.01)
+    yield models, folder
+    models.close()
+
+
+@pytest.mark.parametrize("name", ["\0", "\ud800", "a" * 5000, "/etc", 7, None, ["tiny/7"]])
+def test_a_pointer_to_no_name_is_refused_and_the_next_one_taken(champion: tuple[Models, Path], name: object) -> None:
+    models, _ = champion
+    pointer = models_folder() / "champion.json"
+    pointer.write_text(json.dumps({"model": name}))
+    until(lambda: models.champion.reason)
+    assert (models.champion.reason or "").encode()  # it can be sent
+    write_json(pointer, {"model": "tiny/7"})
+    until(lambda: models.champion.reason is None, 10)
+    assert models.watching and models.watching.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("classes", None),
+        ("classes", []),
+        ("classes", "abcdefghij"),
+        ("classes", [1]),
+        ("ood_threshold", "x"),
+        ("ood_threshold", None),
+        ("version", None),
+        ("version", 7),
+        ("lineage", None),
+        ("metrics", 3),
+        ("name", None),
+        ("files", None),
+        ("sha256", None),
+    ],
+)
+def test_a_description_of_other_types_is_refused(champion: tuple[Models, Path], field: str, value: object) -> None:
+    models, folder = champion
+    good = read_json(folder / "model.json")
+    before = models.now()
+    write_json(folder / "model.json", good | {field: value})
+    until(lambda: models.champion.reason)
+    assert models.now() is before
+    write_json(folder / "model.json", good)
+    until(lambda: models.champion.reason is None, 10)
