@@ -1,6 +1,7 @@
 # The demo and the HTTP API in one small image: the serving dependencies, one packaged model, nothing to train with.
 #   docker build -t celestial .
-#   docker run --rm -p 8000:8000 --read-only --tmpfs /tmp celestial
+#   docker run --rm -p 127.0.0.1:8000:8000 --read-only --tmpfs /tmp -e CELESTIAL_SERVE_OPEN_DEMO=true celestial
+# Without the setting there is the API alone. Where others reach the port give the demo a login (celestial keys login).
 # Another run's model:   docker build --build-arg MODEL=output/guide -t celestial .
 # Podman and Buildah:    add --format docker to the build; their own format has no health check.
 

@@ -20,9 +20,12 @@ from serving import neptune, tiny_model
 
 from celestial_ml.core.files import read_json
 from celestial_ml.flow.pipeline import Plan
+from celestial_ml.serve.server import why_no_demo
+from celestial_ml.serve.settings import ServeSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+OPEN_DEMO = "CELESTIAL_SERVE_OPEN_DEMO=true"
 COPIED = ("LICENSE", "README.md", "pyproject.toml", "requirements.lock", "celestial_ml")  # into the builder
 PACKAGE = (  # what of a run is served
     "model.json",
@@ -75,6 +78,17 @@ def test_image_doesnt_run_as_root_and_says_how_it_is():
     assert "/health" in last["HEALTHCHECK"] and "python" in last["HEALTHCHECK"]
     assert json.loads(last["CMD"])[:2] == ["celestial", "serve"]
     assert last["EXPOSE"] == "8000"
+
+
+def test_image_leaves_it_to_its_user_whether_the_demo_is_open():
+    "It listens to everybody, so whoever runs it says so; the words that show how publish it to this machine alone."
+    assert json.loads(dict(instructions())["CMD"])[2:] == ["--host", "0.0.0.0"]
+    assert not [rest for word, rest in instructions() if word in ("ARG", "ENV") and "OPEN_DEMO" in rest]
+    assert why_no_demo(ServeSettings(), "0.0.0.0") and not why_no_demo(ServeSettings(open_demo=True), "0.0.0.0")
+    for text in (DOCKERFILE, (ROOT / "README.md").read_text(encoding="utf-8")):
+        shown = re.findall(r"docker run .*", text)
+        assert shown and all("-p 127.0.0.1:" in line for line in shown if OPEN_DEMO in line)
+        assert any(OPEN_DEMO in line for line in shown)
 
 
 def test_image_holds_no_secret():
@@ -212,7 +226,7 @@ def image(context: Path) -> Iterator[str]:
 def container(image: str) -> Iterator[str]:
     "The container, alive: no network, no rights, nothing to write to but /tmp."
     name = f"celestial-test-{uuid.uuid4().hex[:8]}"
-    podman("run", "--detach", "--name", name, *LOCKED_DOWN, image)
+    podman("run", "--detach", "--name", name, "--env", OPEN_DEMO, *LOCKED_DOWN, image)
     try:
         end = monotonic() + 90
         while podman("healthcheck", "run", name, check=False).returncode:
@@ -286,6 +300,13 @@ def test_container_answers(container: str):
     assert status == 200 and json.loads(answer)["label"] == "Neptune"
     status, page = ask(container, "GET", "/")
     assert status == 200 and "gradio" in page
+
+
+@pytest.mark.container
+def test_container_has_no_demo_unless_told(image: str):
+    told = 'celestial serve --host 0.0.0.0 & sleep 15; exec python -c "$0" GET /'
+    said = podman("run", "--rm", *LOCKED_DOWN, image, "sh", "-c", told, ASK, check=False).stdout.decode()
+    assert "The demo is off" in said and "\n404 " in said
 
 
 @pytest.mark.container

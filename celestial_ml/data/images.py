@@ -117,13 +117,13 @@ def _read_jpeg(content: bytes) -> Head:
     "The head of a JPEG."
     segments, end = _segments(content)
     first = next((start for marker, start, _ in segments if marker == 0xDA), end)  # of the pixels
-    kept, between, exif, xmp, frame = [content[:2]], [], b"", b"", b""
+    kept, between, exif, xmp, frame = [content[:2]], [], [], b"", b""
     for marker, start, stop in segments:
         segment = content[start + 4 : stop]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             frame = frame or content[start:stop]
         elif marker == 0xE1:
-            exif += segment[6:] if segment.startswith(b"Exif\0\0") else b""
+            exif += [segment[6:]] if segment.startswith(b"Exif\0\0") else []
             xmp = segment if segment.startswith(b"http://ns.adobe.com/xap/1.0/\0") else xmp
         if start >= first:
             between += [content[start:stop]] if marker != 0xDA else []
@@ -143,7 +143,7 @@ def _read_jpeg(content: bytes) -> Head:
         picture=b"".join([*kept, content[first:end]]),
         text=b"\n".join([content[:first], *between, content[end:]]),
         parts=len(segments),
-        orientation=_orientation(exif, xmp),
+        orientation=_orientation(b"".join(exif), xmp),
         scans=scans * (1 if frame[1:2] < b"\xc9" else 4),  # arithmetic coding is slow
         memory=4 / scale**2 + held,
     )
@@ -173,7 +173,7 @@ _PNG_NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
 def _read_png(content: bytes) -> Head:
     "The head of a PNG."
-    kept, text, exif, xmp, frames, parts, end = [content[:8]], [], b"", b"", 1, 0, 8
+    kept, text, exif, packed, xmp, frames, parts, end = [content[:8]], [], b"", b"", b"", 1, 0, 8
     for kind, start, stop, end in _chunks(content, 8, png=True):
         parts += 1
         if kind in _PNG_NEEDED:
@@ -187,7 +187,7 @@ def _read_png(content: bytes) -> Head:
         elif kind == b"iTXt" and content[start + 8 :].startswith(b"XML:com.adobe.xmp\0"):
             xmp = content[start:stop]
         elif kind == b"zTXt" and content[start + 8 : start + 31] == b"Raw profile type exif\0\0":
-            exif = exif or _raw_profile(content[start + 31 : stop])
+            packed = packed or content[start + 31 : stop]  # the first one only: unpacking each would take seconds
     width, height = struct.unpack(">II", content[16:24]) if content[12:16] == b"IHDR" and len(content) > 24 else (0, 0)
     return Head(
         "PNG",
@@ -197,7 +197,7 @@ def _read_png(content: bytes) -> Head:
         picture=b"".join(kept),
         text=b"\n".join([*text, content[end:]]),
         parts=parts,
-        orientation=_orientation(exif, xmp),
+        orientation=_orientation(exif or _raw_profile(packed), xmp),
         frames=frames if frames <= 2**31 else 1,
     )
 
@@ -263,8 +263,8 @@ def _orientation(
 def _raw_profile(packed: bytes) -> bytes:
     "EXIF as ImageMagick puts it into a PNG: hexadecimal digits in three lines of head, compressed."
     try:
-        words = zlib.decompressobj().decompress(packed, 1_000_000)
-        return bytes.fromhex("".join(words.decode("latin-1").split("\n")[3:]))
+        words = zlib.decompressobj().decompress(packed, 200_000)  # of EXIF there are 64 kB at most
+        return bytes.fromhex(words.decode("latin-1").split("\n", 3)[-1])
     except (zlib.error, ValueError):
         return b""
 

@@ -30,11 +30,12 @@ from starlette.types import Message, Receive, Scope, Send
 
 from .elements import static
 from .identify import Host
-from .login import Logins, neighbourhood
+from .login import Logins
 from .page import build_demo
 from .uploads import Uploads, expire_uploads, receive_uploads, upload_figures
 from ..serve.api import Feedback, Service, keep_judgement, score_picture
 from ..serve.error_responses import HANDLERS, ErrorResponse, Refusal, refuse_demo
+from ..serve.guard import neighbourhood
 from ..serve.scorer import busy
 
 if TYPE_CHECKING:
@@ -124,7 +125,8 @@ def fitting_call(
     }
 
 # %% ../../nbs/demo/10_routes.ipynb #ga-routes
-OPEN = re.compile(r"/|/(?:theme\.css|favicon\.ico|manifest\.json|robots\.txt)|/(?:assets|static)(?:/[\w.@+-]+)+")
+FILE = r"/(?:assets|static)(?:/[\w.@+-]{1,200}){1,8}"  # no longer than what a file may be called
+OPEN = re.compile(rf"/|/(?:theme\.css|favicon\.ico|manifest\.json|robots\.txt)|{FILE}", re.ASCII)
 INSIDE = re.compile(r"/config|/gradio_api/(?:info|theme\.css|startup-events)")
 HEARTBEAT = "/gradio_api/heartbeat/"
 BODY, FORM = 1_000_000, 16_000  # bytes of a call, of the login

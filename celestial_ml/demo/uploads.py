@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -313,14 +313,14 @@ async def receive_uploads(
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise Refusal(400, "bad_request", "the request is not a form", "Load the page again.")
     form = UploadForm(uploads, owner, address)
-    parser = form_parser(form, options[b"boundary"])
     try:
+        parser = form_parser(form, options[b"boundary"])
         async for chunk in request.stream():
             await run_in_threadpool(parser.write, chunk)
         await run_in_threadpool(parser.finalize)
         if not form.ended.is_set():
             raise Refusal(400, "bad_request", "the form ends too early", "Send it again, the whole of it.")
-    except MultipartParseError as e:
+    except FormParserError as e:
         abandon(form)
         raise Refusal(400, "bad_request", f"the form is broken: {e}", "Load the page again.") from None
     except OSError:

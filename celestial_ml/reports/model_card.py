@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core.files import without_folders
 from ..core.many_classes import listed
 from ..core.page_builder import Block, Card, Picture, Table, few_rows, share
 
@@ -262,7 +263,7 @@ def _lineage(about: dict[str, Any]) -> list[Block]:
     ]
     settings = [
         (f"{section}.{key}", str(value))
-        for section, values in lineage["parameters"].items()
+        for section, values in without_folders(lineage["parameters"]).items()
         for key, value in values.items()
     ]
     return [Table(("", ""), rows), "Parameters:", Table(("parameter", "value"), settings)]

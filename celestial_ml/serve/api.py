@@ -25,7 +25,7 @@ from limits import parse
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from pydantic import BaseModel, ConfigDict, Field
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette._utils import get_route_path
 from starlette.concurrency import run_in_threadpool
@@ -34,6 +34,7 @@ from starlette.types import Receive, Scope, Send
 
 from .. import __version__
 from ..core.errors import CelestialError
+from ..core.files import without_folders
 from ..data.images import ImageError, Limits
 from .error_responses import HANDLERS, Refusal, errors, refuse_http, refuse_image
 from .guard import Door, Guard, Proxies
@@ -392,7 +393,7 @@ async def cut_form(
             empty = empty and not chunk
             parser.write(chunk)
         parser.finalize()
-    except MultipartParseError as e:
+    except FormParserError as e:
         raise Refusal(400, "bad_request", f"the form is broken: {e}", "GET /docs shows what is expected.") from None
     if not (empty or form.complete):
         raise Refusal(400, "bad_request", "the form ends too early", "Send it again, the whole of it.")
@@ -549,6 +550,9 @@ async def keep_judgement(
         await run_in_threadpool(service.log.feedback, said.request_id, said.correct, said.label, said.comment, who)
     except CelestialError as e:
         status, code = getattr(e, "status", 503), getattr(e, "code", "log_unavailable")
+        if status >= 500:  # where the log is kept is for the server's own log
+            log.error("a judgement isn't kept: %s", e.message)
+            raise Refusal(status, code, "the prediction log can't be reached", "Try again later.") from None
         raise Refusal(status, code, e.message, e.hint or "Try again later.") from None
     return Thanks(request_id=said.request_id)
 
@@ -579,7 +583,8 @@ async def ready(service: TheService, model: TheModel) -> Status:
 async def model_info(model: TheModel) -> ModelInfo:
     "Which model answers, what it knows, how good it is and where it came from."
     card = "/model/card" if (model.folder / "model_card.html").is_file() else None
-    return ModelInfo(**model.about | {"card": card})
+    lineage = without_folders(model.about.get("lineage", {}))  # where the training's files were is nobody's business
+    return ModelInfo(**model.about | {"lineage": lineage, "card": card})
 
 
 NO_CARD = errors(no_card=(404, "this model came without a card"))

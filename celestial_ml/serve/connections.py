@@ -7,7 +7,6 @@ __all__ = ['RESERVE', 'room_for', 'Connections', 'Connection']
 
 # %% ../../nbs/serve/19_connections.ipynb #c-imports
 import asyncio
-import ipaddress
 import json
 import logging
 import math
@@ -23,7 +22,7 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from .error_responses import Refusal
-from .guard import FOR_PROGRAMS, Proxies
+from .guard import FOR_PROGRAMS, Proxies, neighbourhood
 from .metrics import Metrics
 from .settings import ServeSettings
 
@@ -144,16 +143,6 @@ class _Counted(_Measured):
             self.stop(400, "bad_request", "the pieces of the body are too small", "Send larger ones.")
 
 # %% ../../nbs/serve/19_connections.ipynb #c-host
-def host_of(client: tuple[str, int] | None) -> str:
-    "What counts as one address: somebody with IPv6 has a network of them."
-    if client is None:
-        return ""
-    address = ipaddress.ip_address(client[0].partition("%")[0])
-    if isinstance(address, ipaddress.IPv6Address) and not address.ipv4_mapped and not address.is_loopback:
-        return str(ipaddress.ip_network((address, 64), strict=False))
-    return client[0]
-
-
 Stage = dict[Any, float]  # to each the time at which it entered, the first one first
 
 
@@ -348,7 +337,7 @@ class Connection(_Ended):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         "Take it, or refuse it."
         super().connection_made(transport)
-        self.host = host_of(self.client)
+        self.host = neighbourhood(self.client[0]) if self.client else ""
         self.move(self.all.idle)
         self.all.admit(self)
 

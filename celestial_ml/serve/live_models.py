@@ -52,7 +52,7 @@ def stamp(
         try:
             s = (folder / name).stat()  # type: ignore[operator]
             stats.append((s.st_mtime_ns, s.st_size, s.st_ino))
-        except OSError:
+        except (OSError, ValueError):  # gone, or of a name that no file can have
             stats.append(None)
     return stats
 
@@ -105,8 +105,10 @@ class Standing:
     @property
     def reason(self) -> str | None:
         "Why the model that is meant doesn't answer, for clients: without the places of files, which the log has."
-        words = self.refused and self.refused.replace(f"{models_folder()}{os.sep}", "")
-        return words and re.sub(r"(?<![\w.])(?:[A-Za-z]:)?[/\\]+(?:[^\s/\\'\"),:;]+[/\\]+)*(?=[^\s/\\])", "…/", words)
+        words = (self.refused or "").replace(f"{models_folder()}{os.sep}", "").encode("utf-8", "replace").decode()
+        return self.refused and re.sub(
+            r"(?<![\w.])(?:[A-Za-z]:)?[/\\]+(?:[^\s/\\'\"),:;]+[/\\]+)*(?=[^\s/\\])", "…/", words
+        )
 
     def error(self) -> ModelError:
         "Why there is nobody."
@@ -164,7 +166,10 @@ class Repeat(threading.Thread):
     def run(self) -> None:
         "The thread's life."
         while not self.closed.wait(self.seconds):
-            self.what()
+            try:
+                self.what()
+            except Exception:  # or nobody would look any more
+                log.exception("looking at the models failed")
 
     def close(self) -> None:
         "Call it no more."

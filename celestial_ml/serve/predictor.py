@@ -83,6 +83,9 @@ class ModelError(CelestialError):
     "A model that isn't there, isn't whole or isn't what it claims to be."
 
 # %% ../../nbs/serve/01_predictor.ipynb #read-about
+_OPTIONAL = {"name": str, "files": dict, "metrics": dict, "lineage": dict}
+
+
 def _read_about(folder: Path) -> dict[str, Any]:
     "The content of `model.json`, after checking that it says what is needed."
     about_file = folder / "model.json"
@@ -90,7 +93,13 @@ def _read_about(folder: Path) -> dict[str, Any]:
         raise ModelError(f"there is no model.json in {folder}", "Name the folder of a packaged model.")
     try:
         about = read_json(about_file)
-        _ = about["sha256"], about["classes"], about["version"], about["ood_threshold"], {**about.get("files", {})}
+        float(about["ood_threshold"])
+        kinds = {"sha256": str, "version": str, "classes": list}  # and what may be missing
+        kinds |= {name: kind for name, kind in _OPTIONAL.items() if name in about}
+        if wrong := [name for name, kind in kinds.items() if not isinstance(about[name], kind)]:
+            raise TypeError(f"{wrong[0]} is of another type")
+        if not about["classes"] or not all(isinstance(label, str) for label in about["classes"]):
+            raise ValueError("classes are names")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ModelError(f"{about_file} is damaged ({e!r})", "Package the model again.") from None
     return about

@@ -92,6 +92,7 @@ def start_logging(
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
+    logging.captureWarnings(True)  # of libraries: Python would print them between the lines
     logging.getLogger("celestial_ml").setLevel(logging.INFO if not person else logging.WARNING)
     logging.getLogger("celestial_ml.access").setLevel(logging.INFO if requests and not person else logging.WARNING)
 
