@@ -210,7 +210,9 @@ def test_what_the_package_ships_is_the_whole_template() -> None:
         for path in glob(pattern, root_dir=workbench, recursive=True)  # noqa: PTH207
     }
     folders = [workbench / "template", workbench / "template/project/nbs/steps"]  # rglob doesn't follow links
-    inside = {path.relative_to(workbench).as_posix() for folder in folders for path in folder.rglob("*") if path.is_file()}
+    inside = {
+        path.relative_to(workbench).as_posix() for folder in folders for path in folder.rglob("*") if path.is_file()
+    }
     assert {path for path in inside if ".ipynb_checkpoints" not in path} <= shipped
     root = list(yaml.load_all((ROOT / "copier.yml").read_text().replace("!include", ""), yaml.SafeLoader))
     assert (ROOT / root[0]).is_file() and (ROOT / root[1]["_subdirectory"]).is_dir()
