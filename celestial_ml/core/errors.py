@@ -52,18 +52,33 @@ _REFUSALS = {
     errno.ENFILE: ("the machine has too many files open", "End other programs, or allow more of them."),
     errno.EIO: ("the disk reports an error", "Check the disk; then give the same command again."),
     errno.ESTALE: ("the network file system lost it", "Mount it again; then give the same command again."),
+    errno.EBADMSG: ("it is damaged", "Restore it from a copy, or move it away: a new one is made then."),
+    errno.EBUSY: ("another program uses it", "Wait until that has ended, or end it."),
     errno.ETXTBSY: ("another program uses it", "End that program first."),
 }  # what the system says → in words, and what to do
+_FILE = "a file, or the output"
+_NAMELESS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE), _FILE) | {
+    errno.ENOENT: "the current folder",  # only asking for that names no path
+    errno.EMFILE: "this process",
+    errno.ENFILE: "this machine",
+}  # what the system says without a path → what it says that of
 _DATABASE = {
     "database or disk is full": errno.ENOSPC,
     "attempt to write a readonly database": errno.EROFS,
     "unable to open database file": errno.EACCES,
+    "disk I/O error": errno.EIO,
+    "database is locked": errno.EBUSY,
+    "file is not a database": errno.EBADMSG,
+    "database disk image is malformed": errno.EBADMSG,
+    "malformed database schema": errno.EBADMSG,
+    "no such table": errno.EBADMSG,
 }  # SQLite has words of its own
 _NOTE = re.compile(r"\[Errno (\d+)\] [^:\n]*(?:: '([^'\n]*)')?")
 
 # %% ../../nbs/core/00_errors.ipynb #refused-by-machine
 def refused_by_machine(
     error: BaseException | str,  # or its words, where only they are left
+    database: str = "the database",  # SQLite doesn't say which
 ) -> CelestialError | None:  # None: it's of another kind
     "What the disk or the memory refused, as a mistake that can be mended: it names the path and what to do."
     if isinstance(error, MemoryError):
@@ -74,11 +89,11 @@ def refused_by_machine(
             notes.append((one.errno, str(one.filename or "")))
     words = str(error)
     notes += [(int(number), path) for number, path in _NOTE.findall(words)]
-    notes += [(number, "the database") for text, number in _DATABASE.items() if text in words]
+    notes += [(number, database) for text, number in _DATABASE.items() if text in words]
     for number, path in notes:
-        if number in _REFUSALS and (path or number == errno.ENOSPC):
+        if number in _REFUSALS and (path or number in _NAMELESS):
             what, hint = _REFUSALS[number]
-            return CelestialError(f"{path or 'a file, or the output'}: {what}", hint)
+            return CelestialError(f"{path or _NAMELESS[number]}: {what}", hint)
     return None
 
 

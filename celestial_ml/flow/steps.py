@@ -7,9 +7,10 @@ __all__ = ['SECTIONS', 'Task', 'run_folder', 'task_specs', 'load_tasks', 'open_s
 
 # %% ../../nbs/flow/00_steps.ipynb #533e1fbb
 import ast
+import atexit
 import os
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,18 @@ def one_run(
     "Keep two trainings from the files of one run."
     hint = "Wait until it has ended, or give this one another name: --run NAME"
     return hold(run_folder(run) / ".lock", f"the run {run} is being done already", hint)
+
+
+def _require_free(
+    run: str,
+    until_exit: bool,  # as a process that papermill starts for a step; the kernel of an open notebook lives for days
+) -> None:
+    "Keep a step on its own from the files of a run that is being done."
+    lock = one_run(run)
+    with ExitStack() as stack:
+        stack.enter_context(lock)
+        if until_exit:
+            atexit.register(stack.pop_all().close)
 
 # %% ../../nbs/flow/00_steps.ipynb #task-specs
 def task_specs(
@@ -115,11 +128,10 @@ def injected(
     return values
 
 
-def _require_parameters(name: str) -> None:
-    "`ParamsError` for a parameter from papermill that the step doesn't have, or of a wrong kind."
+def _from_papermill() -> dict[str, Any]:
+    "The parameters that papermill put into the notebook that this process executes."
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if shell is not None and (values := injected(shell.user_ns.get("In", []))) and name in SECTIONS:
-        require_parameters(name, values)
+    return injected(shell.user_ns.get("In", [])) if shell is not None else {}
 
 
 def require_parameters(
@@ -155,7 +167,9 @@ def open_step(
     upstream: dict[str, dict[str, str]] | None,  # as Ploomber injects it, else None
 ) -> Step:
     "Go to the project's root and know the step's files; `CelestialError` names what isn't there yet."
-    _require_parameters(name)
+    values = _from_papermill()
+    if values and name in SECTIONS:
+        require_parameters(name, values)
     root = project_root()
     os.chdir(root)
     tasks = load_tasks(root, run, name)
@@ -168,6 +182,7 @@ def open_step(
         writes = tasks[name].product
         reads = {task: tasks[task].product for task in tasks[name].upstream}
         _require(name, run, reads)
+        _require_free(run, until_exit=bool(values))
     for path in writes.values():
         path.parent.mkdir(parents=True, exist_ok=True)
     return Step(name, run, root, writes, reads)

@@ -10,14 +10,14 @@ import getpass
 import json
 import os
 import subprocess
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import CelestialError
-from ..core.files import hold, home, read_json, sha256_of
+from ..core.files import DamagedFile, hold, home, read_json, sha256_of
 
 # %% ../../nbs/registry/03_audit.ipynb #locked
 def locked(
@@ -139,7 +139,9 @@ def verify() -> Audit:
         entries.append(json.loads(line))
         previous = entries[-1]["sha256"]
     pointer = home() / "models" / "champion.json"
-    rests_on = read_json(pointer).get("entry") if pointer.is_file() else None
+    rests_on = None
+    with suppress(FileNotFoundError, DamagedFile):  # a pointer follows from the log, which mends it
+        rests_on = read_json(pointer, "model").get("entry")
     if rests_on and rests_on not in {entry["sha256"] for entry in entries}:
         return Audit(entries, [f"the entry that {pointer.name} rests on isn't there: the end was cut off"], torn)
     return Audit(entries, [], torn)

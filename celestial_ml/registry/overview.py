@@ -21,7 +21,7 @@ def look() -> State:
     "Where things stand, without mending anything."
     state, pointer = state_of(verify().entries), home() / "models" / "champion.json"
     if not state.n and pointer.is_file():  # from before there was a log
-        return State(line=(read_json(pointer)["model"],))
+        return State(line=(read_json(pointer, "model")["model"],))
     return state
 
 # %% ../../nbs/registry/10_overview.ipynb #row

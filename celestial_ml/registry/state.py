@@ -5,13 +5,14 @@
 # %% ../../nbs/registry/08_state.ipynb #6c7bfab9
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import CelestialError, unknown
-from ..core.files import home, read_json, write_json
+from ..core.files import DamagedFile, home, read_json, write_json
 from ..core.page_builder import mark_retired
 from .audit import append, audit_file, locked, read_log, verify, whoami
 from .versions import damage, published, read_version, versions
@@ -85,7 +86,9 @@ def state_of(
 def _point(alias: str, model: str | None, entry: str | None = None) -> None:
     "Have the pointer that servers read name a version, or be gone."
     pointer = home() / "models" / f"{alias}.json"
-    told = read_json(pointer) if pointer.is_file() else {}
+    told = {}
+    with suppress(FileNotFoundError, DamagedFile):
+        told = read_json(pointer, "model")
     if model is None:
         pointer.unlink(missing_ok=True)
     elif told.get("model") != model or not told.get("entry"):
@@ -95,7 +98,7 @@ def _point(alias: str, model: str | None, entry: str | None = None) -> None:
 def _adopt(why: str) -> None:
     "Begin a log with the champion as the pointer names it."
     pointer = home() / "models" / "champion.json"
-    if pointer.is_file() and not damage(published(read_json(pointer)["model"])):
+    if pointer.is_file() and not damage(published(read_json(pointer, "model")["model"])):
         model = read_json(pointer)["model"]
         entry = append("adopt", model, "taken over as champion", {"why": why})
         write_json(pointer, {"model": model, "entry": entry["sha256"]})
@@ -146,7 +149,7 @@ def restart_log(
         audit_file().rename(kept)
         pointer = home() / "models" / "champion.json"
         if pointer.is_file():
-            write_json(pointer, {"model": read_json(pointer)["model"]})
+            write_json(pointer, {"model": read_json(pointer, "model")["model"]})
         _adopt(f"{who or whoami()} began a new log; {kept.name} is the one before: {problems[0]}")
         return kept
 
@@ -226,4 +229,4 @@ def resolve(
 def champion() -> dict[str, Any] | None:  # its model.json
     "The model that is served, None where nothing was promoted yet."
     pointer = home() / "models" / "champion.json"
-    return read_json(published(read_json(pointer)["model"]) / "model.json") if pointer.is_file() else None
+    return read_json(published(read_json(pointer, "model")["model"]) / "model.json") if pointer.is_file() else None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
+from ..core.errors import refused_by_machine
 from ..core.files import atomic, hold, home, make_folder
 from ..core.params import Track
 
@@ -95,7 +96,10 @@ def mlflow_client(
         with _database_lock():
             if not database.exists():
                 make_database(database)
-            mend_places(database)
+            try:
+                mend_places(database)
+            except sqlite3.Error as e:
+                raise refused_by_machine(e, str(database)) or e from None
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri, registry_uri=uri)

@@ -343,7 +343,7 @@ def find_model(
                 "there is no model yet: nothing has become champion",
                 "Train one with `celestial run`, or name a packaged one with --model FOLDER.",
             )
-        return published / read_json(champion)["model"]
+        return published / read_json(champion, "model")["model"]
     candidates = [Path(name), (find_root() or Path.cwd()) / "output" / name, published / name]
     for folder in candidates:
         if (folder / "model.json").is_file():
