@@ -141,9 +141,9 @@ def hold(
     try:
         if first:
             since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-            owner.write_text(
-                json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since}), encoding="utf-8"
-            )
+            who = json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since})
+            with suppress(OSError):  # a full disk is named by who writes what matters
+                owner.write_text(who, encoding="utf-8")
         yield
     finally:
         if first:

@@ -77,7 +77,7 @@ def limit_memory(megabytes: int) -> None:
     if sys.platform == "linux":
         import resource  # here, because other systems have none, or one that doesn't hold
 
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         most = pages * resource.getpagesize() + megabytes * 1_000_000
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 

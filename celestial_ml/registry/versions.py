@@ -81,6 +81,8 @@ def read_version(
             return read_json(published(model) / name)
     if not versions():
         raise CelestialError(f"there is no version {model!r}: nothing is registered", "Train one: celestial run")
+    if model in versions():  # something else has the name of its file
+        raise CelestialError(f"{published(model) / 'model.json'} is not a file", "Restore it from a copy.")
     raise unknown("version", model, versions())
 
 # %% ../../nbs/registry/02_versions.ipynb #publish

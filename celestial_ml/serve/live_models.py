@@ -37,7 +37,7 @@ def pointed(
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ModelError(f"{pointer} is damaged ({e!r})", "`celestial models list` mends it.") from None
+        raise ModelError(f"{pointer} is damaged ({e!r})", "`celestial models sync` writes it anew.") from None
 
 # %% ../../nbs/serve/07_live_models.ipynb #role
 LONGEST = 60.0  # seconds between two looks at a model that was refused

@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime
 
 from ..core.errors import CelestialError
-from ..core.files import find_root, home, read_json, sha256_of
+from ..core.files import DamagedFile, find_root, home, read_json, sha256_of
 from ..data.images import decode_image
 from celestial_ml.serve.explanation import (
     Neighbour,
@@ -100,6 +100,8 @@ def _read_about(folder: Path) -> dict[str, Any]:
             raise TypeError(f"{wrong[0]} is of another type")
         if not about["classes"] or not all(isinstance(label, str) for label in about["classes"]):
             raise ValueError("classes are names")
+    except DamagedFile as e:
+        raise ModelError(e.message, "Package the model again.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ModelError(f"{about_file} is damaged ({e!r})", "Package the model again.") from None
     return about
@@ -343,7 +345,7 @@ def find_model(
                 "there is no model yet: nothing has become champion",
                 "Train one with `celestial run`, or name a packaged one with --model FOLDER.",
             )
-        return published / read_json(champion, "model")["model"]
+        return published / str(read_json(champion, "model")["model"])
     candidates = [Path(name), (find_root() or Path.cwd()) / "output" / name, published / name]
     for folder in candidates:
         if (folder / "model.json").is_file():
