@@ -296,6 +296,14 @@ def test_an_output_that_is_cut_off_or_full_is_no_accident(project: Path) -> None
     assert result.returncode == 2 and b"output" in result.stderr and b"Traceback" not in result.stderr
 
 
+def test_streams_that_are_closed_are_no_accident(project: Path) -> None:
+    env = os.environ | {"PYTHONPATH": str(project), "CELESTIAL_HOME": str(project / ".celestial")}
+    for closed in (">&-", "2>&-", "<&- >&- 2>&-"):
+        command = ["/bin/sh", "-c", f"exec {COMMAND} params train {closed}"]
+        result = subprocess.run(command, cwd=project, env=env, capture_output=True, timeout=60)
+        assert result.returncode == 0 and not result.stderr, (closed, result.stderr)
+
+
 def test_ctrl_c_leaves_with_130(project: Path) -> None:
     env = os.environ | {"PYTHONPATH": str(project), "CELESTIAL_HOME": str(project / ".celestial")}
     command = [COMMAND, "run", "smoke", "--run", "stopped"]

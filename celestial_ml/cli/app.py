@@ -297,6 +297,10 @@ def data_show(
 # %% ../../nbs/cli/09_app.ipynb #in-utf8
 def _in_utf8() -> None:
     "Have files read and written in UTF-8 whatever the locale is, and signs that the terminal lacks escaped."
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # it was closed: no other file may get its number
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
