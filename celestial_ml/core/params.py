@@ -553,7 +553,7 @@ def _setting(text: str, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     "`train.lr=0.001` as an overlay."
     key, value = split_setting(text)
     section, dot, name = key.rpartition(".")
-    parsed = parse_value(value, known.get(key, {}), f"--set {text}")
+    parsed = parse_value(value, known.get(key, {}), f"--set {_short(text)[1:-1]}")
     return {section: {name: parsed}} if dot else {name: parsed}
 
 # %% ../../nbs/core/04_params.ipynb #params-path
@@ -582,7 +582,7 @@ def load_params(
     for path in dict.fromkeys([Path(folder) / "default.yaml", params_path(name, folder)]):
         _overlay(values, read_params(path), origin, str(path))
     for text in settings or []:
-        _overlay(values, _setting(text, known), origin, f"--set {text}")
+        _overlay(values, _setting(text, known), origin, f"--set {_short(text)[1:-1]}")
     try:
         return Params.model_validate(_typed_sections(values, known))
     except ValidationError as e:
