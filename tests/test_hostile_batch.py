@@ -419,7 +419,16 @@ def test_a_list_of_what_isnt_a_file(files: list[str], model: Predictor, tmp_path
         os.chdir(tmp_path)
         server.bind("socket.jpg")
     names = ["fifo.jpg", "folder.jpg", "dangling.jpg", "loop.jpg", "socket.jpg", "long.jpg", "list.txt"]
-    names += ["/dev/zero", "/dev/stdin", "/proc/self/mem", "a\0.jpg", "n" * 300, "~nobody/a.jpg", "file:///dev/zero"]
+    names += [
+        "/dev/zero",
+        "/dev/stdin",
+        "/proc/self/mem",
+        "a\0.jpg",
+        "n" * 300,
+        "~nobody/a.jpg",
+        "file:///dev/zero",
+        "~a\0.jpg",
+    ]
     names += ["dir::memory://a", "nosuch://a", "://", "zip://a.jpg::/dev/zero", "tar://a.jpg::nowhere.tar", "x" * 9000]
     (tmp_path / "list.txt").write_text("\n".join([*names, files[0]]))
     began = time.monotonic()

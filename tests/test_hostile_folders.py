@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from serving import tiny_model
 from typer.testing import CliRunner
 
 from celestial_ml.cli.app import app
@@ -26,6 +27,15 @@ from celestial_ml.flow.state import folder_checksum
 from celestial_ml.flow.steps import run_folder
 from celestial_ml.registry.gate import Rule, Verdict, rules_table
 from celestial_ml.workbench.new_project import new_project, package_name
+
+
+def test_rows_of_a_metadata_table_without_a_name_are_left_out(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "photos", count=2)
+    (folder / "metadata.csv").write_text("file_name,weight\ncat/0.png,3\n,\n,7\n")
+    assert make_catalog(folder).weight.dropna().tolist() == [3]
+    (folder / "metadata.csv").write_text("file_name,weight\n,1\n,2\n")
+    assert make_catalog(folder).weight.isna().all()
+
 
 LATIN = os.fsdecode("Zürich.png".encode("latin-1"))
 
@@ -90,6 +100,16 @@ def test_data_check_says_what_was_passed_over_and_why(tmp_path: Path) -> None:
     assert finding(out, "readable")["status"] == "pass"
     code, out, _ = celestial("data", "check", folder)
     assert code == 0 and "1 .heic" in out and "9 left by another system" in out
+
+
+def test_a_file_of_a_terabyte_is_refused_unread(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "photos", count=2)
+    with picture(folder / "cat/0.png").open("r+b") as file:
+        file.truncate(1 << 40)  # zeros, which take no room on the disk
+    assert make_catalog(folder).error.dropna().tolist() == ["too_large"]
+    model = tiny_model(tmp_path / "model")
+    code, out, err = celestial("predict", folder, "--model", model, "--json")
+    assert code == 2 and len(out.splitlines()) == 3 and err.count("error: ") == 1 and "cat/0.png" in err
 
 
 def test_other_suffixes_of_jpeg_and_linked_folders_are_learned_from(tmp_path: Path) -> None:

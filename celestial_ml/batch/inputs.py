@@ -39,7 +39,7 @@ from celestial_ml.data.archives import (
     tar_problem,
     zip_pictures,
 )
-from ..data.images import SUFFIXES, ImageError, find_pictures, is_picture
+from ..data.images import MAX_BYTES, SUFFIXES, ImageError, find_pictures, is_picture
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,7 +50,7 @@ __all__ = ['LIMITS', 'Wanted', 'Item', 'every', 'none', 'opened', 'mark_of', 're
            'find_source', 'items', 'count_items', 'read_items', 'read_again']
 
 # %% ../../nbs/batch/00_inputs.ipynb #item
-LIMITS = Limits(files=1_000_000, total_bytes=1 << 50, file_bytes=200_000_000)  # a person's own archive, or file
+LIMITS = Limits(files=1_000_000, total_bytes=1 << 50, file_bytes=MAX_BYTES)  # a person's own archive, or file
 
 
 class Item(NamedTuple):
@@ -281,7 +281,7 @@ def _lines(file: Any, longest: float = float("inf")) -> Iterator[str]:
 def placed(name: str, folder: str) -> str:
     "Where a name of a list or a table leads: as it's written, else from its folder on, else as other systems write it."
     name = local_name(name)
-    if is_url(name) or os.path.lexists(name):
+    if is_url(name) or "\0" in name or os.path.lexists(name):
         return name
     slashed = name.replace("\\", "/")
     beside, slashed_beside = (os.path.join(folder, other) for other in (name, slashed))  # noqa: PTH118

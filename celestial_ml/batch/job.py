@@ -152,10 +152,10 @@ class Writer:
         "Finish the part."
         if self.file is not None and self.whole:  # half a unit isn't kept, wherever it was interrupted
             self._write()
+            file, self.file = self.file, None  # what can't be closed isn't closed once more on the way out
             first = sum(part.items for part in self.parts)
-            part = close_part(self.where, self.file, first, self.digest, self.items, self.bad)
+            part = close_part(self.where, file, first, self.digest, self.items, self.bad)
             self.parts.append(replace(part, bad=[]))
-            self.file = None
 
 # %% ../../nbs/batch/05_job.ipynb #pass-over
 def pass_over(

@@ -24,7 +24,7 @@ from ..core.folders import PassedOver, look_into
 from ..core.names import check_class, printable
 from ..core.params import Data
 from ..core.progress import progress
-from .images import SUFFIXES, ImageError, decode_image, find_pictures, is_picture, open_image
+from .images import SUFFIXES, ImageError, find_pictures, is_picture, read_content, read_image
 
 # %% ../../nbs/data/04_catalog.ipynb #class-folders
 def _class_folders(folder: Path, passed: PassedOver) -> list[Path]:
@@ -100,9 +100,10 @@ def _row(path: Path, label: str, shown: str) -> dict[str, Any]:
     row |= {"width": 0, "height": 0, "format": None, "error": None}
     try:
         shown.encode()
-        row |= {"path": shown, "sha256": sha256_of(path), "bytes": path.stat().st_size}
-        image = open_image(path)
-        decode_image(path)
+        row |= {"path": shown, "bytes": path.stat().st_size}
+        content, _ = read_content(path)
+        row["sha256"] = sha256_of(content)
+        image = read_image(content)
         return row | {"width": image.width, "height": image.height, "format": image.format}
     except ImageError as e:
         return row | {"error": e.code}
@@ -153,6 +154,7 @@ def _metadata(path: Path, catalog: pd.DataFrame) -> pd.DataFrame:  # by file_nam
         raise CelestialError(f"{path} has no column file_name", "It joins: the path of the image, below the folder.")
     if clash := sorted({*table} & {*catalog, "part", "split", "source"}):
         raise CelestialError(f"{path} has columns of the catalog: {', '.join(clash)}", "Rename them there.")
+    table = table[table.file_name.notna()]  # spreadsheets write rows of commas alone behind the end
     table.index = pd.Index(map(_composed, table.pop("file_name").astype(str)))
     if twice := [*table.index[table.index.duplicated()]]:
         raise CelestialError(f"{path} names {twice[0]} twice", "Leave one line of them.")

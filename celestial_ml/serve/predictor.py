@@ -18,7 +18,7 @@ import onnxruntime
 
 from ..core.errors import CelestialError
 from ..core.files import DamagedFile, find_root, home, read_json, sha256_of
-from ..data.images import decode_image
+from ..data.images import decode_image, read_content
 from celestial_ml.serve.explanation import (
     Neighbour,
     Reference,
@@ -286,8 +286,8 @@ def _self_test(model: Predictor) -> int:
 # %% ../../nbs/serve/01_predictor.ipynb #read-picture
 def _read_picture(source: bytes | Path | str, name: str) -> tuple[bytes, np.ndarray]:
     "An image file's bytes and pixels; `ImageError` where it can't be read."
-    content = source if isinstance(source, bytes) else Path(source).read_bytes()
-    return content, decode_image(content, name if isinstance(source, bytes) else str(source))
+    content, name = read_content(source, name)
+    return content, decode_image(content, name)
 
 # %% ../../nbs/serve/01_predictor.ipynb #as-prediction
 def as_prediction(
