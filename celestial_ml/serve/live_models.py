@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..core.errors import CelestialError
 from ..core.files import read_json
+from ..core.names import printable
 from .error_responses import Refusal
 from .metrics import Figure, Metrics
 from .predictor import ModelError, Predictor, models_folder
@@ -96,7 +97,7 @@ class Standing:
 
     def refuse(self, e: Exception) -> None:
         "Remember why; say it once."
-        why = e.message if isinstance(e, CelestialError) else f"it can't be loaded: {e!r}"
+        why = printable(e.message if isinstance(e, CelestialError) else f"it can't be loaded: {e!r}")
         if why != self.refused:
             self.refused, self.hint = why, e.hint if isinstance(e, CelestialError) else ""
             self.metrics.reloads.labels(self.name, "refused").inc()
@@ -105,7 +106,7 @@ class Standing:
     @property
     def reason(self) -> str | None:
         "Why the model that is meant doesn't answer, for clients: without the places of files, which the log has."
-        words = (self.refused or "").replace(f"{models_folder()}{os.sep}", "").encode("utf-8", "replace").decode()
+        words = (self.refused or "").replace(f"{models_folder()}{os.sep}", "")
         return self.refused and re.sub(
             r"(?<![\w.])(?:[A-Za-z]:)?[/\\]+(?:[^\s/\\'\"),:;]+[/\\]+)*(?=[^\s/\\])", "…/", words
         )
