@@ -481,16 +481,16 @@ def test_a_folder(model: Predictor, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [TypeError, MemoryError, RecursionError, KeyError, AssertionError, SystemError])
 def test_an_exception_is_a_line(error: type, model: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from celestial_ml.serve import batch_score
+    from celestial_ml.batch import scoring
 
-    decode = batch_score.decode_image
+    decode = scoring.decode_image
 
     def decoder(content: bytes, name: str) -> np.ndarray:
         if name.endswith("1.png"):
             raise error
         return decode(content, name)
 
-    monkeypatch.setattr(batch_score, "decode_image", decoder)
+    monkeypatch.setattr(scoring, "decode_image", decoder)
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(MARS)
     table, bad = score(tmp_path, model)

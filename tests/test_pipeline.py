@@ -235,7 +235,7 @@ def test_a_class_with_one_image_is_a_no_with_the_notebook_to_look_at(celestial, 
 @pytest.mark.parametrize("executor", ["inline", pytest.param("kernel", marks=pytest.mark.slow)])
 def test_a_broken_step_says_step_cell_message_and_notebook(celestial, unspoilt: Path, executor: str) -> None:
     path = unspoilt / "nbs/steps/06_explain.ipynb"
-    path.write_text(path.read_text().replace('sort_values(\\"confidence\\")', 'sort_values(\\"confidnce\\")'))
+    path.write_text(path.read_text().replace('\\"confidence\\", \\"path\\"]]', '\\"confidnce\\", \\"path\\"]]'))
     result = celestial("run", "smoke", "--executor", executor)
     assert result.returncode == 1
     assert re.search(r"explain failed in cell \d+: KeyError: .*confidnce", result.stderr), result.stderr
