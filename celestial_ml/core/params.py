@@ -146,7 +146,12 @@ class Register(Section):
     min_macro_f1: float = Field(0.9, ge=0, le=1, description="mean F1 of the classes, at least")
     min_class_f1: float = Field(0.7, ge=0, le=1, description="F1 of the worst class, at least")
     min_slice: float = Field(0.6, ge=0, le=1, description="accuracy on the worst kind of picture, at least")
-    max_slice_gap: float = Field(0.25, ge=0, le=1, description="accuracy of the best slice less the worst, at most")
+    max_slice_gap: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="accuracy of the best slice less the worst, at most; as far as their intervals are apart",
+    )
     max_ece: float = Field(0.1, ge=0, le=1, description="expected calibration error, at most")
     max_false_alarms: float = Field(0.05, ge=0, le=1, description="held-out images called unknown, as a share, at most")
     max_ms: float = Field(25.0, gt=0, description="median time for an image in-process, in milliseconds, at most")
