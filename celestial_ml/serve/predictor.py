@@ -5,10 +5,8 @@
 # %% ../../nbs/serve/01_predictor.ipynb #6f4deff5
 from __future__ import annotations
 
-import ctypes
 import io
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import onnxruntime
 
 from ..core.errors import CelestialError
 from ..core.files import DamagedFile, find_root, home, read_json, sha256_of
+from ..core.isolated import return_freed
 from ..data.images import decode_image, read_content
 from celestial_ml.serve.explanation import (
     Neighbour,
@@ -170,12 +169,6 @@ def _shrink_afterwards() -> onnxruntime.RunOptions:
     options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return options
 
-
-def _trim() -> None:
-    "So does the C library with what it has freed in pieces, unless it's asked; glibc can be."
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-
 # %% ../../nbs/serve/01_predictor.ipynb #graph
 class Graph:
     "A packaged model: what it says of itself, and its ONNX graph."
@@ -215,7 +208,7 @@ class Graph:
         options = _shrink_afterwards() if is_large else None
         answers = dict(zip(self.outputs, self.session.run(self.outputs, {"image": images}, options), strict=True))
         if is_large:
-            _trim()
+            return_freed()
         return answers
 
 # %% ../../nbs/serve/01_predictor.ipynb #predictor

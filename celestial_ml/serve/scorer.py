@@ -148,6 +148,7 @@ class Scorer:
         finally:
             self.under_way -= 1
             job.content = b""  # it may stand in a queue for a while yet
+            del job, content  # or an error would keep itself and the picture alive, by way of the job's future
 
     def close(self) -> None:
         "Finish what was taken, then stop."
@@ -210,6 +211,8 @@ def _tried(
             if not job.is_over:
                 step(job)
                 good.append(job)
+        except (ImageError, Refusal) as e:
+            errors[job] = e.with_traceback(None)  # it would hold on to the pictures of these jobs
         except BaseException as e:
             errors[job] = e
     return good, errors

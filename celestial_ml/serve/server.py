@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from ..core.errors import CelestialError
-from ..core.isolated import return_large_blocks
+from ..core.isolated import return_freed, return_large_blocks
 from .settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -158,6 +158,7 @@ def serve(
         with open_port(host, port) as listener:
             from celestial_ml.serve.api import build_app  # after the port, which may be taken
             from celestial_ml.serve.connections import Connection, Connections
+            from celestial_ml.serve.live_models import Repeat
 
             if demo and (why := why_no_demo(settings, host)):
                 demo = None
@@ -167,6 +168,8 @@ def serve(
             if service.models.champion.predictor is None:
                 raise service.models.champion.error()
             service.models.watch(settings.reload_seconds)
+            tidying = Repeat(return_freed, 2)
+            tidying.start()
             version, keys = service.models.current.version, bool(settings.api_keys)
             print(greeting(host, listener.getsockname()[1], version, demo is not None, keys), flush=True)
             seconds = int(settings.patience + settings.body_seconds) + 1
@@ -185,6 +188,7 @@ def serve(
             try:
                 Server(config, service).run(sockets=[listener])
             finally:
+                tidying.close()
                 service.close()
     except KeyboardInterrupt:
         pass  # the usual way to end it, so nothing to complain of

@@ -89,7 +89,7 @@ class ServeSettings(_DemoSettings):
     max_bytes: int = Field(20_000_000, ge=1, description="bytes of a request; a 50-megapixel JPEG takes about this")
     max_pixels: int = Field(50_000_000, ge=64, description="pixels of a picture")
     max_files: int = Field(32, ge=1, description="pictures of one request to /predict/batch")
-    body_memory: int = Field(100_000_000, ge=1, description="bytes of all bodies under way; more are answered 503")
+    body_memory: int = Field(64_000_000, ge=1, description="bytes of all bodies under way; more are answered 503")
     head_bytes: int = Field(65_536, ge=1024, description="bytes of a request's head; more are refused")
     head_lines: int = Field(100, ge=8, description="headers of a request; more are refused")
     head_seconds: float = Field(10, gt=0, description="a head that takes longer to come in is refused")
@@ -105,7 +105,7 @@ class ServeSettings(_DemoSettings):
     decode_seconds: float = Field(
         4, gt=0, description="to decode a large or costly picture; then it's refused with 413"
     )
-    decode_mb: int = Field(200, ge=50, description="megabytes of memory to decode a large or costly picture")
+    decode_mb: int = Field(160, ge=50, description="megabytes of memory to decode a large or costly picture")
     batch: int = Field(8, ge=1, description="waiting pictures that are scored together")
     explaining: int = Field(2, ge=1, description="pictures that may be explained at once; more are answered 503")
     reload_seconds: float = Field(1, gt=0, description="how often to look whether there is a new champion")
