@@ -279,7 +279,8 @@ def test_slow_and_vanishing_clients_cost_nothing(tmp_path: Path) -> None:
 def test_asked_to_stop_it_finishes_what_it_has_taken(tmp_path: Path) -> None:
     model, content = tiny_model(tmp_path / "model"), slow_picture()
     command = f"from celestial_ml.serve.server import serve; serve({str(model)!r}, port=0)"
-    env = os.environ | {"CELESTIAL_SERVE_MAX_BYTES": "60000000", "CELESTIAL_HOME": str(tmp_path / "home")}
+    env = os.environ | {"CELESTIAL_HOME": str(tmp_path / "home"), "CELESTIAL_SERVE_BODY_MEMORY": "240000000"}
+    env["CELESTIAL_SERVE_MAX_BYTES"] = "60000000"
     process = subprocess.Popen(
         [sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
     )

@@ -168,8 +168,7 @@ def serve(
             if service.models.champion.predictor is None:
                 raise service.models.champion.error()
             service.models.watch(settings.reload_seconds)
-            tidying = Repeat(return_freed, 2)
-            tidying.start()
+            Repeat(return_freed, 2).start()  # it ends with the process
             version, keys = service.models.current.version, bool(settings.api_keys)
             print(greeting(host, listener.getsockname()[1], version, demo is not None, keys), flush=True)
             seconds = int(settings.patience + settings.body_seconds) + 1
@@ -188,7 +187,6 @@ def serve(
             try:
                 Server(config, service).run(sockets=[listener])
             finally:
-                tidying.close()
                 service.close()
     except KeyboardInterrupt:
         pass  # the usual way to end it, so nothing to complain of
