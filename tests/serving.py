@@ -15,9 +15,9 @@ import onnx
 from PIL import Image
 
 from celestial_ml.core.files import sha256_of, write_json
+from celestial_ml.package.examples import write_examples
 from celestial_ml.planets.bodies import BODIES
 from celestial_ml.planets.renderer import render
-from celestial_ml.serve.explanation import write_reference
 
 # It looks at the mean colour alone: red is Mars, blue is Neptune, and the eight others are never the answer.
 GRAPH = """
@@ -47,7 +47,7 @@ def tiny_model(folder: Path) -> Path:
     onnx.save(onnx.parser.parse_model(text), folder / "model.onnx")
     examples = {body: render(body) for body in ("Mars", "Moon", "Neptune")}
     means = np.stack([picture.mean(axis=(0, 1)) for picture in examples.values()])
-    write_reference(folder / "reference.npz", means, examples, examples.values())
+    write_examples(folder / "reference.npz", means, examples, examples.values())
     about = {
         "name": "tiny",
         "version": "7",

@@ -22,10 +22,10 @@ from PIL import Image
 from serving import encoded, neptune, running, tiny_model
 
 from celestial_ml.core.files import read_json, sha256_of, write_json
-from celestial_ml.model.answer_examples import write_performance
+from celestial_ml.package.answer_examples import write_performance
+from celestial_ml.package.published import find_model, models_folder
 from celestial_ml.planets.bodies import BODIES
 from celestial_ml.planets.renderer import render
-from celestial_ml.serve.predictor import find_model, models_folder
 from celestial_ml.serve.settings import password_hash
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -277,7 +277,7 @@ class TestIdentify:
         playwright.expect(plain).to_contain_text("it was right on 598 of 600 pictures it had never seen")
         page.get_by_role("button", name="Neptune").click()
         headline(page, "Neptune")
-        assert "Model 7" in page.locator("#foot").inner_text()
+        assert "Model tiny/7" in page.locator("#foot").inner_text()
 
     def test_quick(self, open_page):
         "From the click to the answer, as a person feels it; with room for a busy machine."
@@ -545,10 +545,10 @@ def test_another_champion_is_named(open_page, home):
         for _ in range(50):
             page.get_by_role("button", name="Mars").click()
             page.wait_for_timeout(100)
-            if "Model 8" in page.locator("#foot").inner_text():
+            if "Model tiny/8" in page.locator("#foot").inner_text():
                 break
         playwright.expect(page.locator("#right .fine").last).to_have_text("Answered by model 8")
         page.reload()
-        playwright.expect(page.locator("#foot")).to_contain_text("Model 8")
+        playwright.expect(page.locator("#foot")).to_contain_text("Model tiny/8")
     finally:
         write_json(home / "models" / "champion.json", {"model": "tiny/7"})

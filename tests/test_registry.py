@@ -25,13 +25,15 @@ from celestial_ml.cli.models import models_app
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.files import read_json, sha256_of, write_json
 from celestial_ml.core.params import Register, Track
+from celestial_ml.package.manifest import damage
+from celestial_ml.package.published import find_model, published, versions
 from celestial_ml.registry.audit import append, audit_file, read_log, verify
 from celestial_ml.registry.decisions import register_version, retire, rollback, submit
 from celestial_ml.registry.gate import judge
 from celestial_ml.registry.state import champion, recover, sync_aliases
 from celestial_ml.registry.tracking import Run, mlflow_client, open_run
-from celestial_ml.registry.versions import create_version, damage, publish, published, read_version, versions
-from celestial_ml.serve.predictor import Predictor, find_model
+from celestial_ml.registry.versions import create_version, publish, read_version
+from celestial_ml.serve.predictor import Predictor
 
 Models = Callable[..., Result]
 
@@ -279,7 +281,7 @@ def check_what_is_served() -> tuple[str, str, bool]:  # the champion before and 
     audit, pointed = verify(), champion()
     assert not audit.problems and pointed
     state = recover()
-    assert state.champion and champion() == read_json(published(state.champion) / "model.json")
+    assert state.champion and champion() == read_version(state.champion)
     assert damage(find_model()) == [] and Predictor(find_model()).self_test() == 4
     return f"{pointed['name']}/{pointed['version']}", state.champion, bool(audit.torn)
 
@@ -404,7 +406,7 @@ def test_killed_before_any_change_of_the_disk_it_is_done_or_not_done(
         if not done[what]():
             actions[what]()
         assert done[what]() and not verify().problems
-        assert all(damage(published(model)) == [] or "retired" in read_version(model) for model in versions())
+        assert all(damage(published(model)) == [] or read_version(model).retired for model in versions())
         if what == "retire":
             assert {p.name for p in published("celestial/1").iterdir()} <= {
                 "retired.json",
@@ -479,7 +481,7 @@ def test_rollback_moves_what_servers_read_before_it_hears_of_mlflow(home: Path, 
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 3, "about a third of a second on an idle machine"
-    assert champion()["version"] == "1" and read_log()[-1]["evidence"]["why"] == "it answers Moon"
+    assert champion().model == "celestial/1" and read_log()[-1]["evidence"]["why"] == "it answers Moon"
     sync_aliases(run.client)
     assert aliases(run) == {"candidate": 2, "champion": 1}
 
@@ -533,7 +535,7 @@ def test_the_commands_from_the_first_version_to_a_retired_one(
     assert models("audit", "--verify").exit_code == 1
     assert models("promote", "celestial/2").exit_code == 2
     assert models("audit", "--restart", "--who", "Ada").exit_code == 0
-    assert models("audit", "--verify").exit_code == 0 and champion()["version"] == "1"
+    assert models("audit", "--verify").exit_code == 0 and champion().model == "celestial/1"
 
 
 def test_a_wrong_name_is_answered_with_the_nearest(home: Path, run: Run, models: Models, tmp_path: Path) -> None:

@@ -31,9 +31,10 @@ from celestial_ml.core.files import read_json, write_json
 from celestial_ml.core.page_builder import card_html, card_markdown
 from celestial_ml.core.params import Register
 from celestial_ml.flow.pipeline import Plan, make_plan, run_pipeline
+from celestial_ml.package.published import published
 from celestial_ml.registry.decisions import submit
 from celestial_ml.registry.evidence import EVIDENCE, Evidence
-from celestial_ml.registry.versions import publish, published, read_version
+from celestial_ml.registry.versions import publish, read_version
 from celestial_ml.reports.comparison import compare_run, report_page
 from celestial_ml.reports.model_card import make_card
 from celestial_ml.reports.run_report import against_version, in_short, make_report, rival
@@ -151,7 +152,7 @@ def predictions_of(answers: Evidence) -> pd.DataFrame:
 
 def written(folder: Path, model: str, verdict: dict[str, Any]) -> tuple[str, str]:
     "The report of a version, as the step register makes it."
-    about, answers = read_version(model), Evidence.load(published(model))
+    about, answers = read_version(model).to_json(), Evidence.load(published(model))
     assert answers is not None
     counts = {"Mars": {"train": 10, "test": 100}, "Neptune": {"train": 10, "test": 100}}
     card = make_card(about, verdict, counts, [], [], {})
@@ -197,9 +198,9 @@ def test_no_difference_is_said_as_such(home: Path, tmp_path: Path) -> None:
     other[[3, 195]] = ~other[[3, 195]]  # one lost, one gained
     alike = registered(tmp_path, 2, other)
     verdict = submit(alike, Register()).to_dict()
-    since = against_version(read_version(alike), Evidence.load(published(alike)), verdict)
+    since = against_version(read_version(alike).to_json(), Evidence.load(published(alike)), verdict)
     assert since is not None and since.accuracy.verdict == "the same" and since.accuracy.p == 1.0
-    assert "It's as accurate as celestial/1" in in_short(read_version(alike), verdict, since)[-2]
+    assert "It's as accurate as celestial/1" in in_short(read_version(alike).to_json(), verdict, since)[-2]
 
 
 # -------------------------------------------------------------------------------------------- beside a revision

@@ -22,7 +22,7 @@ from .parts import Places, answer_files
 from ..core.errors import CelestialError
 from ..core.files import atomic
 from ..data.images import decode_image
-from ..serve.explanation import data_uri, encode_webp, shrink
+from ..data.thumbnails import data_uri, encode_webp, shrink
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -79,13 +79,14 @@ def run(
 def _print_result(name: str, ran: list[str], as_json: bool) -> None:
     "What a run came to, and what to do next."
     from celestial_ml.core.files import read_json
+    from celestial_ml.package.metrics import read_metrics
 
     folder = Path("output") / name
-    metrics, verdict = read_json(folder / "metrics.json"), read_json(folder / "register.json")
+    metrics, verdict = read_metrics(folder), read_json(folder / "register.json")
     if as_json:
-        print(json.dumps({"run": name, "ran": ran, "metrics": metrics, "registered": verdict}))
+        print(json.dumps({"run": name, "ran": ran, "metrics": metrics.to_json(), "registered": verdict}))
         return
-    print(f"\naccuracy {metrics['accuracy']:.4f} on {metrics['images']} held-out images ({metrics['split']})")
+    print(f"\naccuracy {metrics.accuracy:.4f} on {metrics.images} held-out images ({metrics.split})")
     print(
         f"{verdict['model']} {'is champion' if verdict['promoted'] else 'stays a candidate'}: {verdict['reasons'][-1]}"
     )
@@ -165,7 +166,8 @@ def predict(
 ) -> None:
     "Say what is in a picture."
     with words_for_mistakes():
-        from celestial_ml.serve.predictor import Predictor, find_model
+        from celestial_ml.package.published import find_model
+        from celestial_ml.serve.predictor import Predictor
 
         images, passed = _images_in(paths)
         predictor = Predictor(find_model(model))
@@ -207,7 +209,7 @@ def serve(
     with words_for_mistakes():
         from celestial_ml.demo.routes import add_demo
         from celestial_ml.monitor.log import service_log
-        from celestial_ml.serve.predictor import find_model
+        from celestial_ml.package.published import find_model
         from celestial_ml.serve.server import serve as serve_forever
         from celestial_ml.serve.settings import serve_settings
 

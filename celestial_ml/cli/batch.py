@@ -52,7 +52,8 @@ def batch(
     with words_for_mistakes():
         from celestial_ml.batch.job import batch as score
         from celestial_ml.batch.job import engine_named
-        from celestial_ml.serve.predictor import Predictor, find_model
+        from celestial_ml.package.published import find_model
+        from celestial_ml.serve.predictor import Predictor
 
         predictor = Predictor(find_model(model))
         where = engine_named(engine, predictor, scheduler, workers)
@@ -69,7 +70,7 @@ def _summary(result: "Result", model: "Predictor", given: str, column: str | Non
     from celestial_ml.batch.summary import summarise, write_page
     from celestial_ml.core.progress import as_time
 
-    summary = summarise(result.where, model.about["ood_threshold"])
+    summary = summarise(result.where, model.manifest.ood_threshold)
     if result.rate or not result.where.summary.is_file():
         pace = {"pictures a second": f"{result.rate:,.0f}", "took": as_time(result.seconds)} if result.rate else {}
         if left := sum(result.passed_over.values()):

@@ -14,17 +14,17 @@ from collections.abc import Iterable
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ..core.files import atomic
 from ..data.images import decode_image
+from ..data.thumbnails import encode_webp, shrink
 from .wording import are_worlds, text, track_record
+from ..package.manifest import Manifest
 from ..planets.bodies import BODIES
 from ..planets.renderer import View, render
-from ..serve.explanation import encode_webp, shrink
 
 # %% ../../nbs/demo/01_elements.ipynb #static
 def static(
@@ -151,11 +151,13 @@ def hero(
     )
 
 # %% ../../nbs/demo/01_elements.ipynb #foot
-def foot(about: dict[str, Any]) -> str:
+def foot(manifest: Manifest | None) -> str:  # None: there is no model
     "The foot of the page: which model, from what, how good."
-    known = {"render": "pictures drawn by our own renderer", "guide": "the Swiss AI Center's pictures"}
-    source, record = (about.get("lineage") or {}).get("source"), track_record(about)
-    line = f"Model {about['version']}" if "version" in about else "There is no model yet"
-    line += f", trained on {known.get(str(source), 'pictures of your own')}" if source else ""
-    line += f"; {record}" if record else ""
+    line = "There is no model yet"
+    if manifest:
+        known = {"render": "pictures drawn by our own renderer", "guide": "the Swiss AI Center's pictures"}
+        source, record = manifest.lineage.source, track_record(manifest.metrics)
+        line = f"Model {manifest.model}"
+        line += f", trained on {known.get(source, 'pictures of your own')}" if source else ""
+        line += f"; {record}" if record else ""
     return f'<p>{text(line)}.<br>For programs: <a href="docs">the API</a>. Pictures stay on this server.</p>'

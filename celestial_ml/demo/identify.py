@@ -22,6 +22,7 @@ from ..data.images import ImageError, decode_image
 from .elements import example, example_names, example_uri, foot, picture_uri, sky
 from .uploads import Uploads, forget_uploads, read_file
 from .wording import SORRY, apology, are_worlds, bars, counted, named, sentence, text
+from ..package.manifest import Manifest
 from ..serve.error_responses import Refusal
 from ..serve.predictor import Explanation, Prediction, Predictor, Seen
 from ..serve.scorer import Scored
@@ -41,10 +42,15 @@ class Host:
     uploads: Uploads | None = None  # None: nothing can be dropped
 
     @property
-    def about(self) -> dict[str, Any]:
-        "The `model.json` of the model of this moment; empty where there is none."
+    def manifest(self) -> Manifest | None:
+        "What the model of this moment says of itself; None where there is none."
         model = self.current()
-        return model.about if model else {}
+        return model.manifest if model else None
+
+    @property
+    def classes(self) -> list[str]:
+        "The classes of that model."
+        return self.manifest.classes if self.manifest else []
 
 # %% ../../nbs/demo/02_identify.ipynb #desk
 @dataclass
@@ -62,14 +68,14 @@ log = logging.getLogger(__name__)
 # %% ../../nbs/demo/02_identify.ipynb #says-x
 def says(
     prediction: Prediction,
-    about: dict[str, Any],  # the model.json of the model that answered
+    manifest: Manifest,  # of the model that answered
 ) -> str:
     "The answer, why to believe it, and the probabilities."
     headline = prediction.label if prediction.known else "Nothing I know"
     aside = "" if prediction.known else "<p class=fine>If it had to be one of them:</p>"
     return (
         f'<div class="says"><p class="eyebrow">The answer</p>'
-        f"<h2>{text(headline)}</h2><p class=plain>{text(sentence(prediction, about))}</p>"
+        f"<h2>{text(headline)}</h2><p class=plain>{text(sentence(prediction, manifest.metrics))}</p>"
         f"{aside}{bars(prediction.probabilities, prediction.known)}"
         f"<p class=fine>Answered by model {text(prediction.model_version)}</p></div>"
     )
@@ -84,14 +90,14 @@ def sorry(
 
 # %% ../../nbs/demo/02_identify.ipynb #welcome
 def welcome(
-    about: dict[str, Any],  # empty: there is no model
+    manifest: Manifest | None,  # None: there is no model
 ) -> str:
     "What stands there before the first picture."
-    if not about:
+    if manifest is None:
         return sorry("no_model")
-    classes = [named(name) for name in about["classes"]]
+    classes = [named(name) for name in manifest.classes]
     names = listed(classes) if len(classes) > MANY else f"{', '.join(classes[:-1])} and {classes[-1]}"
-    thing, kind = ("world", "of them") if are_worlds(about["classes"]) else ("picture", "classes")
+    thing, kind = ("world", "of them") if are_worlds(manifest.classes) else ("picture", "classes")
     return (
         f'<div class="says"><p class="eyebrow">Ready</p><h2>Show me a {thing}</h2>'
         f"<p class=plain>I know {counted(len(classes))} {kind}: {text(names)}. "
@@ -165,15 +171,18 @@ async def look(
         desk.request_id = request.state.request_id
         scored, desk.model = await host.answer(request, desk.request_id, content)
     except (ImageError, Refusal) as e:
-        return View(sky(None), sorry(apology(e)), why_later(), foot(host.about), False)
+        return View(sky(None), sorry(apology(e)), why_later(), foot(host.manifest), False)
     except Exception:
         log.exception("the demo failed on a file of %s bytes", len(content))
-        return View(sky(None), sorry("internal"), why_later(), foot(host.about), False)
+        return View(sky(None), sorry("internal"), why_later(), foot(host.manifest), False)
     assert scored.picture is not None and desk.model is not None
     desk.seen = Seen(scored.prediction, scored.picture, scored.embedding)
-    about, (alt, uri) = desk.model.about, shown
-    left, right = sky(uri or await run_in_threadpool(picture_uri, scored.picture), alt), says(scored.prediction, about)
-    return View(left, right, why_soon(), foot(about), True, tuple(about["classes"]))
+    manifest, (alt, uri) = desk.model.manifest, shown
+    left, right = (
+        sky(uri or await run_in_threadpool(picture_uri, scored.picture), alt),
+        says(scored.prediction, manifest),
+    )
+    return View(left, right, why_soon(), foot(manifest), True, tuple(manifest.classes))
 
 # %% ../../nbs/demo/02_identify.ipynb #explain
 def explain(desk: Desk) -> str:
@@ -307,7 +316,7 @@ async def show_upload(host: Host, request: Request, path: str | None, asked: flo
         content = await read_upload(host, path)
     except ImageError as e:
         desk.asked, desk.seen, desk.model = asked, None, None
-        return changes(View(sky(None), sorry(apology(e)), why_later(), foot(host.about), False), desk)
+        return changes(View(sky(None), sorry(apology(e)), why_later(), foot(host.manifest), False), desk)
     return await show(host, request, content, asked, desk)
 
 # %% ../../nbs/demo/02_identify.ipynb #explain-last
@@ -360,7 +369,7 @@ def build_identify(
 
     block: dict[str, Any] = {"apply_default_css": False}
     desk, clock = gr.State(Desk()), gr.Number(0, visible=False)
-    examples = example_names(host.about.get("classes", ()))
+    examples = example_names(host.classes)
     gr.HTML(INVITE.format("Pick a world, d" if examples else "D"), elem_id="picks-title", **block)
     with gr.Row(elem_id="picks", visible=bool(examples)):
         buttons = {name: pick(name) for name in examples}
@@ -368,7 +377,7 @@ def build_identify(
         with gr.Column(elem_id="left", elem_classes="dropper"):
             left, drop = gr.HTML(sky(None), **block), drop_area("Your picture", "drop")
         with gr.Column(elem_id="right"):
-            right = gr.HTML(lambda: welcome(host.about), **block)
+            right = gr.HTML(lambda: welcome(host.manifest), **block)
             verdict = build_verdict(host, desk)
         with gr.Column(elem_id="why"):
             reasons = gr.HTML(why_later(), **block)

@@ -16,9 +16,10 @@ from typing import Any
 
 from ..core.files import read_json
 from ..core.many_classes import FEW, MANY, few_of
+from ..data.thumbnails import data_uri
 from .identify import QUIET, Host, sorry
 from .wording import are_worlds, text
-from ..serve.explanation import data_uri
+from ..package.metrics import Metrics, Slice
 from ..serve.predictor import Predictor
 
 # %% ../../nbs/demo/05_performance.ipynb #performance-files
@@ -41,27 +42,25 @@ def figure(value: str, name: str, more: str = "") -> str:
     return f"<li><b>{value}</b><span>{text(name)}</span><small>{more}</small></li>"
 
 # %% ../../nbs/demo/05_performance.ipynb #headline-figures
-def headline_figures(metrics: dict[str, Any]) -> str:
+def headline_figures(metrics: Metrics) -> str:
     "The most important figures, as a list."
     items = []
-    if "accuracy" in metrics:
-        interval = metrics.get("intervals", {}).get("accuracy")
-        between = f"95&nbsp;%: {share(interval['low'])} to {share(interval['high'])}" if interval else ""
-        items.append(figure(share(metrics["accuracy"]), f"right, of {metrics.get('images', 0):,} pictures", between))
-    if "after" in metrics.get("calibration", {}):
-        error = metrics["calibration"]["after"]["ece"]
-        items.append(figure(share(error), "calibration error", "how far confidence is off, on average"))
-    if "mean_accuracy" in metrics.get("robustness", {}):
-        worst = metrics["robustness"]["worst_at_3"]
-        more = f"worst: {text(words(worst['corruption']))}, {share(worst['accuracy'])}"
-        items.append(figure(share(metrics["robustness"]["mean_accuracy"]), "right when disturbed", more))
-    if kinds := metrics.get("unknown", {}).get("kinds", {}):
-        worlds = are_worlds(metrics.get("per_class", ())) and "bodies" in kinds
-        asked = [kinds["bodies"]] if worlds else kinds.values()
-        caught = sum(kind["unknown"] * kind["images"] for kind in asked) / sum(kind["images"] for kind in asked)
-        alarm = share(metrics["unknown"]["false_alarm_rate"])
-        what = f"of strange {'bodies' if worlds else 'pictures'} caught"
-        items.append(figure(share(caught), what, f"{alarm} false alarms"))
+    if metrics.accuracy is not None:
+        interval = metrics.intervals.get("accuracy")
+        between = f"95&nbsp;%: {share(interval.low)} to {share(interval.high)}" if interval else ""
+        items.append(figure(share(metrics.accuracy), f"right, of {metrics.images:,} pictures", between))
+    if calibrated := metrics.calibration.after:
+        items.append(figure(share(calibrated.ece), "calibration error", "how far confidence is off, on average"))
+    damaged, worst = metrics.robustness.mean_accuracy, metrics.robustness.worst_at_3
+    if damaged is not None and worst:
+        more = f"worst: {text(words(worst.corruption))}, {share(worst.accuracy)}"
+        items.append(figure(share(damaged), "right when disturbed", more))
+    unknown = metrics.unknown
+    worlds = are_worlds(metrics.per_class) and "bodies" in unknown.kinds
+    caught = unknown.kinds["bodies"].unknown if worlds else unknown.detected
+    if caught is not None:
+        alarm = f"{share(unknown.false_alarm_rate or 0)} false alarms"
+        items.append(figure(share(caught), f"of strange {'bodies' if worlds else 'pictures'} caught", alarm))
     return f'<ul class="figures">{"".join(items)}</ul>'
 
 # %% ../../nbs/demo/05_performance.ipynb #words
@@ -142,23 +141,23 @@ def cell_pictures(sheet: dict[str, Any], key: str) -> str:  # "Mars/Moon": Mars,
     return f"<section class=panel><h3>{text(title)}</h3><ul class=thumbs>{items}</ul></section>"
 
 # %% ../../nbs/demo/05_performance.ipynb #slice-row
-def slice_row(one: dict[str, Any]) -> str:
+def slice_row(one: Slice) -> str:
     "A slice's accuracy and interval."
-    place = f"left:{100 * one['low']:.1f}%;width:{100 * (one['high'] - one['low']):.1f}%"
+    place = f"left:{100 * one.low:.1f}%;width:{100 * (one.high - one.low):.1f}%"
     return (
-        f"<li><span>{text(str(one['bin']))}</span><span class=range aria-hidden=true>"
-        f'<i style="{place}"></i><b style="left:{100 * one["accuracy"]:.1f}%"></b></span>'
-        f"<span>{share(one['accuracy'])}</span><span>{one['images']:,}</span></li>"
+        f"<li><span>{text(one.bin)}</span><span class=range aria-hidden=true>"
+        f'<i style="{place}"></i><b style="left:{100 * one.accuracy:.1f}%"></b></span>'
+        f"<span>{share(one.accuracy)}</span><span>{one.images:,}</span></li>"
     )
 
 # %% ../../nbs/demo/05_performance.ipynb #slices-list
-def slices_list(slices: Sequence[dict[str, Any]]) -> str:
+def slices_list(slices: Sequence[Slice]) -> str:
     "Accuracy by slice."
     parts = []
-    for name, rows in groupby(slices, key=lambda one: str(one["slice"])):
+    for name, rows in groupby(slices, key=lambda one: one.slice):
         bins = list(rows)
         if len(bins) > MANY:
-            bins.sort(key=lambda one: (one["accuracy"], one["low"]))
+            bins.sort(key=lambda one: (one.accuracy, one.low))
         shown = few_of(bins)
         more = f", the worst {len(shown)} of {len(bins)}" if len(shown) < len(bins) else ""
         parts.append(f"<h3>{text(words(name) + more)}</h3><ul class=slices>{''.join(map(slice_row, shown))}</ul>")
@@ -211,7 +210,7 @@ def performance_page(model: Predictor | None) -> tuple[str, str]:  # above and b
     "What there is to say of a model."
     if model is None:
         return sorry("no_model"), ""
-    metrics, found = model.about.get("metrics") or {}, performance_files(model.folder)
+    metrics, found = model.manifest.metrics, performance_files(model.folder)
     table = dots = ""
     if found:
         sheet, strip = found
@@ -221,9 +220,9 @@ def performance_page(model: Predictor | None) -> tuple[str, str]:  # above and b
         table = pairs_table(sheet) if many else confusion_table(sheet["classes"], sheet["confusion"])
         table = f"<style>#cell{{{sizes}}}</style>" + table
         dots = reliability_chart(sheet["reliability"], sheet["images"])
-    head = panel(f"How good is model {model.version}?", headline_figures(metrics), "wide")
-    robust = metrics.get("robustness", {}).get("per_corruption", {})
-    below = panel("By kind of picture", slices_list(metrics.get("slices", [])), "tall")
+    head = panel(f"How good is {model.manifest.model}?", headline_figures(metrics), "wide")
+    robust = metrics.robustness.per_corruption
+    below = panel("By kind of picture", slices_list(metrics.slices), "tall")
     below += panel("When the picture is disturbed", robustness_table(robust) if robust else "")
     below += panel("Can its confidence be trusted?", dots)
     below += panel("In full", card_frame(model.folder), "wide")

@@ -19,15 +19,17 @@ from .elements import example, example_names, picture_uri, sky
 from .identify import QUIET, Host, drop_area, sorry, upload_path
 from .uploads import forget_uploads, read_file
 from .wording import apology, bars, named, percent, text, track_record
+from ..package.manifest import Manifest
+from ..package.published import published, versions
 from ..serve.error_responses import Refusal
-from ..serve.predictor import Prediction, Predictor, models_folder
+from ..serve.predictor import Prediction, Predictor
 from ..serve.scorer import Scored
 
 # %% ../../nbs/demo/04_side_by_side.ipynb #published-versions
 def published_versions() -> dict[str, Path]:  # "celestial/3" → its folder, by name, the newest first
     "The versions that the registry has published."
-    found = [path.parent for path in models_folder().glob("*/*/model.json") if path.parent.name.isdigit()]
-    ordered = sorted(found, key=lambda folder: (folder.parent.name, -int(folder.name)))
+    folders = [published(model) for model in versions(retired=False)]
+    ordered = sorted(folders, key=lambda folder: (folder.parent.name, -int(folder.name)))
     return {f"{folder.parent.name}/{folder.name}": folder for folder in ordered}
 
 # %% ../../nbs/demo/04_side_by_side.ipynb #choices
@@ -35,11 +37,11 @@ def choices(
     current: Predictor | None,  # that answers now
 ) -> dict[str, Path]:  # what to call it → its folder; the current one first
     "The versions to choose from."
-    versions = published_versions()
+    folders = published_versions()
     if current is None:
-        return versions
-    name = next((name for name, folder in versions.items() if folder == current.folder), current.version)
-    return {f"{name} (answers now)": current.folder} | {n: f for n, f in versions.items() if f != current.folder}
+        return folders
+    name = next((name for name, folder in folders.items() if folder == current.folder), current.version)
+    return {f"{name} (answers now)": current.folder} | {n: f for n, f in folders.items() if f != current.folder}
 
 # %% ../../nbs/demo/04_side_by_side.ipynb #open-version
 @lru_cache(maxsize=4)
@@ -48,9 +50,9 @@ def open_version(folder: Path) -> Predictor:
     return Predictor(folder)
 
 # %% ../../nbs/demo/04_side_by_side.ipynb #version-card
-def version_card(name: str, prediction: Prediction, about: dict[str, Any]) -> str:
+def version_card(name: str, prediction: Prediction, manifest: Manifest) -> str:
     "What one version says."
-    record, threshold = track_record(about), about["ood_threshold"]
+    record, threshold = track_record(manifest.metrics), manifest.ood_threshold
     headline = prediction.label if prediction.known else "Nothing I know"
     sure = f"{percent(prediction.confidence)} sure" if prediction.known else f"likest to {named(prediction.label)}"
     strange = f"Strangeness {prediction.ood_score:.1f}; unknown begins at {threshold:.1f}."
@@ -88,7 +90,7 @@ async def one_side(host: Host, name: str | None, folder: Path | None, content: b
         raise
     except (CelestialError, Refusal) as e:
         return trouble_card(name, f"This version can't answer: {e.message}."), None
-    return version_card(name, scored.prediction, model.about), scored
+    return version_card(name, scored.prediction, model.manifest), scored
 
 # %% ../../nbs/demo/04_side_by_side.ipynb #compare
 async def compare(
@@ -128,7 +130,7 @@ def build_compare(host: Host, tab: Any) -> None:
     import gradio as gr
 
     block: dict[str, Any] = {"apply_default_css": False}
-    names = example_names(host.about.get("classes", ()))
+    names = example_names(host.classes)
     chosen = "Saturn" if names else None
     source = gr.State(chosen)
     with gr.Row(elem_id="compare-choices"):

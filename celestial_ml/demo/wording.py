@@ -9,9 +9,9 @@ __all__ = ['SORRY', 'are_worlds', 'named', 'counted', 'percent', 'track_record',
 # %% ../../nbs/demo/00_wording.ipynb #3b6bdda6
 import html
 from collections.abc import Iterable
-from typing import Any
 
 from ..core.many_classes import MANY
+from ..package.metrics import Metrics
 from ..planets.bodies import BODIES
 from ..serve.predictor import Prediction
 
@@ -39,18 +39,17 @@ def percent(share: float) -> str:  # never more than is known: 99.7 % isn't 100 
     return "less than 1 %" if share < 0.01 else f"{share * 100:.0f} %"
 
 # %% ../../nbs/demo/00_wording.ipynb #track-record
-def track_record(about: dict[str, Any]) -> str:  # "" if the model doesn't say
+def track_record(metrics: Metrics) -> str:  # "" if they have no accuracy
     "How often the model was right on pictures that it had never seen."
-    metrics = about.get("metrics") or {}
-    if "accuracy" not in metrics:
+    if metrics.accuracy is None:
         return ""
-    images = int(metrics.get("images", 100))
-    right = round(metrics["accuracy"] * images) if "images" in metrics else int(metrics["accuracy"] * 100)
+    images = metrics.images or 100
+    right = round(metrics.accuracy * images) if metrics.images else int(metrics.accuracy * 100)
     share = f"all {images}" if right == images else f"{right:,} of {images:,}"
     return f"it was right on {share} pictures it had never seen"
 
 # %% ../../nbs/demo/00_wording.ipynb #sentence
-def sentence(prediction: Prediction, about: dict[str, Any]) -> str:
+def sentence(prediction: Prediction, metrics: Metrics) -> str:
     "The answer, for somebody who has never heard of a probability."
     name = named(prediction.label)
     if not prediction.known:
@@ -59,7 +58,7 @@ def sentence(prediction: Prediction, about: dict[str, Any]) -> str:
         return f"This looks like none of the {number} {kind} I know. It looks most like {name}."
     confidence = prediction.confidence
     opening = "This is" if confidence >= 0.9 else "This is probably" if confidence >= 0.6 else "This may be"
-    record = track_record(about)
+    record = track_record(metrics)
     return f"{opening} {name}. The model is {percent(confidence)} sure{'; ' + record if record else ''}."
 
 # %% ../../nbs/demo/00_wording.ipynb #apology

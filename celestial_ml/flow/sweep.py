@@ -45,6 +45,7 @@ from .pipeline import Plan, StepFailed, images_checksum, run_pipeline, step_erro
 from .state import stale_steps, step_inputs
 from .steps import SECTIONS, Task, load_tasks, run_folder, step_parameters
 from ..model.networks import get_network
+from ..package.metrics import read_metrics
 
 # %% auto #0
 __all__ = ['FIRST_GUESS', 'THREADS', 'parse_grid', 'combinations', 'run_name', 'find_notebook', 'told', 'require_reached',
@@ -522,10 +523,16 @@ def run_metrics(
             last = list(csv.DictReader(f))[-1]
         found |= {key: float(value) for key, value in last.items() if key.startswith("val_")}
     if (folder / "metrics.json").is_file():
-        metrics = read_json(folder / "metrics.json")
-        found |= {key: metrics[key] for key in ("accuracy", "loss") if key in metrics}
-        found |= _numbers({"f1": metrics.get("macro", {}).get("f1")}, "macro_")
-        found |= _numbers({"ece": metrics.get("calibration", {}).get("after", {}).get("ece")})
+        metrics = read_metrics(folder)
+        calibrated = metrics.calibration.after
+        found |= _numbers(
+            {
+                "accuracy": metrics.accuracy,
+                "loss": metrics.loss,
+                "macro_f1": metrics.macro.f1 if metrics.macro else None,
+                "ece": calibrated.ece if calibrated else None,
+            }
+        )
     for notebook in sorted(folder.glob("*.ipynb")):
         found |= recorded(notebook)
     return found

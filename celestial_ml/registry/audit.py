@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import CelestialError
-from ..core.files import DamagedFile, hold, home, read_json, sha256_of
+from ..core.files import DamagedFile, hold, home, sha256_of
+from ..package.published import read_pointer
 
 # %% ../../nbs/registry/03_audit.ipynb #locked
 def locked(
@@ -138,12 +139,11 @@ def verify() -> Audit:
             return Audit(entries, [problem], torn)
         entries.append(json.loads(line))
         previous = entries[-1]["sha256"]
-    pointer = home() / "models" / "champion.json"
-    rests_on = None
-    with suppress(FileNotFoundError, DamagedFile):  # a pointer follows from the log, which mends it
-        rests_on = read_json(pointer, "model").get("entry")
-    if rests_on and rests_on not in {entry["sha256"] for entry in entries}:
-        return Audit(entries, [f"the entry that {pointer.name} rests on isn't there: the end was cut off"], torn)
+    pointer = None
+    with suppress(DamagedFile):  # a pointer follows from the log, which mends it
+        pointer = read_pointer("champion")
+    if pointer and pointer.entry and pointer.entry not in {entry["sha256"] for entry in entries}:
+        return Audit(entries, ["the entry that champion.json rests on isn't there: the end was cut off"], torn)
     return Audit(entries, [], torn)
 
 # %% ../../nbs/registry/03_audit.ipynb #read-log

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 from ..core.errors import AnswerIsNo, CelestialError
 from ..core.files import atomic, home, sha256_of, write_json
+from ..package.manifest import damage
+from ..package.published import published, versions
 from .audit import append, locked, read_log
 from .state import State, recover, sync_aliases
-from .versions import create_version, damage, publish, published, read_version, sweep, versions
+from .versions import create_version, publish, read_version, remove_leftovers
 
 if TYPE_CHECKING:
     from celestial_ml.core.params import Register
@@ -37,13 +39,13 @@ def register_version(
         model = create_version(package, name, run)
     with locked():
         state = recover()
-        sweep()
+        remove_leftovers()
         if (published(model) / "retired.json").exists():
             raise CelestialError(f"this package is {model}, which is retired", "Change what made it, and run it again.")
         publish(package, model)
         if state.candidates.get(name) != model:
-            about = read_version(model)
-            evidence = {"sha256": about["sha256"], "run": about.get("lineage", {}).get("run"), "mlflow_run": run.id}
+            manifest = read_version(model)
+            evidence = {"sha256": manifest.sha256, "run": manifest.lineage.run or None, "mlflow_run": run.id}
             append("register", model, "registered as candidate", evidence, who)
     sync_aliases(run.client)
     return model
@@ -74,10 +76,9 @@ def submit(
 # %% ../../nbs/registry/09_decisions.ipynb #in-use
 def _in_use(model: str) -> None:
     "`CelestialError` for a version that is retired, or isn't there."
-    if gone := read_version(model).get("retired"):
-        raise CelestialError(
-            f"{model} is retired", f"Its successor is {gone['successor']}; the archive: {gone['archive']}"
-        )
+    if retired := read_version(model).retired:
+        hint = f"Its successor is {retired['successor']}; the archive: {retired['archive']}"
+        raise CelestialError(f"{model} is retired", hint)
 
 # %% ../../nbs/registry/09_decisions.ipynb #record
 def _record(verdict: Verdict, p: Register, who: str | None, asked: bool, why: str) -> Verdict:

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core.files import atomic, read_json, sha256_of
+from ..core.files import atomic, sha256_of
 from ..data.images import ImageError, decode_image
+from ..package.graph import served_answers
+from ..package.manifest import read_manifest
 
 if TYPE_CHECKING:
     import pandas as pd
-    from onnxruntime import InferenceSession
 
 # %% auto #0
-__all__ = ['EVIDENCE', 'Evidence', 'short', 'served_answers', 'collect_evidence', 'Paired', 'mcnemar', 'compare', 'ask_the_same']
+__all__ = ['EVIDENCE', 'Evidence', 'short', 'collect_evidence', 'Paired', 'mcnemar', 'compare', 'ask_the_same']
 
 # %% ../../nbs/registry/04_evidence.ipynb #acedc76c
 EVIDENCE = "test_predictions.npz"  # its name in a package
@@ -64,30 +65,6 @@ def short(
 ) -> np.ndarray:  # uint64 (n,)
     "The first 16 digits of each checksum."
     return np.array([int(digits[:16], 16) for digits in sha256], np.uint64)
-
-# %% ../../nbs/registry/04_evidence.ipynb #session
-def _session(path: Path | str) -> InferenceSession:
-    "A file, opened for one thread."
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-# %% ../../nbs/registry/04_evidence.ipynb #served-answers
-def served_answers(
-    path: Path | str,  # of an ONNX file that is served
-    images: Iterable[np.ndarray],  # uint8 (h, w, 3) each, of any sizes
-) -> tuple[np.ndarray, np.ndarray]:  # probabilities float32 (n, classes), ood_score float32 (n,)
-    "What a packaged file says of each picture, one by one, as a server asks it."
-    wanted, session, said = ["probabilities", "ood_score"], None, []
-    for image in images:
-        session = session or _session(path)
-        said.append(session.run(wanted, {"image": image[None]}))
-    if not said:
-        return np.zeros((0, 0), np.float32), np.zeros(0, np.float32)
-    probabilities, scores = zip(*said, strict=True)
-    return np.concatenate(probabilities), np.concatenate(scores)
 
 # %% ../../nbs/registry/04_evidence.ipynb #collect-evidence
 def collect_evidence(
@@ -203,7 +180,7 @@ def ask_the_same(
     root: Path,  # that the images' paths are relative to
 ) -> Shared:
     "What another version says of the images that a version was measured on."
-    about, theirs = read_json(other / "model.json"), Evidence.load(other)
+    manifest, theirs = read_manifest(other), Evidence.load(other)
     on_file = {} if theirs is None else dict(zip(theirs.sha256.tolist(), theirs.predicted.tolist(), strict=True))
     known = np.zeros(len(evidence.sha256), bool)
     if theirs is not None:
@@ -212,9 +189,9 @@ def ask_the_same(
     waiting = np.flatnonzero((said == "") & ~known)
     found: list[int] = []
     images = _at_hand(evidence, waiting, root, found)
-    probabilities, _ = served_answers(other / about.get("file", "model.onnx"), images)
+    probabilities, _ = served_answers(other / manifest.file, images)
     if found:
-        said[found] = np.array(about["classes"])[probabilities.argmax(axis=1)]
+        said[found] = np.array(manifest.classes)[probabilities.argmax(axis=1)]
     rows = np.flatnonzero(said != "")
     return Shared(
         rows=rows,

@@ -5,22 +5,20 @@
 # %% ../../nbs/registry/05_gate.ipynb #d380f9e8
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..core.files import find_root, read_json
+from ..core.files import find_root
 from ..core.params import Register
+from ..package.deployment_check import Deployment, check_deployment
+from ..package.manifest import Manifest, ModelError, damage, read_manifest
+from ..package.metrics import Fairness
+from ..package.published import published
 from .evidence import Evidence, Paired, ask_the_same, compare
-from .versions import damage, package_files, published
 
 if TYPE_CHECKING:
     from pandas.io.formats.style import Styler
@@ -51,63 +49,51 @@ def _measured(name: str, value: float | None, limit: float, least: bool, more: s
     return Rule(name, "floor", float(value), limit, good, f"{name}{more} {shown} {how} {limit:g}{unit and ' ' + unit}")
 
 # %% ../../nbs/registry/05_gate.ipynb #worst-slice
-def _worst_slice(metrics: dict[str, Any], p: Register) -> list[Rule]:
+def _worst_slice(fairness: Fairness | None, p: Register) -> list[Rule]:
     "On the worst kind of picture, and how far it is from the best."
-    fairness = metrics.get("fairness")
     if fairness is None:
         return [
             _measured("worst slice", None, p.min_slice, True),
             _measured("gap of slices", None, p.max_slice_gap, False),
         ]
-    worst = fairness["worst"]
-    if worst is None:
+    worst, best = fairness.worst, fairness.best
+    if worst is None or best is None:
         why = "no kind of picture has enough images to be judged"
         limits = {"worst slice": p.min_slice, "gap of slices": p.max_slice_gap}
         return [Rule(name, "floor", None, limit, True, why) for name, limit in limits.items()]
-    where, best = f" ({worst['slice']} {worst['bin']})", fairness.get("best") or {}
+    where = f" ({worst.slice} {worst.bin})"
     # On thirty images a share may be off by fifteen points, so the gap is what both intervals leave of it.
-    sure = max(0.0, best["low"] - worst["high"]) if {"low"} <= best.keys() and "high" in worst else fairness["gap"]
     return [
-        _measured("worst slice", worst["accuracy"], p.min_slice, True, where),
-        _measured("gap of slices", sure, p.max_slice_gap, False, where),
+        _measured("worst slice", worst.accuracy, p.min_slice, True, where),
+        _measured("gap of slices", max(0.0, best.low - worst.high), p.max_slice_gap, False, where),
     ]
-
-# %% ../../nbs/registry/05_gate.ipynb #latency
-def _latency(about: dict[str, Any]) -> float | None:
-    "Milliseconds for an image, of the file that is served."
-    kind = "int8" if "int8" in about.get("file", "model.onnx") else "float32"
-    return about.get("compression", {}).get("files", {}).get(kind, {}).get("ms")
-
-# %% ../../nbs/registry/05_gate.ipynb #false-alarms
-def _false_alarms(about: dict[str, Any], evidence: Evidence | None) -> float | None:
-    "The share of held-out images that the served file calls unknown."
-    if evidence is not None and len(evidence.ood_score):
-        return float((evidence.ood_score > about["ood_threshold"]).mean())
-    return about.get("false_alarm_rate")
 
 # %% ../../nbs/registry/05_gate.ipynb #floor-rules
 def floor_rules(
     folder: Path,  # of a package
-    about: dict[str, Any],  # its model.json
+    manifest: Manifest,
     evidence: Evidence | None,
     p: Register,
 ) -> list[Rule]:
     "What every champion must reach."
-    metrics = about.get("metrics", {})
-    classes = metrics.get("per_class") or {}
-    worst = min(classes, key=lambda name: classes[name]["f1"], default=None)
-    served = folder / about.get("file", "model.onnx")
-    size = served.stat().st_size / 1e6 if served.is_file() else None
-    ece = metrics.get("intervals", {}).get("ece", {}).get("value")
-    lowest = classes[worst]["f1"] if worst else None
+    metrics, worst, served = manifest.metrics, manifest.metrics.worst_class, folder / manifest.file
+    ece, compared = metrics.intervals.get("ece"), manifest.compression.files
+    speed = compared.get("int8" if "int8" in manifest.file else "float32")
+    unknown = manifest.false_alarm_rate
+    if evidence is not None and len(evidence.ood_score):  # by the file that is served
+        unknown = float((evidence.ood_score > manifest.ood_threshold).mean())
+    lowest, size = (
+        metrics.per_class[worst].f1 if worst else None,
+        served.stat().st_size / 1e6 if served.is_file() else None,
+    )
     return [
-        _measured("accuracy", metrics.get("accuracy"), p.min_accuracy, True),
-        _measured("macro F1", metrics.get("macro", {}).get("f1"), p.min_macro_f1, True),
+        _measured("accuracy", metrics.accuracy, p.min_accuracy, True),
+        _measured("macro F1", metrics.macro.f1 if metrics.macro else None, p.min_macro_f1, True),
         _measured("worst class", lowest, p.min_class_f1, True, f" ({worst}) F1"),
-        *_worst_slice(metrics, p),
-        _measured("ECE", ece, p.max_ece, False),
-        _measured("false alarms", _false_alarms(about, evidence), p.max_false_alarms, False),
-        _measured("latency", _latency(about), p.max_ms, False, unit="ms"),
+        *_worst_slice(metrics.fairness, p),
+        _measured("ECE", ece.value if ece else None, p.max_ece, False),
+        _measured("false alarms", unknown, p.max_false_alarms, False),
+        _measured("latency", speed.ms if speed else None, p.max_ms, False, unit="ms"),
         _measured("size", size, p.max_mb, False, unit="MB"),
     ]
 
@@ -138,145 +124,65 @@ def baseline_rules(
         rules.append(_against(name, evidence.correct, said == evidence.label, p))
     return rules
 
-# %% ../../nbs/registry/05_gate.ipynb #refuse
-REFUSED = (
-    "tensorflow", "keras", "mlflow", "ploomber", "papermill", "pandas", "sklearn", "scipy", "matplotlib", "optuna",
-    "onnx", "tf2onnx", "jupyter",
-)  # fmt: skip
-_BARE = """
-import json, pathlib, sys, time
-import numpy as np
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in set(sys.argv[2].split(",")):
-            raise ModuleNotFoundError(f"{name} is not there where a model is served", name=name)
-sys.meta_path.insert(0, Refuse())
-from celestial_ml.core.errors import CelestialError
-from celestial_ml.serve.predictor import Predictor
-try:
-    began = time.perf_counter()
-    predictor = Predictor(sys.argv[1])
-    found = {"tested": predictor.self_test(), "seconds": time.perf_counter() - began}
-    with np.load(pathlib.Path(sys.argv[1], "selftest.npz")) as known:
-        if "logits" in known and "logits" in predictor.outputs:
-            said = np.stack([predictor.run(image)["logits"] for image in known["images"]])
-            found["difference"] = float(abs(said - known["logits"]).max() / max(1, abs(known["logits"]).max()))
-except CelestialError as e:
-    found = {"error": e.message}
-print(json.dumps(found))
-"""
-
-# %% ../../nbs/registry/05_gate.ipynb #load-bare
-def load_bare(
-    folder: Path,  # of a package
-    timeout: float = 120,  # seconds
-) -> dict[str, Any]:  # tested, seconds and, where the package has logits, difference; or error
-    "Load a package and have it test itself where only the serving side is installed."
-    import celestial_ml
-
-    package = str(Path(celestial_ml.__file__).parents[1])
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
-    command = [sys.executable, "-c", _BARE, str(folder), ",".join(REFUSED)]
-    try:
-        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
-        return json.loads(result.stdout.splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        return {"error": f"it didn't load within {timeout:g} s"}
-    except (IndexError, ValueError):
-        said = result.stderr.strip().splitlines() or [f"it ended with {result.returncode}"]
-        return {"error": said[-1]}
-
-# %% ../../nbs/registry/05_gate.ipynb #lineage
-class Lineage(BaseModel):
-    "Where a model comes from, as model.json must say it."
-
-    run: str
-    mlflow_run: str
-    code_revision: str
-    data_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    created: str
-    parameters: dict[str, Any]
-
-# %% ../../nbs/registry/05_gate.ipynb #about
-class About(BaseModel):
-    "What model.json must say; it may say more."
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str
-    version: str
-    classes: list[str] = Field(min_length=2)
-    input: str
-    file: str = Field(pattern=r"^[^/\\]+\.onnx$")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    files: dict[str, str]
-    ood_threshold: float = Field(allow_inf_nan=False)
-    temperature: float = Field(gt=0, allow_inf_nan=False)
-    parity: float = Field(ge=0, allow_inf_nan=False)  # of `logit_difference`, Keras against ONNX
-    metrics: dict[str, Any]
-    lineage: Lineage
-
 # %% ../../nbs/registry/05_gate.ipynb #schema
-def _schema(about: dict[str, Any]) -> str | None:
-    "What is wrong with a model.json, None where nothing is."
-    try:
-        About.model_validate(about)
-    except ValidationError as e:
-        return "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors()[:3])
-    repeated = len(about["classes"]) - len(set(about["classes"]))
-    return f"{repeated} classes are named twice" if repeated else None
+def _schema(manifest: Manifest) -> str | None:
+    "What a manifest lacks, None where it's complete."
+    if missing := manifest.missing:
+        return f"it lacks {', '.join(missing)}"
+    classes = manifest.classes
+    return None if len(classes) == len(set(classes)) > 1 else "its classes are not two or more different names"
 
 # %% ../../nbs/registry/05_gate.ipynb #parity
-def _parity(about: dict[str, Any], bare: dict[str, Any], p: Register) -> Rule:
+def _parity(manifest: Manifest, deployed: Deployment, p: Register) -> Rule:
     "Whether the logits are Keras's: those of the evaluated images when it was packaged, and its own pictures' now."
-    packaged, now = about.get("parity"), bare.get("difference")
-    if not isinstance(packaged, int | float):
+    packaged, now = manifest.parity, deployed.difference
+    if packaged is None:
         why = "the logits weren't compared with Keras's: package the run again"
         return Rule("parity", "deployment", None, p.max_difference, False, why)
-    largest = max(packaged, now or 0.0)
-    good = max(packaged, packaged if now is None else now) <= p.max_difference
+    largest = packaged if now is None else float(np.max([packaged, now]))  # a NaN stays one
     again = "" if now is None else f", {now:.1e} now"
     why = (
         f"its logits differ from Keras's by {packaged:.1e} when it was packaged{again}; {p.max_difference:g} is allowed"
     )
-    return Rule("parity", "deployment", largest, p.max_difference, good, why)
+    return Rule("parity", "deployment", largest, p.max_difference, largest <= p.max_difference, why)
 
 # %% ../../nbs/registry/05_gate.ipynb #deployment-rules
 def deployment_rules(
     folder: Path,  # of a package
-    about: dict[str, Any],  # its model.json
+    manifest: Manifest,
     p: Register,
 ) -> list[Rule]:
     "Whether it can be served."
     rule = partial(Rule, kind="deployment")
-    broken, wrong, bare = damage(folder), _schema(about), load_bare(folder)
-    files = f"{len(package_files(about))} files"
-    n = bare.get("tested", 0)
+    broken, wrong, deployed = damage(folder), _schema(manifest), check_deployment(folder)
+    files = f"{len(manifest.checksums)} files"
+    pictures = f"{deployed.pictures} pictures"
     return [
         rule("files whole", value="; ".join(broken) or files, limit="as packaged", passed=not broken,
              why="; ".join(broken) or f"all {files} are as they were packaged"),
         rule("schema", value=wrong or "valid", limit="valid", passed=not wrong,
-             why=f"model.json is not valid: {wrong}" if wrong else "model.json says all that it must"),
-        rule("bare serving", value=bare.get("error") or f"{n} pictures", limit="answers as in Keras", passed=n > 0,
-             why=f"it can't be served: {bare['error']}" if "error" in bare
-             else f"loaded in {bare['seconds']:.2f} s without the training side, {n} pictures answered as in Keras"),
-        _parity(about, bare, p),
+             why=f"model.json is not complete: {wrong}" if wrong else "model.json says all that it must"),
+        rule("bare serving", value=deployed.error or pictures, limit="answers as in Keras", passed=not deployed.error,
+             why=f"it can't be served: {deployed.error}" if deployed.error
+             else f"loaded in {deployed.seconds:.2f} s without the training side, {pictures} answered as in Keras"),
+        _parity(manifest, deployed, p),
     ]  # fmt: skip
 
 # %% ../../nbs/registry/05_gate.ipynb #knows-as-much
-def _knows_as_much(about: dict[str, Any], champion: str, theirs: dict[str, Any]) -> Rule:
-    "Whether whoever asked the champion still gets an answer."
-    missing = [name for name in theirs["classes"] if name not in about["classes"]]
+def _knows_as_much(manifest: Manifest, champion: Manifest) -> Rule:
+    "Whether it knows all classes of the champion, so that nobody misses one."
+    missing = [name for name in champion.classes if name not in manifest.classes]
     why = (
-        f"it doesn't know {', '.join(missing)}, which {champion} knows: register it under another name (register.name)"
+        f"it doesn't know {', '.join(missing)}, which {champion.model} knows: register it under another name "
+        "(register.name)"
         if missing
-        else f"it knows all {len(theirs['classes'])} classes that {champion} knows"
+        else f"it knows all {len(champion.classes)} classes that {champion.model} knows"
     )
-    return Rule("classes", "champion", len(about["classes"]), len(theirs["classes"]), not missing, why)
+    return Rule("classes", "champion", len(manifest.classes), len(champion.classes), not missing, why)
 
 # %% ../../nbs/registry/05_gate.ipynb #champion-rules
 def champion_rules(
-    about: dict[str, Any],  # the candidate's model.json
+    manifest: Manifest,  # the candidate's
     evidence: Evidence | None,
     champion: str,  # "celestial/3"
     p: Register,
@@ -287,8 +193,7 @@ def champion_rules(
     if broken := damage(published(champion)):
         why = f"the champion ({champion}) is damaged: {'; '.join(broken)}. Go back first: celestial models rollback"
         return [rule(None, None, False, why)], None
-    theirs = read_json(published(champion) / "model.json")
-    rules = [_knows_as_much(about, champion, theirs)]
+    rules = [_knows_as_much(manifest, read_manifest(published(champion)))]
     if evidence is None:
         why = "it has no answers on file to be compared by: package the run again"
         return [*rules, rule(None, None, False, why)], None
@@ -359,19 +264,21 @@ def judge(
     asked: bool = False,  # by a person, who decides what `p.promote` leaves open
 ) -> Verdict:
     "Ask all rules, and conclude."
-    folder = published(model)
-    about, evidence = read_json(folder / "model.json"), None
-    if not damage(folder):
-        evidence = Evidence.load(folder)
-    rules = [
-        *floor_rules(folder, about, evidence, p),
-        *baseline_rules(evidence, p),
-        *deployment_rules(folder, about, p),
-    ]
-    paired = None
-    if champion is not None and champion != model:
-        more, paired = champion_rules(about, evidence, champion, p, root or find_root() or Path.cwd())
-        rules += more
+    folder, paired = published(model), None
+    try:
+        manifest = read_manifest(folder)
+    except ModelError as e:  # there is nothing to ask the other rules of
+        rules = [Rule("schema", "deployment", e.message, "valid", False, e.message)]
+    else:
+        evidence = None if damage(folder) else Evidence.load(folder)
+        rules = [
+            *floor_rules(folder, manifest, evidence, p),
+            *baseline_rules(evidence, p),
+            *deployment_rules(folder, manifest, p),
+        ]
+        if champion is not None and champion != model:
+            more, paired = champion_rules(manifest, evidence, champion, p, root or find_root() or Path.cwd())
+            rules += more
     failed = [rule for rule in rules if not rule.passed]
     decision, conclusion = _conclude(failed, rules, champion, paired, p, asked)
     if champion == model:

@@ -16,6 +16,7 @@ import pandas as pd
 from ..core.intervals import share_interval
 from ..core.many_classes import PAIRS
 from ..model.slices import resampled_figures
+from ..package.metrics import Interval, Metrics
 from .evidence import Evidence, Paired, compare, short
 
 # %% auto #0
@@ -54,21 +55,21 @@ class Difference:
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #interval-of-difference
 def interval_of_difference(
-    ours: Mapping[str, float],  # value, low, high
-    theirs: Mapping[str, float],
+    ours: Interval,
+    theirs: Interval,
 ) -> tuple[float, float]:  # low, high of ours - theirs
     "The interval of a difference, from the intervals of both. Source: Newcombe 1998, method 10."
-    apart = ours["value"] - theirs["value"]
-    below = hypot(max(0, ours["value"] - ours["low"]), max(0, theirs["high"] - theirs["value"]))
-    above = hypot(max(0, ours["high"] - ours["value"]), max(0, theirs["value"] - theirs["low"]))
+    apart = ours.value - theirs.value
+    below = hypot(max(0, ours.value - ours.low), max(0, theirs.high - theirs.value))
+    above = hypot(max(0, ours.high - ours.value), max(0, theirs.value - theirs.low))
     return apart - below, apart + above
 
 
-def _from_intervals(base: Difference, ours: Mapping[str, float], theirs: Mapping[str, float]) -> Difference:
+def _from_intervals(base: Difference, ours: Interval, theirs: Interval) -> Difference:
     "A figure of both, tested by its intervals."
     low, high = interval_of_difference(ours, theirs)
     sure = low > 0 or high < 0
-    return replace(base, ours=ours["value"], theirs=theirs["value"], low=low, high=high, how="intervals", sure=sure)
+    return replace(base, ours=ours.value, theirs=theirs.value, low=low, high=high, how="intervals", sure=sure)
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #same-images
 def same_images(
@@ -114,45 +115,38 @@ _TESTED = {
 }
 
 
-def _of_count(value: float, images: int) -> dict[str, float]:
+def _of_count(value: float, images: int) -> Interval:
     "A share of so many images, with its interval."
     low, high = share_interval(round(value * images), images)
-    return {"value": value, "low": low, "high": high}
+    return Interval(value=value, low=low, high=high)
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #strangers
 def strangers(
     metrics: Mapping[str, Any],
 ) -> tuple[float, int] | None:  # the share that is called unknown, of how many pictures
     "How many pictures of nothing that it learned a model recognises as such."
-    kinds = metrics.get("unknown", {}).get("kinds", {}).values()
-    asked = sum(kind["images"] for kind in kinds)
-    return (sum(kind["images"] * kind["unknown"] for kind in kinds) / asked, asked) if asked else None
+    unknown = Metrics.of(metrics, "metrics.json").unknown
+    return None if unknown.detected is None else (unknown.detected, unknown.pictures)
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #shares
-def _shares(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def _shares(metrics: Metrics) -> dict[str, Interval]:
     "The shares of images that have no interval in the metrics."
-    found = {}
-    if told := strangers(metrics):
-        found["strangers recognised"] = _of_count(*told)
-    if (rate := metrics.get("unknown", {}).get("false_alarm_rate")) is not None:
-        found["known ones called unknown"] = _of_count(rate, metrics["images"])
-    return found
+    unknown, shares = metrics.unknown, {}
+    if unknown.detected is not None:
+        shares["strangers recognised"] = _of_count(unknown.detected, unknown.pictures)
+    if unknown.false_alarm_rate is not None:
+        shares["known ones called unknown"] = _of_count(unknown.false_alarm_rate, metrics.images)
+    return shares
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #untested
-def _untested(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[Difference]:
+def _untested(ours: Metrics, theirs: Metrics) -> list[Difference]:
     "The figures that are shown as they are."
-    paths = {
-        "worst kind of picture": ("fairness", "worst", "accuracy"),
-        "damaged pictures": ("robustness", "mean_accuracy"),
-    }
-    rows = []
-    for name, keys in paths.items():
-        values: list[Any] = [ours, theirs]
-        for key in keys:
-            values = [(value or {}).get(key) for value in values]
-        if any(value is not None for value in values):
-            rows.append(Difference(name, *values))
-    return rows
+    slices, damaged = [
+        [m.fairness.worst.accuracy if m.fairness and m.fairness.worst else None for m in (ours, theirs)],
+        [m.robustness.mean_accuracy for m in (ours, theirs)],
+    ]
+    rows = [Difference("worst kind of picture", *slices), Difference("damaged pictures", *damaged)]
+    return [row for row in rows if row.ours is not None or row.theirs is not None]
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #fits
 def _fits(answers: Evidence, classes: list[str]) -> bool:
@@ -164,8 +158,8 @@ def _fits(answers: Evidence, classes: list[str]) -> bool:
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #differences
 def differences(
-    ours: Mapping[str, Any],  # of metrics.json
-    theirs: Mapping[str, Any],
+    ours: Metrics,
+    theirs: Metrics,
     answers: tuple[Evidence, Evidence] | None = None,  # of both, where they are at hand
     paired: Paired | None = None,  # what is known of the accuracies already, as the gate found it
     alpha: float = 0.05,  # the intervals hold 1 - alpha
@@ -173,19 +167,21 @@ def differences(
 ) -> list[Difference]:
     "All figures of two models, tested on the same images where that's possible, by their intervals elsewhere."
     rows = {
-        key: Difference(name, (ours.get("intervals", {}).get(key) or {}).get("value"),
-                        (theirs.get("intervals", {}).get(key) or {}).get("value"), more_is_better=more, as_share=share)
+        key: Difference(name, None, None, more_is_better=more, as_share=share)
         for key, (name, more, share) in _TESTED.items()
-    }  # fmt: skip
+    }
     for key, row in rows.items():
-        if row.ours is not None and row.theirs is not None:
-            rows[key] = _from_intervals(row, ours["intervals"][key], theirs["intervals"][key])
+        left, right = ours.intervals.get(key), theirs.intervals.get(key)
+        if left and right:
+            rows[key] = _from_intervals(row, left, right)
+        else:
+            rows[key] = replace(row, ours=left and left.value, theirs=right and right.value)
     if answers is not None:
         mine, others = same_images(*answers)
         if len(mine) >= least:
             paired = paired or compare(answers[0].correct[mine], answers[1].correct[others], alpha)
-            classes = list(ours["per_class"])
-            if classes == list(theirs["per_class"]) and all(_fits(side, classes) for side in answers):
+            classes = list(ours.per_class)
+            if classes == list(theirs.per_class) and all(_fits(side, classes) for side in answers):
                 for key, (a, b, low, high) in paired_figures(*answers, classes, alpha).items():
                     rows[key] = replace(
                         rows[key], ours=a, theirs=b, low=low, high=high, how="paired", sure=low > 0 or high < 0
@@ -265,15 +261,16 @@ def _how(figures: list[Difference], answers: tuple[Evidence, Evidence] | None, p
 # %% ../../nbs/registry/11_metric_comparison.ipynb #make-comparison
 def make_comparison(
     names: tuple[str, str],  # what to call ours, and theirs
-    metrics: tuple[Mapping[str, Any], Mapping[str, Any]],  # of metrics.json
+    metrics: tuple[Metrics | Mapping[str, Any], Metrics | Mapping[str, Any]],
     params: tuple[Mapping[str, Any], Mapping[str, Any]],  # by dotted keys
     answers: tuple[Evidence, Evidence] | None = None,
     paired: Paired | None = None,  # as the gate found it
     alpha: float = 0.05,
 ) -> Comparison:
     "Hold a model beside another one."
-    figures = differences(*metrics, answers, paired, alpha)
-    counts = [{(c["label"], c["predicted"]): c["images"] for c in m.get("confused", [])} for m in metrics]
+    ours, theirs = (m if isinstance(m, Metrics) else Metrics.of(m, "metrics.json") for m in metrics)
+    figures = differences(ours, theirs, answers, paired, alpha)
+    counts = [{(c.label, c.predicted): c.images for c in m.confused} for m in (ours, theirs)]
     whole = [len(count) < PAIRS for count in counts]  # a pair that a full list lacks may be there all the same
     pairs = {
         pair: (counts[0].get(pair, 0), counts[1].get(pair, 0))
@@ -283,7 +280,7 @@ def make_comparison(
     changed = sorted(
         (pair for pair in pairs if len(set(pairs[pair])) > 1), key=lambda p: -abs(pairs[p][0] - pairs[p][1])
     )
-    scores = [{name: row.get("f1") for name, row in m["per_class"].items()} for m in metrics]
+    scores = [{name: row.f1 for name, row in m.per_class.items()} for m in (ours, theirs)]
     return Comparison(
         ours=names[0],
         theirs=names[1],

@@ -8,10 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..core.files import find_root, home, read_json
+from ..core.files import find_root, read_json
+from ..package.manifest import Manifest, damage
+from ..package.published import published, read_pointer, versions
 from .audit import verify
 from .state import State, state_of
-from .versions import damage, published, read_version, versions
+from .versions import read_version
 
 # %% auto #0
 __all__ = ['look', 'list_versions', 'describe', 'compare_versions']
@@ -19,30 +21,28 @@ __all__ = ['look', 'list_versions', 'describe', 'compare_versions']
 # %% ../../nbs/registry/10_overview.ipynb #look
 def look() -> State:
     "Where things stand, without mending anything."
-    state, pointer = state_of(verify().entries), home() / "models" / "champion.json"
-    if not state.n and pointer.is_file():  # from before there was a log
-        return State(line=(read_json(pointer, "model")["model"],))
-    return state
+    state = state_of(verify().entries)
+    pointer = None if state.n else read_pointer("champion")  # from before there was a log
+    return State(line=(pointer.model,)) if pointer else state
 
 # %% ../../nbs/registry/10_overview.ipynb #row
 def _row(model: str, state: State) -> dict[str, Any]:
     "A version in a line."
-    about, folder = read_version(model), published(model)
-    metrics, lineage = about.get("metrics", {}), about.get("lineage", {})
-    accuracy = metrics.get("intervals", {}).get("accuracy", {})
-    served = folder / about.get("file", "model.onnx")
+    manifest = read_version(model)
+    metrics, lineage, served = manifest.metrics, manifest.lineage, published(model) / manifest.file
+    accuracy = metrics.intervals.get("accuracy")
     return {
         "model": model,
         "aliases": state.aliases(model),
-        "retired": about.get("retired", {}).get("successor"),
-        "accuracy": metrics.get("accuracy"),
-        "low": accuracy.get("low"),
-        "high": accuracy.get("high"),
-        "macro_f1": metrics.get("macro", {}).get("f1"),
-        "images": metrics.get("images"),
-        "source": lineage.get("source"),
-        "run": lineage.get("run"),
-        "created": lineage.get("created"),
+        "retired": (manifest.retired or {}).get("successor"),
+        "accuracy": metrics.accuracy,
+        "low": accuracy.low if accuracy else None,
+        "high": accuracy.high if accuracy else None,
+        "macro_f1": metrics.macro.f1 if metrics.macro else None,
+        "images": metrics.images or None,
+        "source": lineage.source,
+        "run": lineage.run or None,
+        "created": lineage.created or None,
         "mb": served.stat().st_size / 1e6 if served.is_file() else None,
     }
 
@@ -57,21 +57,21 @@ def describe(
     model: str,  # "celestial/3"
 ) -> dict[str, Any]:
     "A version from all sides: its row, its classes, figures, lineage, rules, history, and what is wrong with it."
-    about, folder = read_version(model), published(model)
+    manifest, folder = read_version(model), published(model)
     gate = read_json(folder / "gate.json") if (folder / "gate.json").is_file() else {}
     card = folder / "model_card.html"
     history = [
         {k: e[k] for k in ("n", "time", "who", "action", "decision")} for e in verify().entries if e["model"] == model
     ]
     return _row(model, look()) | {
-        "classes": about.get("classes", []),
-        "intervals": about.get("metrics", {}).get("intervals", {}),
-        "lineage": about.get("lineage", {}),
+        "classes": manifest.classes,
+        "intervals": {name: interval.to_json() for name, interval in manifest.metrics.intervals.items()},
+        "lineage": manifest.lineage.to_json(),
         "rules": gate.get("rules", []),
         "verdict": (gate.get("reasons") or [None])[-1],
         "history": history,
         "card": str(card) if card.is_file() else None,
-        "damage": [] if "retired" in about else damage(folder),
+        "damage": [] if manifest.retired else damage(folder),
     }
 
 # %% ../../nbs/registry/10_overview.ipynb #figure
@@ -88,17 +88,17 @@ _FIGURES = {
 }
 
 # %% ../../nbs/registry/10_overview.ipynb #figure-x
-def _figure(about: dict[str, Any], keys: tuple[str, ...]) -> float | None:
+def _figure(manifest: Manifest, keys: tuple[str, ...]) -> float | None:
     "A figure of a model.json, None where it wasn't measured."
-    value: Any = about.get("metrics", {})
+    value: Any = manifest.metrics.to_json()
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
 
 # %% ../../nbs/registry/10_overview.ipynb #flat
-def _flat(about: dict[str, Any]) -> dict[str, Any]:
+def _flat(manifest: Manifest) -> dict[str, Any]:
     "The parameters of a version, by dotted keys."
-    sections = about.get("lineage", {}).get("parameters", {})
+    sections = manifest.lineage.parameters
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 # %% ../../nbs/registry/10_overview.ipynb #on-the-same

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import CelestialError, unknown
-from ..core.files import DamagedFile, home, read_json, write_json
+from ..core.files import DamagedFile, read_json, write_json
 from ..core.page_builder import mark_retired
+from ..package.manifest import MODEL_JSON, Manifest, damage, read_manifest
+from ..package.published import models_folder, pointer_file, published, read_pointer, versions
 from .audit import append, audit_file, locked, read_log, verify, whoami
-from .versions import damage, published, read_version, versions
+from .versions import read_version
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -83,25 +85,23 @@ def state_of(
     return state
 
 # %% ../../nbs/registry/08_state.ipynb #point
-def _point(alias: str, model: str | None, entry: str | None = None) -> None:
-    "Have the pointer that servers read name a version, or be gone."
-    pointer = home() / "models" / f"{alias}.json"
-    told = {}
-    with suppress(FileNotFoundError, DamagedFile):
-        told = read_json(pointer, "model")
+def _point(role: str, model: str | None, entry: str | None = None) -> None:
+    "Make the pointer that servers read name a version, or remove it."
+    current = None
+    with suppress(DamagedFile):
+        current = read_pointer(role)
     if model is None:
-        pointer.unlink(missing_ok=True)
-    elif told.get("model") != model or not told.get("entry"):
-        write_json(pointer, {"model": model, "entry": entry})
+        pointer_file(role).unlink(missing_ok=True)
+    elif current is None or current.model != model or not current.entry:
+        write_json(pointer_file(role), {"model": model, "entry": entry})
 
 # %% ../../nbs/registry/08_state.ipynb #adopt
 def _adopt(why: str) -> None:
     "Begin a log with the champion as the pointer names it."
-    pointer = home() / "models" / "champion.json"
-    if pointer.is_file() and not damage(published(read_json(pointer, "model")["model"])):
-        model = read_json(pointer)["model"]
-        entry = append("adopt", model, "taken over as champion", {"why": why})
-        write_json(pointer, {"model": model, "entry": entry["sha256"]})
+    pointer = read_pointer("champion")
+    if pointer and not damage(published(pointer.model)):
+        entry = append("adopt", pointer.model, "taken over as champion", {"why": why})
+        write_json(pointer_file("champion"), {"model": pointer.model, "entry": entry["sha256"]})
 
 
 _KEPT = ("retired.json", "gate.json", "model_card.md", "model_card.html")
@@ -110,11 +110,11 @@ _KEPT = ("retired.json", "gate.json", "model_card.md", "model_card.html")
 def _put_away(model: str, evidence: dict[str, Any]) -> None:
     "Leave of a retired version its card, marked, and what is known of it."
     folder = published(model)
-    if (folder / "model.json").exists():
-        kept = read_json(folder / "model.json") | {"retired": evidence}
+    if (folder / MODEL_JSON).exists():
+        kept = read_json(folder / MODEL_JSON) | {"retired": evidence}
         write_json(folder / "retired.json", kept)
         mark_retired(folder, evidence)
-        (folder / "model.json").unlink()  # from here on nobody finds it to serve it
+        (folder / MODEL_JSON).unlink()  # from here on nobody finds it to serve it
     for path in folder.iterdir():
         if path.name not in _KEPT:
             path.unlink()
@@ -147,16 +147,15 @@ def restart_log(
         kept = audit_file().with_name(f"audit.{datetime.now(UTC):%Y%m%dT%H%M%S}.jsonl")
         audit_file().touch()
         audit_file().rename(kept)
-        pointer = home() / "models" / "champion.json"
-        if pointer.is_file():
-            write_json(pointer, {"model": read_json(pointer, "model")["model"]})
+        if pointer := read_pointer("champion"):
+            write_json(pointer_file("champion"), {"model": pointer.model})
         _adopt(f"{who or whoami()} began a new log; {kept.name} is the one before: {problems[0]}")
         return kept
 
 # %% ../../nbs/registry/08_state.ipynb #aliases-file
 def _aliases_file() -> Path:
     "Where it's written down up to which entry MLflow's aliases follow the log."
-    return home() / "models" / "aliases.json"
+    return models_folder() / "aliases.json"
 
 # %% ../../nbs/registry/08_state.ipynb #aliases-behind
 def aliases_behind() -> bool:
@@ -226,7 +225,7 @@ def resolve(
     return model
 
 # %% ../../nbs/registry/08_state.ipynb #champion
-def champion() -> dict[str, Any] | None:  # its model.json
+def champion() -> Manifest | None:
     "The model that is served, None where nothing was promoted yet."
-    pointer = home() / "models" / "champion.json"
-    return read_json(published(read_json(pointer, "model")["model"]) / "model.json") if pointer.is_file() else None
+    pointer = read_pointer("champion")
+    return read_manifest(published(pointer.model)) if pointer else None

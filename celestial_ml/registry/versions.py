@@ -5,84 +5,41 @@
 # %% ../../nbs/registry/02_versions.ipynb #05300f71
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.errors import CelestialError, unknown
-from ..core.files import atomic, home, read_json, sha256_of, write_json
+from celestial_ml.package.manifest import (
+    MODEL_JSON,
+    Manifest,
+    ModelError,
+    copy_package,
+    damage,
+    fingerprint,
+    read_manifest,
+)
+from ..package.published import models_folder, published, versions
 
 if TYPE_CHECKING:
     from celestial_ml.registry.tracking import Run
 
 # %% auto #0
-__all__ = ['published', 'package_files', 'damage', 'versions', 'read_version', 'publish', 'sweep', 'create_version']
-
-# %% ../../nbs/registry/02_versions.ipynb #published
-def published(
-    model: str,  # "celestial/3"
-) -> Path:  # its folder
-    "Where a registered version is published."
-    return home() / "models" / model
-
-# %% ../../nbs/registry/02_versions.ipynb #package-files
-def package_files(
-    about: dict[str, Any],  # a model.json
-) -> dict[str, str]:  # name → SHA-256
-    "The files of a package besides model.json: the network, and what a server or the gate wants beside it."
-    return {about.get("file", "model.onnx"): about["sha256"]} | about.get("files", {})
-
-# %% ../../nbs/registry/02_versions.ipynb #damage
-def damage(
-    folder: Path,  # of a package
-) -> list[str]:  # in words; empty where all is well
-    "What of a package isn't as its model.json says."
-    if not (folder / "model.json").is_file():
-        return [f"there is no model.json in {folder}"]
-    try:
-        files = package_files(read_json(folder / "model.json"))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        return [f"{folder / 'model.json'} is damaged ({e!r})"]
-    missing = [f"{name} is missing" for name in files if not (folder / name).is_file()]
-    other = [
-        f"{name} is another file than the one that was packaged"
-        for name, sha256 in files.items()
-        if (folder / name).is_file() and sha256_of(folder / name) != sha256
-    ]
-    return missing + other
-
-# %% ../../nbs/registry/02_versions.ipynb #fingerprint
-def fingerprint(
-    about: dict[str, Any],  # a model.json
-) -> str:  # 64 hexadecimal digits
-    "One checksum for what makes a package what it is."
-    told = [about.get(key) for key in ("file", "classes", "ood_threshold", "temperature", "metrics")]
-    return sha256_of(json.dumps([package_files(about), told], sort_keys=True).encode())
-
-# %% ../../nbs/registry/02_versions.ipynb #versions
-def versions() -> list[str]:  # "celestial/3", by name, then by number
-    "All published versions, the retired ones too."
-    found = [
-        path.relative_to(home() / "models").as_posix()
-        for path in (home() / "models").glob("*/*")
-        if not path.name.startswith(".") and ((path / "model.json").exists() or (path / "retired.json").exists())
-    ]
-    return sorted(found, key=lambda model: (model.rpartition("/")[0], int(model.rpartition("/")[2])))
+__all__ = ['read_version', 'publish', 'remove_leftovers', 'create_version']
 
 # %% ../../nbs/registry/02_versions.ipynb #read-version
 def read_version(
     model: str,  # "celestial/3"
-) -> dict[str, Any]:  # its model.json; of a retired one, what is left of it, with the key retired
-    "What is known of a version; `CelestialError` names the nearest where there is none."
-    for name in ("model.json", "retired.json"):
+) -> Manifest:
+    "What a version says of itself, a retired one too; `CelestialError` names the nearest where there is none."
+    for name in (MODEL_JSON, "retired.json"):
         if model and (published(model) / name).is_file():
-            return read_json(published(model) / name)
+            return read_manifest(published(model), name)
     if not versions():
         raise CelestialError(f"there is no version {model!r}: nothing is registered", "Train one: celestial run")
     if model in versions():  # something else has the name of its file
-        raise CelestialError(f"{published(model) / 'model.json'} is not a file", "Restore it from a copy.")
+        raise CelestialError(f"{published(model) / MODEL_JSON} is not a file", "Restore it from a copy.")
     raise unknown("version", model, versions())
 
 # %% ../../nbs/registry/02_versions.ipynb #publish
@@ -90,38 +47,24 @@ def publish(
     package: Path,  # a folder with model.json and what it names
     model: str,  # "celestial/3"
 ) -> None:
-    "Copy a package to where servers find it; one that is there and whole is left as it is."
-    if not damage(published(model)):
-        return
-    about = read_json(package / "model.json")
-    name, _, number = model.partition("/")
-    with atomic(published(model)) as folder:
-        folder.mkdir()
-        for file in package_files(about):
-            shutil.copy2(package / file, folder)
-        write_json(folder / "model.json", about | {"name": name, "version": number})
+    "Copy a package to where servers look for it; one that is there and whole is left as it is."
+    if damage(published(model)):
+        name, _, number = model.partition("/")
+        copy_package(package, published(model), name, number)
 
 # %% ../../nbs/registry/02_versions.ipynb #sweep
-def sweep() -> None:
-    "Remove what processes that were killed left behind half written."
-    for rest in list((home() / "models").rglob(".*.part*")):
-        if _lives(int(rest.name.rpartition(".part")[0].rpartition(".")[2])):
-            continue  # a card is written without the registry's lock
-        if rest.is_dir():
-            shutil.rmtree(rest, ignore_errors=True)
-        else:
-            rest.unlink(missing_ok=True)
-
-# %% ../../nbs/registry/02_versions.ipynb #lives
-def _lives(pid: int) -> bool:
-    "Whether there is such a process."
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
+def remove_leftovers() -> None:
+    "Remove what processes that were killed left half written."
+    for path in list(models_folder().rglob(".*.part*")):
+        try:
+            os.kill(int(path.name.rpartition(".part")[0].rpartition(".")[2]), 0)
+        except ProcessLookupError:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        except PermissionError:  # somebody else's process
+            continue
 
 # %% ../../nbs/registry/02_versions.ipynb #create-version
 def create_version(
@@ -129,17 +72,17 @@ def create_version(
     name: str,  # of the model in the registry
     run: Run,  # that made it
 ) -> str:  # "celestial/3"
-    "Number a package in MLflow's registry; `CelestialError` if a file of it isn't the one that was packaged."
-    if found := damage(package):
-        raise CelestialError(f"{package} was changed after it was packaged: {'; '.join(found)}", "Package it again.")
-    about, client = read_json(package / "model.json"), run.client
+    "Number a package in MLflow's registry; `ModelError` if a file of it isn't the one that was packaged."
+    if broken := damage(package):
+        raise ModelError(f"{package} was changed after it was packaged: {'; '.join(broken)}", "Package it again.")
+    manifest, client = read_manifest(package), run.client
     if not client.search_registered_models(filter_string=f"name = '{name}'"):
         client.create_registered_model(name)
-    tags = {"sha256": about["sha256"], "package": fingerprint(about)}
+    tags = {"sha256": manifest.sha256, "package": fingerprint(package)}
     for version in client.search_model_versions(f"name = '{name}'"):
         if version.tags.get("package") == tags["package"]:
             return f"{name}/{version.version}"
-    for file in package_files(about):
+    for file in manifest.checksums:
         run.log_file(package / file, "model")
     source = f"{client.get_run(run.id).info.artifact_uri}/model"
     return f"{name}/{client.create_model_version(name, source, run.id, tags=tags, await_creation_for=0).version}"

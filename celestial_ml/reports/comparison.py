@@ -20,9 +20,11 @@ from ..core.files import read_json
 from ..core.page_builder import Beside, Block, Card, Picture, Table, block_markdown, few_rows
 from ..core.params import ParamsError, load_params, parse_yaml
 from ..flow.steps import run_folder
+from ..package.manifest import damage
+from ..package.published import published, versions
 from ..registry.evidence import EVIDENCE, Evidence
 from ..registry.metric_comparison import Comparison, flat, make_comparison
-from ..registry.versions import damage, published, read_version, versions
+from ..registry.versions import read_version
 from celestial_ml.reports.run_report import (
     against_version,
     changed_words,
@@ -225,7 +227,7 @@ def compare_run(
 # %% ../../nbs/reports/02_comparison.ipynb #side-of
 def _side_of(model: str) -> Side:
     "A version, as a side."
-    about = read_version(model)
+    about = read_version(model).to_json()
     answers = None if damage(published(model)) else Evidence.load(published(model))
     return Side(model, about["metrics"], flat(about["lineage"]["parameters"]), answers, about=about)
 

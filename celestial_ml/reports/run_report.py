@@ -14,9 +14,11 @@ import numpy as np
 
 from ..core.page_builder import Beside, Block, Card, Gallery, Links, Picture, Table, few_rows, share
 from ..data.images import ImageError, decode_image
+from ..package.manifest import damage
+from ..package.published import published
 from ..registry.evidence import Evidence, Paired
 from ..registry.metric_comparison import Comparison, Difference, flat, make_comparison, strangers
-from ..registry.versions import damage, published, read_version
+from ..registry.versions import read_version
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,7 +78,7 @@ def against_version(
     other = rival(verdict)
     if other is None:
         return None
-    theirs = read_version(other)
+    theirs = read_version(other).to_json()
     on_file = None if damage(published(other)) else Evidence.load(published(other))
     asked = verdict.get("comparison") if verdict.get("champion") == other else None
     return make_comparison(

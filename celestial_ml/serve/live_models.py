@@ -15,11 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.errors import CelestialError
-from ..core.files import read_json
+from ..core.files import DamagedFile
 from ..core.names import printable
+from ..package.manifest import ModelError
+from ..package.published import models_folder, pointer_file, published, read_pointer
+from ..package.self_test import SELF_TEST
 from .error_responses import Refusal
 from .metrics import Figure, Metrics
-from .predictor import ModelError, Predictor, models_folder
+from .predictor import Predictor
 
 # %% auto #0
 __all__ = ['Models']
@@ -32,13 +35,13 @@ def pointed(
     role: str,  # champion or challenger
 ) -> Path | None:  # the folder of a published version; None where nobody has the role
     "Whom the registry means; `ModelError` if what it says can't be read."
-    pointer = models_folder() / f"{role}.json"
     try:
-        return models_folder() / read_json(pointer)["model"]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ModelError(f"{pointer} is damaged ({e!r})", "`celestial models sync` writes it anew.") from None
+        pointer = read_pointer(role)
+    except (OSError, DamagedFile) as e:
+        raise ModelError(
+            f"{pointer_file(role)} is damaged ({e!r})", "`celestial models sync` writes it anew."
+        ) from None
+    return published(pointer.model) if pointer else None
 
 # %% ../../nbs/serve/07_live_models.ipynb #role
 LONGEST = 60.0  # seconds between two looks at a model that was refused
@@ -150,7 +153,7 @@ class Role(Standing):
     def take(self, folder: Path) -> None:
         "Load a model, and have it answer once it has proven itself."
         predictor = Predictor(folder)
-        if "selftest.npz" in predictor.about.get("files", {}):  # the gate asks for it; an older package has none
+        if SELF_TEST in predictor.manifest.files:  # the gate asks for it; an older package has none
             predictor.self_test()
         self.predictor, self.refused = predictor, None
         self.metrics.reloads.labels(self.name, "taken").inc()
@@ -186,7 +189,7 @@ def no_model() -> Refusal:
 def role_figures(role: Role) -> Iterable[Figure]:
     "What is loaded, for the metrics."
     if model := role.predictor:
-        labels = {"role": role.name, "version": model.version, "sha256": model.about["sha256"]}
+        labels = {"role": role.name, "version": model.version, "sha256": model.manifest.sha256}
         yield "gauge", "celestial_model", "Models that are loaded", labels, 1
     words = "1 where the version that the registry means was refused, and another one answers"
     yield "gauge", "celestial_model_refused", words, {"role": role.name}, float(role.refused is not None)

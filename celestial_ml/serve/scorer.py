@@ -27,8 +27,8 @@ from celestial_ml.data.images import (
     open_image,
     read_costly,
 )
+from ..data.thumbnails import shrink
 from .error_responses import Refusal
-from .explanation import shrink
 from .metrics import Metrics
 from .predictor import OVERLAY, Prediction, Predictor, as_prediction
 
