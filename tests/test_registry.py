@@ -102,7 +102,7 @@ def test_the_champion_is_asked_about_the_candidates_images(home: Path, run: Run,
     assert "points worse than the champion (celestial/1), of 5 allowed" in verdict.reasons[-1]
     verdict = judge(good, "celestial/1", Register(max_doubt=0.1))
     assert verdict.decision == "promote", verdict.reasons
-    assert "36 asked now, 4 left out because it learned" in verdict.reasons[-1]
+    assert "36 answered now, 4 left out because it learned" in verdict.reasons[-1]
     assert verdict.comparison and (verdict.comparison.images, verdict.comparison.other) == (36, 1.0)
     poor = register_version(package(tmp_path / "c", np.arange(40) < 30, shas, paths), "celestial", run)
     lax = Register(min_accuracy=0.5, min_macro_f1=0.5)
@@ -305,7 +305,9 @@ def test_kill_9_at_20_moments_leaves_a_champion_that_works(home: Path, run: Run,
         for moment in range(20):
             step = STEPS[moment % 3]
             if step == "rollback" and not recover().previous:
-                submit("celestial/1" if recover().champion == "celestial/2" else "celestial/2", Register(), asked=True)
+                submit(
+                    "celestial/1" if recover().champion == "celestial/2" else "celestial/2", Register(), by_hand=True
+                )
             size = audit_file().stat().st_size
             pid = killer.start(step, dice.sample(packages, len(packages)))
             if moment % 2:
@@ -374,16 +376,16 @@ def test_killed_before_any_change_of_the_disk_it_is_done_or_not_done(
         model = register_version(package(tmp_path / name, share), "celestial", run)
         submit(model, Register(promote="by_hand" if name == "c" else "not_worse"))
     if what == "retire":
-        submit("celestial/3", Register(), asked=True)
+        submit("celestial/3", Register(), by_hand=True)
     fresh = package(tmp_path / "d", 0.965)
     numbered = create_version(fresh, "celestial", run)
-    verdict = judge("celestial/3", recover().champion, Register(), asked=True)
+    verdict = judge("celestial/3", recover().champion, Register(), by_hand=True)
     monkeypatch.setattr(gate, "judge", lambda *_: verdict)  # what it asks is on file: no process of its own, no MLflow
     monkeypatch.setattr(decisions, "create_version", lambda *_: numbered)
     monkeypatch.setattr(decisions, "sync_aliases", lambda _: None)
     actions: dict[str, Callable[[], object]] = {
         "register": lambda: register_version(fresh, "celestial", run),
-        "promote": lambda: submit("celestial/3", Register(), asked=True),
+        "promote": lambda: submit("celestial/3", Register(), by_hand=True),
         "rollback": lambda: rollback("a test"),
         "retire": lambda: retire("celestial/1", "celestial/3"),
     }

@@ -185,7 +185,7 @@ def test_a_worse_run_is_said_to_be_worse_and_by_which_test(home: Path, tmp_path:
     assert figures["macro F1"][-1] == "worse" and figures["calibration error"][-1] == "the same"
     assert table_with(text, "parameter") == {"train.lr": ["0.95", "0.75"]}
     assert '<td class="no">worse</td>' in page and "refused by the gate" in page
-    by_hand = submit(worse, lax.model_copy(update={"not_worse_by": 0.5}), asked=True).to_dict()
+    by_hand = submit(worse, lax.model_copy(update={"not_worse_by": 0.5}), by_hand=True).to_dict()
     assert by_hand["decision"] == "promote"
     kept = submit(worse, lax.model_copy(update={"not_worse_by": 0.5})).to_dict()
     assert kept["decision"] == "keep" and rival(kept) == "celestial/1", "beside the one before it"

@@ -178,7 +178,7 @@ def models_promote(
         named, root = _named(model), find_root()
         folder = root / "params" if root else "params"
         rules = load_params(params, folder=folder).register_ if params else gate_params(named)
-        verdict = submit(named, rules, who, asked=True, why=why)
+        verdict = submit(named, rules, who, by_hand=True, why=why)
         if json_:
             print(json.dumps(verdict.to_dict()), flush=True)
         elif verdict.promoted:

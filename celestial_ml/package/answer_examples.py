@@ -65,10 +65,10 @@ def reliability(
         for place in np.unique(bin_of)
     ]
 
-# %% ../../nbs/package/06_answer_examples.ipynb #contact-strip
+# %% ../../nbs/package/06_answer_examples.ipynb #save-strip-x
 SIDE, COLUMNS = 72, 20  # pixels of a thumbnail; thumbnails in a row
 
-# %% ../../nbs/package/06_answer_examples.ipynb #contact-strip-x
+
 def contact_strip(
     pictures: Sequence[np.ndarray],  # uint8 (height, width, 3) each, of any size
     side: int = SIDE,
@@ -83,10 +83,10 @@ def contact_strip(
         sheet.paste(small, (x, y))
     return sheet
 
-# %% ../../nbs/package/06_answer_examples.ipynb #save-strip
+
 LARGEST = 1_000_000  # bytes of the thumbnails
 
-# %% ../../nbs/package/06_answer_examples.ipynb #save-strip-x
+
 def save_strip(
     strip: Image.Image,
     path: Path,  # a WebP file

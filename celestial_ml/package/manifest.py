@@ -157,7 +157,7 @@ def damage(
     ]
     return missing + other
 
-# %% ../../nbs/package/01_manifest.ipynb #copy-package
+# %% ../../nbs/package/01_manifest.ipynb #fingerprint
 def copy_package(
     source: Path,  # the folder of a package
     target: Path,  # appears as a whole or not at all
@@ -171,7 +171,7 @@ def copy_package(
             shutil.copy2(source / file, folder)
         write_json(folder / MODEL_JSON, read_json(source / MODEL_JSON) | {"name": name, "version": version})
 
-# %% ../../nbs/package/01_manifest.ipynb #fingerprint
+
 def fingerprint(
     folder: Path,  # of a package
 ) -> str:  # 64 hexadecimal digits

@@ -29,7 +29,7 @@ def locked(
     busy = f"the registry in {home()} has been busy for {timeout:g} s ({name}.lock)"
     return hold(home() / f"{name}.lock", busy, "Another command is at work: try again later.", timeout, again=True)
 
-# %% ../../nbs/registry/03_audit.ipynb #audit-file
+# %% ../../nbs/registry/03_audit.ipynb #whoami
 FIRST = "0" * 64  # what the first entry names as the one before
 
 
@@ -37,25 +37,25 @@ def audit_file() -> Path:  # may not exist yet
     "Where the log is: `audit.jsonl` in the state folder."
     return home() / "audit.jsonl"
 
-# %% ../../nbs/registry/03_audit.ipynb #whoami
+
 def whoami() -> str:
     "Who is deciding: git's user.name, else the name that the system knows."
     try:
-        said = subprocess.run(["git", "config", "user.name"], capture_output=True, text=True, timeout=5).stdout.strip()
+        name = subprocess.run(["git", "config", "user.name"], capture_output=True, text=True, timeout=5).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        said = ""
+        name = ""
     try:
-        return said or getpass.getuser()
+        return name or getpass.getuser()
     except (OSError, KeyError):  # a container's user may have no name
         return "unknown"
 
-# %% ../../nbs/registry/03_audit.ipynb #checksum
+# %% ../../nbs/registry/03_audit.ipynb #write
 def _checksum(entry: dict[str, Any]) -> str:
     "The SHA-256 of an entry's other fields."
     rest = {key: value for key, value in entry.items() if key != "sha256"}
     return sha256_of(json.dumps(rest, sort_keys=True, ensure_ascii=False, allow_nan=False).encode())
 
-# %% ../../nbs/registry/03_audit.ipynb #lines
+
 def _lines() -> tuple[list[bytes], int]:  # whole lines, without their ends; bytes of a torn one behind them
     "The log as it lies on the disk."
     if not audit_file().is_file():
@@ -63,7 +63,7 @@ def _lines() -> tuple[list[bytes], int]:  # whole lines, without their ends; byt
     *whole, torn = audit_file().read_bytes().split(b"\n")
     return whole, len(torn)
 
-# %% ../../nbs/registry/03_audit.ipynb #write
+
 def _write(line: bytes) -> None:
     "Put a line behind the whole ones, and on the disk."
     new, torn = not audit_file().exists(), _lines()[1]
@@ -106,7 +106,7 @@ def append(
         _write(json.dumps(entry, ensure_ascii=False, allow_nan=False).encode() + b"\n")
         return entry
 
-# %% ../../nbs/registry/03_audit.ipynb #audit
+# %% ../../nbs/registry/03_audit.ipynb #verify
 @dataclass(frozen=True)
 class Audit:
     "What an inspection of the log found."
@@ -115,7 +115,7 @@ class Audit:
     problems: list[str]  # in words; empty where nobody touched it
     torn: int  # bytes of an entry whose writer was killed; harmless, cut off by the next
 
-# %% ../../nbs/registry/03_audit.ipynb #problem
+
 def _problem(line: bytes, n: int, previous: str) -> str | None:
     "What is wrong with a line of the log."
     try:
@@ -129,7 +129,7 @@ def _problem(line: bytes, n: int, previous: str) -> str | None:
         return f"entry {n} doesn't follow the one before it: something was removed, put in or moved"
     return None
 
-# %% ../../nbs/registry/03_audit.ipynb #verify
+
 def verify() -> Audit:
     "Read the whole log and check its chain, and that it holds what the pointer to the champion rests on."
     (lines, torn), previous = _lines(), FIRST

@@ -50,16 +50,23 @@ def register_version(
     sync_aliases(run.client)
     return model
 
-# %% ../../nbs/registry/09_decisions.ipynb #submit
+# %% ../../nbs/registry/09_decisions.ipynb #record
+def _in_use(model: str) -> None:
+    "`CelestialError` for a version that is retired, or isn't there."
+    if retired := read_version(model).retired:
+        hint = f"Its successor is {retired['successor']}; the archive: {retired['archive']}"
+        raise CelestialError(f"{model} is retired", hint)
+
+
 _WORDS = {"promote": "champion", "challenge": "challenger", "refuse": "refused", "keep": "stays champion"}
 
-# %% ../../nbs/registry/09_decisions.ipynb #submit-x
+
 def submit(
     model: str,  # "celestial/3", published
     p: Register,
     who: str | None = None,  # None: `whoami`
     root: Path | None = None,  # that the images' paths are relative to; None: the project's
-    asked: bool = False,  # by a person, who decides what `p.promote` leaves open
+    by_hand: bool = False,  # a person asks, and decides what `p.promote` leaves open
     why: str = "",  # the person's reason
 ) -> Verdict:
     "Ask the gate about a version, write its verdict down and do as it says."
@@ -68,27 +75,20 @@ def submit(
     _in_use(model)
     while True:
         before = recover().champion
-        verdict = judge(model, before, p, root, asked)
+        verdict = judge(model, before, p, root, by_hand)
         with locked():
             if recover().champion == before:  # else somebody decided meanwhile, and it's another question
-                return _record(verdict, p, who, asked, why)
+                return _record(verdict, p, who, by_hand, why)
 
-# %% ../../nbs/registry/09_decisions.ipynb #in-use
-def _in_use(model: str) -> None:
-    "`CelestialError` for a version that is retired, or isn't there."
-    if retired := read_version(model).retired:
-        hint = f"Its successor is {retired['successor']}; the archive: {retired['archive']}"
-        raise CelestialError(f"{model} is retired", hint)
 
-# %% ../../nbs/registry/09_decisions.ipynb #record
-def _record(verdict: Verdict, p: Register, who: str | None, asked: bool, why: str) -> Verdict:
+def _record(verdict: Verdict, p: Register, who: str | None, by_hand: bool, why: str) -> Verdict:
     "Write a verdict down and do as it says."
-    told = verdict.to_dict()
-    evidence = {key: told[key] for key in ("champion", "comparison", "rules")}
-    evidence |= {"why": why or verdict.reasons[-1], "params": p.model_dump(), "by_hand": asked}
+    content = verdict.to_dict()
+    evidence = {key: content[key] for key in ("champion", "comparison", "rules")}
+    evidence |= {"why": why or verdict.reasons[-1], "params": p.model_dump(), "by_hand": by_hand}
     entry = append(verdict.decision, verdict.model, _WORDS[verdict.decision], evidence, who)
     recover()
-    write_json(published(verdict.model) / "gate.json", told | {key: entry[key] for key in ("n", "time", "who")})
+    write_json(published(verdict.model) / "gate.json", content | {key: entry[key] for key in ("n", "time", "who")})
     return verdict
 
 # %% ../../nbs/registry/09_decisions.ipynb #gate-params
@@ -98,8 +98,8 @@ def gate_params(
     "The rules that a version was judged by when it was registered."
     from celestial_ml.core.params import Register
 
-    asked = [e for e in read_log() if e["model"] == model and "params" in e["evidence"]]
-    return Register(**asked[0]["evidence"]["params"]) if asked else Register()
+    verdicts = [e for e in read_log() if e["model"] == model and "params" in e["evidence"]]
+    return Register(**verdicts[0]["evidence"]["params"]) if verdicts else Register()
 
 # %% ../../nbs/registry/09_decisions.ipynb #rollback
 def rollback(
@@ -132,8 +132,8 @@ def retirement_checklist(
 ) -> list[tuple[str, bool, str]]:  # what, whether it's so, and what was found
     "What must be so before a version may be retired."
     held = state.aliases(model)
-    known = successor is not None and successor in versions() and successor not in state.retired
-    fit = bool(known and successor != model and not damage(published(str(successor))))
+    others = set(versions()) - {*state.retired, model}
+    fit = successor in others and not damage(published(str(successor)))
     broken = damage(published(model))
     mend = {
         "champion": "promote or roll back to another",
@@ -147,12 +147,12 @@ def retirement_checklist(
         (
             "the successor can be served",
             fit,
-            "yes" if fit else f"{successor or 'none'} is no other version that can be",
+            "yes" if fit else f"{successor or 'none'} is not another version that can be",
         ),
         ("its files are whole, to be archived", not broken, "; ".join(broken) or "yes"),
     ]
 
-# %% ../../nbs/registry/09_decisions.ipynb #archive
+# %% ../../nbs/registry/09_decisions.ipynb #retire
 def _archive(model: str) -> tuple[Path, str]:  # the archive, its SHA-256
     "Pack a version's folder, so that it can be had again."
     path = home() / "archive" / f"{model.replace('/', '-')}.tar.gz"
@@ -160,7 +160,7 @@ def _archive(model: str) -> tuple[Path, str]:  # the archive, its SHA-256
         archive.add(published(model), model)
     return path, sha256_of(path)
 
-# %% ../../nbs/registry/09_decisions.ipynb #retire
+
 def retire(
     model: str,  # "celestial/3"
     successor: str | None,  # that whoever used it should use
@@ -173,7 +173,7 @@ def retire(
         _in_use(model)
         checks = retirement_checklist(model, successor, state)
         if not all(good for _, good, _ in checks):
-            listed = "\n".join(f"[{'x' if good else ' '}] {what}: {found}" for what, good, found in checks)
+            listed = "\n".join(f"[{'x' if good else ' '}] {what}: {finding}" for what, good, finding in checks)
             raise AnswerIsNo(f"{model} can't be retired yet", listed)
         path, sha256 = _archive(model)
         when = f"{datetime.now(UTC):%Y-%m-%d}"

@@ -5,37 +5,38 @@
 # %% ../../nbs/registry/04_evidence.ipynb #84ae5793
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..core.errors import CelestialError
 from ..core.files import atomic, sha256_of
-from ..data.images import ImageError, decode_image
-from ..package.graph import served_answers
-from ..package.manifest import read_manifest
+from ..data.images import decode_image
+from ..package.graph import Graph
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['EVIDENCE', 'Evidence', 'short', 'collect_evidence', 'Paired', 'mcnemar', 'compare', 'ask_the_same']
+__all__ = ['EVIDENCE', 'Evidence', 'short', 'collect_evidence', 'Paired', 'compare', 'Shared', 'answers_of_other']
 
-# %% ../../nbs/registry/04_evidence.ipynb #acedc76c
+# %% ../../nbs/registry/04_evidence.ipynb #short
 EVIDENCE = "test_predictions.npz"  # its name in a package
 
-# %% ../../nbs/registry/04_evidence.ipynb #evidence
+
 @dataclass(frozen=True)
 class Evidence:
-    "The answers of a version for the images that it was measured on, and which images it knew before."
+    "The answers of a version for the images that it was measured on, and the images that it had learned from."
 
     path: np.ndarray  # str (n,), relative to the project's root
     sha256: np.ndarray  # str (n,)
     label: np.ndarray  # str (n,)
     predicted: np.ndarray  # str (n,)
-    baseline: np.ndarray  # str (n,), what the guide's own network said; "" where it wasn't asked
+    baseline: np.ndarray  # str (n,), the answer of the guide's own network; "" where it wasn't asked
     probabilities: np.ndarray  # float32 (n, classes)
     ood_score: np.ndarray  # float32 (n,)
     learned: np.ndarray  # uint64 (m,), of `short`: images that it was trained or tuned on
@@ -59,7 +60,7 @@ class Evidence:
         with np.load(path, allow_pickle=False) as arrays:
             return cls(**{field.name: arrays[field.name] for field in fields(cls)})
 
-# %% ../../nbs/registry/04_evidence.ipynb #short
+
 def short(
     sha256: Iterable[str],
 ) -> np.ndarray:  # uint64 (n,)
@@ -75,7 +76,7 @@ def collect_evidence(
 ) -> Evidence:
     "The evidence that a package takes along; all images that weren't measured count as learned from."
     probabilities, scores = answers
-    known = ~features.path.isin(predictions.path)
+    learned = ~features.path.isin(predictions.path)
     n = len(predictions)
     return Evidence(
         path=np.array(predictions.path, dtype=str),
@@ -85,7 +86,7 @@ def collect_evidence(
         baseline=np.array(predictions.baseline if "baseline" in predictions else [""] * n, dtype=str),
         probabilities=probabilities.astype(np.float32),
         ood_score=scores.astype(np.float32),
-        learned=np.unique(short(features.sha256[known])),
+        learned=np.unique(short(features.sha256[learned])),
     )
 
 # %% ../../nbs/registry/04_evidence.ipynb #paired
@@ -111,42 +112,32 @@ class Paired:
             f"{100 * self.difference:+.1f} points ({span}), p = {self.p:.2g}"
         )
 
-# %% ../../nbs/registry/04_evidence.ipynb #mcnemar
-def mcnemar(
-    gained: int,  # images that only one of two models gets right
-    lost: int,  # images that only the other gets right
-) -> float:  # p, two-sided
-    "The exact test. Source: McNemar 1947."
-    n, term, total = gained + lost, 1, 0
-    for k in range(min(gained, lost) + 1):
-        total += term
-        term = term * (n - k) // (k + 1)
-    return float(min(1.0, 2 * total / 2**n))
-
 # %% ../../nbs/registry/04_evidence.ipynb #compare
 def compare(
-    ours: np.ndarray,  # bool (n,), which images the first model gets right
-    theirs: np.ndarray,  # bool (n,), the same of the other
+    first: np.ndarray,  # bool (n,), the images that the first model gets right
+    second: np.ndarray,  # bool (n,), the same of the second one
     alpha: float = 0.05,  # the interval holds 1 - alpha
 ) -> Paired:
-    "Whether one of two models is better on images that both were asked about."
-    n, gained, lost = len(ours), int((ours & ~theirs).sum()), int((~ours & theirs).sum())
+    "Whether one of two models is better on images that both answered. The exact test. Source: McNemar 1947."
+    from scipy.stats import binomtest
+
+    n, gained, lost = len(first), int((first & ~second).sum()), int((~first & second).sum())
     shares = np.array([gained + 1, lost + 1, n - gained - lost]) / (n + 2)
     drawn = np.random.default_rng(0).multinomial(n + 2, shares, size=10_000)
     low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / (n + 2), [alpha / 2, 1 - alpha / 2])
-    accuracy, other = float(ours.mean()), float(theirs.mean())
-    p = mcnemar(gained, lost)
+    accuracy, other = float(first.mean()), float(second.mean())
+    p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return Paired(n, accuracy, other, gained, lost, accuracy - other, float(low), float(high), p)
 
-# %% ../../nbs/registry/04_evidence.ipynb #shared
+# %% ../../nbs/registry/04_evidence.ipynb #ask-the-same
 @dataclass(frozen=True)
 class Shared:
     "The images on which two versions can be compared."
 
     rows: np.ndarray  # int (n,), of the first one's evidence
     correct: np.ndarray  # bool (n,), whether the other is right
-    on_file: int  # answers that the other had given before
-    asked: int  # that it gave now
+    on_file: int  # answers of the other that were on file
+    answered_now: int
     learned: int  # images left out, because the other has learned from them
     missing: int  # images left out, because their files aren't at hand
 
@@ -154,50 +145,33 @@ class Shared:
         "Where its answers come from."
         parts = {
             "on file": self.on_file,
-            "asked now": self.asked,
+            "answered now": self.answered_now,
             "left out because it learned from them": self.learned,
             "left out because their files aren't here": self.missing,
         }
         return ", ".join(f"{n} {what}" for what, n in parts.items() if n)
 
-# %% ../../nbs/registry/04_evidence.ipynb #at-hand
-def _at_hand(evidence: Evidence, rows: np.ndarray, root: Path, found: list[int]) -> Iterator[np.ndarray]:
-    "The images of these rows whose files are there and the same as then; their rows are added to `found`."
-    for i in rows.tolist():
-        try:
-            content = (root / str(evidence.path[i])).read_bytes()
-            image = decode_image(content) if sha256_of(content) == evidence.sha256[i] else None
-        except (OSError, ImageError):
-            continue
-        if image is not None:
-            found.append(i)
-            yield image
 
-# %% ../../nbs/registry/04_evidence.ipynb #ask-the-same
-def ask_the_same(
+def answers_of_other(
     evidence: Evidence,  # of a version
     other: Path,  # the folder of another one
     root: Path,  # that the images' paths are relative to
 ) -> Shared:
-    "What another version says of the images that a version was measured on."
-    manifest, theirs = read_manifest(other), Evidence.load(other)
-    on_file = {} if theirs is None else dict(zip(theirs.sha256.tolist(), theirs.predicted.tolist(), strict=True))
-    known = np.zeros(len(evidence.sha256), bool)
-    if theirs is not None:
-        known = np.isin(short(evidence.sha256), theirs.learned)
-    said = np.array([on_file.get(sha256, "") for sha256 in evidence.sha256.tolist()], dtype=object)
-    waiting = np.flatnonzero((said == "") & ~known)
-    found: list[int] = []
-    images = _at_hand(evidence, waiting, root, found)
-    probabilities, _ = served_answers(other / manifest.file, images)
-    if found:
-        said[found] = np.array(manifest.classes)[probabilities.argmax(axis=1)]
-    rows = np.flatnonzero(said != "")
-    return Shared(
-        rows=rows,
-        correct=said[rows] == evidence.label[rows],
-        on_file=len(rows) - len(found),
-        asked=len(found),
-        learned=int((known & (said == "")).sum()),
-        missing=len(waiting) - len(found),
-    )
+    "The answers of another version for the images that a version was measured on."
+    recorded, checksums = Evidence.load(other), evidence.sha256.tolist()
+    on_file, learned = {}, np.zeros(len(checksums), bool)
+    if recorded is not None:
+        on_file = dict(zip(recorded.sha256.tolist(), recorded.predicted.tolist(), strict=True))
+        learned = np.isin(short(checksums), recorded.learned)
+    answers = np.array([on_file.get(sha256, "") for sha256 in checksums], dtype=object)
+    open_rows = np.flatnonzero((answers == "") & ~learned)
+    before, left_out = int((answers != "").sum()), int((learned & (answers == "")).sum())
+    graph = Graph(other) if len(open_rows) else None
+    for row in open_rows:
+        with suppress(OSError, CelestialError):  # a file that isn't there, or is no picture any more
+            content = (root / str(evidence.path[row])).read_bytes()
+            if graph and sha256_of(content) == checksums[row]:
+                answers[row] = graph.classes[graph.run(decode_image(content))["probabilities"].argmax()]
+    rows = np.flatnonzero(answers != "")
+    now = len(rows) - before
+    return Shared(rows, answers[rows] == evidence.label[rows], before, now, left_out, len(open_rows) - now)

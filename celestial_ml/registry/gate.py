@@ -18,7 +18,7 @@ from ..package.deployment_check import Deployment, check_deployment
 from ..package.manifest import Manifest, ModelError, damage, read_manifest
 from ..package.metrics import Fairness
 from ..package.published import published
-from .evidence import Evidence, Paired, ask_the_same, compare
+from .evidence import Evidence, Paired, answers_of_other, compare
 
 if TYPE_CHECKING:
     from pandas.io.formats.style import Styler
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['Verdict', 'judge', 'rules_table']
 
-# %% ../../nbs/registry/05_gate.ipynb #rule
+# %% ../../nbs/registry/05_gate.ipynb #measured
 @dataclass(frozen=True)
 class Rule:
     "One condition on a version, and how it came out."
@@ -38,7 +38,7 @@ class Rule:
     passed: bool
     why: str  # a sentence's worth
 
-# %% ../../nbs/registry/05_gate.ipynb #measured
+
 def _measured(name: str, value: float | None, limit: float, least: bool, more: str = "", unit: str = "") -> Rule:
     "A figure against its limit; `least`: it must reach it, else it mustn't exceed it."
     if value is None:
@@ -48,7 +48,7 @@ def _measured(name: str, value: float | None, limit: float, least: bool, more: s
     how = ("reaches" if good else "is below") if least else ("is within" if good else "is above")
     return Rule(name, "floor", float(value), limit, good, f"{name}{more} {shown} {how} {limit:g}{unit and ' ' + unit}")
 
-# %% ../../nbs/registry/05_gate.ipynb #worst-slice
+# %% ../../nbs/registry/05_gate.ipynb #floor-rules
 def _worst_slice(fairness: Fairness | None, p: Register) -> list[Rule]:
     "On the worst kind of picture, and how far it is from the best."
     if fairness is None:
@@ -68,7 +68,7 @@ def _worst_slice(fairness: Fairness | None, p: Register) -> list[Rule]:
         _measured("gap of slices", max(0.0, best.low - worst.high), p.max_slice_gap, False, where),
     ]
 
-# %% ../../nbs/registry/05_gate.ipynb #floor-rules
+
 def floor_rules(
     folder: Path,  # of a package
     manifest: Manifest,
@@ -97,17 +97,17 @@ def floor_rules(
         _measured("size", size, p.max_mb, False, unit="MB"),
     ]
 
-# %% ../../nbs/registry/05_gate.ipynb #against
-def _against(name: str, ours: np.ndarray, theirs: np.ndarray, p: Register) -> Rule:
+# %% ../../nbs/registry/05_gate.ipynb #baseline-rules
+def _against(name: str, correct: np.ndarray, baseline: np.ndarray, p: Register) -> Rule:
     "Significantly better than a baseline?"
-    paired = compare(ours, theirs, p.alpha)
+    paired = compare(correct, baseline, p.alpha)
     good = paired.difference > 0 and paired.p < p.alpha
     words = "better" if good else "not significantly better"
     return Rule(
         f"beats {name}", "baseline", paired.accuracy, paired.other, good, f"{words} than {name}: {paired.in_words()}"
     )
 
-# %% ../../nbs/registry/05_gate.ipynb #baseline-rules
+
 def baseline_rules(
     evidence: Evidence | None,
     p: Register,
@@ -120,11 +120,11 @@ def baseline_rules(
             rules.append(Rule(f"beats {name}", "baseline", None, None, False, why))
             continue
         names, counts = np.unique(evidence.label, return_counts=True)
-        said = evidence.baseline if name == "guide-baseline" else names[counts.argmax()]
-        rules.append(_against(name, evidence.correct, said == evidence.label, p))
+        answers = evidence.baseline if name == "guide-baseline" else names[counts.argmax()]
+        rules.append(_against(name, evidence.correct, answers == evidence.label, p))
     return rules
 
-# %% ../../nbs/registry/05_gate.ipynb #schema
+# %% ../../nbs/registry/05_gate.ipynb #deployment-rules
 def _schema(manifest: Manifest) -> str | None:
     "What a manifest lacks, None where it's complete."
     if missing := manifest.missing:
@@ -132,7 +132,7 @@ def _schema(manifest: Manifest) -> str | None:
     classes = manifest.classes
     return None if len(classes) == len(set(classes)) > 1 else "its classes are not two or more different names"
 
-# %% ../../nbs/registry/05_gate.ipynb #parity
+
 def _parity(manifest: Manifest, deployed: Deployment, p: Register) -> Rule:
     "Whether the logits are Keras's: those of the evaluated images when it was packaged, and its own pictures' now."
     packaged, now = manifest.parity, deployed.difference
@@ -146,7 +146,7 @@ def _parity(manifest: Manifest, deployed: Deployment, p: Register) -> Rule:
     )
     return Rule("parity", "deployment", largest, p.max_difference, largest <= p.max_difference, why)
 
-# %% ../../nbs/registry/05_gate.ipynb #deployment-rules
+
 def deployment_rules(
     folder: Path,  # of a package
     manifest: Manifest,
@@ -168,7 +168,7 @@ def deployment_rules(
         _parity(manifest, deployed, p),
     ]  # fmt: skip
 
-# %% ../../nbs/registry/05_gate.ipynb #knows-as-much
+# %% ../../nbs/registry/05_gate.ipynb #champion-rules
 def _knows_as_much(manifest: Manifest, champion: Manifest) -> Rule:
     "Whether it knows all classes of the champion, so that nobody misses one."
     missing = [name for name in champion.classes if name not in manifest.classes]
@@ -180,7 +180,7 @@ def _knows_as_much(manifest: Manifest, champion: Manifest) -> Rule:
     )
     return Rule("classes", "champion", len(manifest.classes), len(champion.classes), not missing, why)
 
-# %% ../../nbs/registry/05_gate.ipynb #champion-rules
+
 def champion_rules(
     manifest: Manifest,  # the candidate's
     evidence: Evidence | None,
@@ -197,7 +197,7 @@ def champion_rules(
     if evidence is None:
         why = "it has no answers on file to be compared by: package the run again"
         return [*rules, rule(None, None, False, why)], None
-    shared = ask_the_same(evidence, published(champion), root)
+    shared = answers_of_other(evidence, published(champion), root)
     if len(shared.rows) < p.min_paired:
         why = (
             f"only {len(shared.rows)} images can be compared with the champion ({champion}), of {p.min_paired} needed: "
@@ -211,16 +211,16 @@ def champion_rules(
     why = f"{words} than the champion ({champion}): {paired.in_words()}; its answers: {shared.in_words()}"
     return [*rules, rule(paired.accuracy, paired.other, not worse, why)], paired
 
-# %% ../../nbs/registry/05_gate.ipynb #da95180c
-Decision = Literal["promote", "challenge", "refuse", "keep"]
-
 # %% ../../nbs/registry/05_gate.ipynb #verdict
+_Decision = Literal["promote", "challenge", "refuse", "keep"]
+
+
 @dataclass(frozen=True)
 class Verdict:
     "What the gate says of a version."
 
     model: str  # "celestial/3"
-    decision: Decision  # it takes over, waits for a person, is refused, or is champion already
+    decision: _Decision  # it takes over, waits for a person, is refused, or is champion already
     promoted: bool  # whether it's champion now
     reasons: tuple[str, ...]  # what failed, what passed, and the conclusion
     rules: tuple[Rule, ...]
@@ -233,22 +233,22 @@ class Verdict:
 
 # %% ../../nbs/registry/05_gate.ipynb #conclude
 def _conclude(
-    failed: list[Rule], rules: list[Rule], champion: str | None, paired: Paired | None, p: Register, asked: bool
-) -> tuple[Decision, str]:
+    failed: list[Rule], rules: list[Rule], champion: str | None, paired: Paired | None, p: Register, by_hand: bool
+) -> tuple[_Decision, str]:
     "What follows from the rules."
     if failed:
         names = ", ".join(rule.name for rule in failed)
         return "refuse", f"it misses {len(failed)} of {len(rules)} rules: {names}"
     passes = f"it passes all {len(rules)} rules"
-    if p.promote == "by_hand" and not asked:
+    if p.promote == "by_hand" and not by_hand:
         return "challenge", f"{passes}; a person decides, as register.promote says"
     if champion is None:
         return "promote", f"{passes}, and there is no champion yet"
     better = paired is not None and paired.p < p.alpha and paired.difference > 0
-    if p.promote == "better" and not asked and not better:
+    if p.promote == "better" and not by_hand and not better:
         return "challenge", f"{passes}, but isn't significantly better than the champion ({champion})"
     doubt = -paired.low if paired else 0.0
-    if doubt > p.max_doubt + p.not_worse_by and not asked and not better:
+    if doubt > p.max_doubt + p.not_worse_by and not by_hand and not better:
         return "challenge", (
             f"{passes}, but by these images it may be {100 * doubt:.1f} points worse than the champion ({champion}), of "
             f"{100 * (p.max_doubt + p.not_worse_by):g} allowed: hold out more of them, or a person decides"
@@ -261,7 +261,7 @@ def judge(
     champion: str | None,  # the one to be compared with
     p: Register,
     root: Path | None = None,  # that the images' paths are relative to; None: the project's
-    asked: bool = False,  # by a person, who decides what `p.promote` leaves open
+    by_hand: bool = False,  # a person asks, and decides what `p.promote` leaves open
 ) -> Verdict:
     "Ask all rules, and conclude."
     folder, paired = published(model), None
@@ -280,7 +280,7 @@ def judge(
             more, paired = champion_rules(manifest, evidence, champion, p, root or find_root() or Path.cwd())
             rules += more
     failed = [rule for rule in rules if not rule.passed]
-    decision, conclusion = _conclude(failed, rules, champion, paired, p, asked)
+    decision, conclusion = _conclude(failed, rules, champion, paired, p, by_hand)
     if champion == model:
         decision, conclusion = "keep", f"it is the champion already; {conclusion}"
     reasons = (*(rule.why for rule in failed), *(rule.why for rule in rules if rule.passed), conclusion)

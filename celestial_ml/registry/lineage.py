@@ -9,7 +9,7 @@ __all__ = ['code_revision']
 import subprocess
 from pathlib import Path
 
-# %% ../../nbs/registry/00_lineage.ipynb #git
+# %% ../../nbs/registry/00_lineage.ipynb #code-revision
 def _git(root: Path, *arguments: str) -> str | None:
     "What git says, None where it says nothing: no git, no repository, no commit yet."
     try:
@@ -18,7 +18,7 @@ def _git(root: Path, *arguments: str) -> str | None:
         return None
     return result.stdout.strip() if result.returncode == 0 else None
 
-# %% ../../nbs/registry/00_lineage.ipynb #code-revision
+
 def code_revision(
     root: Path,  # the project's
 ) -> str:  # a commit's hash, with "+changes" behind it where files differ from it; "unknown" outside of git

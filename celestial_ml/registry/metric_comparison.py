@@ -71,7 +71,7 @@ def _from_intervals(base: Difference, ours: Interval, theirs: Interval) -> Diffe
     sure = low > 0 or high < 0
     return replace(base, ours=ours.value, theirs=theirs.value, low=low, high=high, how="intervals", sure=sure)
 
-# %% ../../nbs/registry/11_metric_comparison.ipynb #same-images
+# %% ../../nbs/registry/11_metric_comparison.ipynb #table
 def same_images(
     ours: Evidence,
     theirs: Evidence,
@@ -82,7 +82,7 @@ def same_images(
     mine = [i for i, sha256 in enumerate(ours.sha256.tolist()) if sha256 in place and not learned[i]]
     return np.array(mine, int), np.array([place[ours.sha256[i]] for i in mine], int)
 
-# %% ../../nbs/registry/11_metric_comparison.ipynb #table
+
 def answers_table(
     evidence: Evidence,
     rows: np.ndarray,  # which of its answers
@@ -105,7 +105,15 @@ def paired_figures(
     ends = {k: np.quantile((left[k] - right[k])[1:], [alpha / 2, 1 - alpha / 2]) for k in left}
     return {k: (float(left[k][0]), float(right[k][0]), float(low), float(high)) for k, (low, high) in ends.items()}
 
-# %% ../../nbs/registry/11_metric_comparison.ipynb #of-count
+# %% ../../nbs/registry/11_metric_comparison.ipynb #strangers
+def strangers(
+    metrics: Mapping[str, Any],
+) -> tuple[float, int] | None:  # the share that is called unknown, of how many pictures
+    "How many pictures of nothing that it learned a model recognises as such."
+    unknown = Metrics.of(metrics, "metrics.json").unknown
+    return None if unknown.detected is None else (unknown.detected, unknown.pictures)
+
+# %% ../../nbs/registry/11_metric_comparison.ipynb #shares
 _TESTED = {
     "accuracy": ("accuracy", True, True),  # name, more is better, shown as a share
     "macro_f1": ("macro F1", True, False),
@@ -120,15 +128,7 @@ def _of_count(value: float, images: int) -> Interval:
     low, high = share_interval(round(value * images), images)
     return Interval(value=value, low=low, high=high)
 
-# %% ../../nbs/registry/11_metric_comparison.ipynb #strangers
-def strangers(
-    metrics: Mapping[str, Any],
-) -> tuple[float, int] | None:  # the share that is called unknown, of how many pictures
-    "How many pictures of nothing that it learned a model recognises as such."
-    unknown = Metrics.of(metrics, "metrics.json").unknown
-    return None if unknown.detected is None else (unknown.detected, unknown.pictures)
 
-# %% ../../nbs/registry/11_metric_comparison.ipynb #shares
 def _shares(metrics: Metrics) -> dict[str, Interval]:
     "The shares of images that have no interval in the metrics."
     unknown, shares = metrics.unknown, {}
@@ -138,7 +138,7 @@ def _shares(metrics: Metrics) -> dict[str, Interval]:
         shares["known ones called unknown"] = _of_count(unknown.false_alarm_rate, metrics.images)
     return shares
 
-# %% ../../nbs/registry/11_metric_comparison.ipynb #untested
+# %% ../../nbs/registry/11_metric_comparison.ipynb #fits
 def _untested(ours: Metrics, theirs: Metrics) -> list[Difference]:
     "The figures that are shown as they are."
     slices, damaged = [
@@ -148,7 +148,7 @@ def _untested(ours: Metrics, theirs: Metrics) -> list[Difference]:
     rows = [Difference("worst kind of picture", *slices), Difference("damaged pictures", *damaged)]
     return [row for row in rows if row.ours is not None or row.theirs is not None]
 
-# %% ../../nbs/registry/11_metric_comparison.ipynb #fits
+
 def _fits(answers: Evidence, classes: list[str]) -> bool:
     "Whether the probabilities are those of these classes."
     return answers.probabilities.shape[1] == len(classes) and {
@@ -229,7 +229,7 @@ class Comparison:
             "f1": {name: list(pair) for name, pair in self.classes.items()},
         }
 
-# %% ../../nbs/registry/11_metric_comparison.ipynb #changed-params
+# %% ../../nbs/registry/11_metric_comparison.ipynb #flat
 def changed_params(
     ours: Mapping[str, Any],  # by dotted keys
     theirs: Mapping[str, Any],
@@ -238,7 +238,7 @@ def changed_params(
     keys = sorted(ours.keys() | theirs.keys())
     return {key: (ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)}
 
-# %% ../../nbs/registry/11_metric_comparison.ipynb #flat
+
 def flat(
     sections: Mapping[str, Any],  # {"train": {"lr": 0.003}, "seed": 7}
 ) -> dict[str, Any]:  # {"train.lr": 0.003, "seed": 7}
@@ -249,7 +249,7 @@ def flat(
         for key, value in (values.items() if isinstance(values, dict) else [("", values)])
     }
 
-# %% ../../nbs/registry/11_metric_comparison.ipynb #how
+# %% ../../nbs/registry/11_metric_comparison.ipynb #make-comparison
 def _how(figures: list[Difference], answers: tuple[Evidence, Evidence] | None, paired: Paired | None) -> str:
     "How the figures were compared."
     if figures[0].how == "paired":
@@ -258,7 +258,7 @@ def _how(figures: list[Difference], answers: tuple[Evidence, Evidence] | None, p
         return f"paired, on the same {n} images{others}"
     return "by the intervals of both: their answers to the same images aren't at hand, so only large differences show"
 
-# %% ../../nbs/registry/11_metric_comparison.ipynb #make-comparison
+
 def make_comparison(
     names: tuple[str, str],  # what to call ours, and theirs
     metrics: tuple[Metrics | Mapping[str, Any], Metrics | Mapping[str, Any]],

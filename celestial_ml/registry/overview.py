@@ -5,11 +5,12 @@
 # %% ../../nbs/registry/10_overview.ipynb #fcd6b2be
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..core.files import find_root, read_json
-from ..package.manifest import Manifest, damage
+from ..package.manifest import damage
 from ..package.published import published, read_pointer, versions
 from .audit import verify
 from .state import State, state_of
@@ -25,7 +26,7 @@ def look() -> State:
     pointer = None if state.n else read_pointer("champion")  # from before there was a log
     return State(line=(pointer.model,)) if pointer else state
 
-# %% ../../nbs/registry/10_overview.ipynb #row
+# %% ../../nbs/registry/10_overview.ipynb #list-versions
 def _row(model: str, state: State) -> dict[str, Any]:
     "A version in a line."
     manifest = read_version(model)
@@ -46,7 +47,7 @@ def _row(model: str, state: State) -> dict[str, Any]:
         "mb": served.stat().st_size / 1e6 if served.is_file() else None,
     }
 
-# %% ../../nbs/registry/10_overview.ipynb #list-versions
+
 def list_versions() -> list[dict[str, Any]]:
     "All versions, a row each: model, aliases, retired, the figures, where it comes from."
     state = look()
@@ -74,72 +75,39 @@ def describe(
         "damage": [] if manifest.retired else damage(folder),
     }
 
-# %% ../../nbs/registry/10_overview.ipynb #figure
-_FIGURES = {
-    "accuracy": ("accuracy",),
-    "macro F1": ("macro", "f1"),
-    "cross-entropy": ("loss",),
-    "calibration error": ("intervals", "ece", "value"),
-    "worst slice": ("fairness", "worst", "accuracy"),
-    "gap of slices": ("fairness", "gap"),
-    "mCE": ("robustness", "mce"),
-    "false alarms": ("unknown", "false_alarm_rate"),
-    "test images": ("images",),
-}
-
-# %% ../../nbs/registry/10_overview.ipynb #figure-x
-def _figure(manifest: Manifest, keys: tuple[str, ...]) -> float | None:
-    "A figure of a model.json, None where it wasn't measured."
-    value: Any = manifest.metrics.to_json()
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-# %% ../../nbs/registry/10_overview.ipynb #flat
-def _flat(manifest: Manifest) -> dict[str, Any]:
-    "The parameters of a version, by dotted keys."
-    sections = manifest.lineage.parameters
-    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
-
-# %% ../../nbs/registry/10_overview.ipynb #on-the-same
-def _on_the_same(first: str, second: str, alpha: float, root: Path) -> tuple[dict[str, Any] | None, str]:
-    "The paired comparison, first against second, and where the answers come from, or why there is none."
-    from dataclasses import asdict
-
-    from celestial_ml.registry.evidence import Evidence, ask_the_same, compare
-
-    for model in (first, second):
-        if broken := damage(published(model)):
-            return None, f"{model} can't be asked: {broken[0]}"
-    evidence = Evidence.load(published(first))
-    if evidence is None:
-        return None, f"{first} has no answers on file: it was packaged by an older release. Run it again"
-    shared = ask_the_same(evidence, published(second), root)
-    if not len(shared.rows):
-        return None, f"no image can be compared: {shared.in_words()}"
-    paired = compare(evidence.correct[shared.rows], shared.correct, alpha)
-    return asdict(paired), f"{paired.in_words()}; answers of {second}: {shared.in_words()}"
-
 # %% ../../nbs/registry/10_overview.ipynb #compare-versions
 def compare_versions(
     first: str,  # "celestial/4"
     second: str,
     alpha: float = 0.05,
     root: Path | None = None,  # that the images' paths are relative to; None: the project's
-) -> dict[str, Any]:  # figures, params, paired and words
-    "Two versions beside each other: figures, parameters that differ, and a paired test on the first one's test images."
-    about, other = read_version(first), read_version(second)
-    ours, theirs = _flat(about), _flat(other)
-    paired, words = _on_the_same(first, second, alpha, root or find_root() or Path.cwd())
+) -> dict[str, Any]:  # first, second, figures, params, paired and words
+    "Two versions beside each other; the accuracy is tested on the first one's test images."
+    from celestial_ml.registry.evidence import Evidence, answers_of_other, compare
+    from celestial_ml.registry.metric_comparison import flat, make_comparison
+
+    names, folders = (first, second), (published(first), published(second))
+    answers = [None if damage(folder) else Evidence.load(folder) for folder in folders]
+    one, other, paired, words = *map(read_version, names), None, ""
+    if answers[0] is not None and not damage(folders[1]):
+        shared = answers_of_other(answers[0], folders[1], root or find_root() or Path.cwd())
+        words = shared.in_words() or "no image can be compared"
+        if len(shared.rows):
+            paired = compare(answers[0].correct[shared.rows], shared.correct, alpha)
+            words = f"{paired.in_words()}; answers of {second}: {words}"
+    comparison = make_comparison(
+        names,
+        (one.metrics, other.metrics),
+        (flat(one.lineage.parameters), flat(other.lineage.parameters)),
+        None if answers[0] is None or answers[1] is None else (answers[0], answers[1]),
+        paired,
+        alpha,
+    )
     return {
         "first": first,
         "second": second,
-        "figures": {name: [_figure(about, keys), _figure(other, keys)] for name, keys in _FIGURES.items()},
-        "params": {
-            key: [ours.get(key), theirs.get(key)]
-            for key in sorted(ours.keys() | theirs.keys())
-            if ours.get(key) != theirs.get(key)
-        },
-        "paired": paired,
-        "words": words,
+        "figures": {figure.name: [figure.ours, figure.theirs] for figure in comparison.figures},
+        "params": {key: list(pair) for key, pair in comparison.params.items()},
+        "paired": asdict(paired) if paired else None,
+        "words": words or comparison.how,
     }

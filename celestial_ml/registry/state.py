@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 # %% auto #0
-__all__ = ['State', 'state_of', 'recover', 'restart_log', 'aliases_behind', 'sync_aliases', 'resolve', 'champion']
-
-# %% ../../nbs/registry/08_state.ipynb #5f77c822
-ALIASES = ("champion", "challenger", "previous", "candidate")
+__all__ = ['ALIASES', 'State', 'state_of', 'recover', 'restart_log', 'aliases_behind', 'sync_aliases', 'resolve', 'champion']
 
 # %% ../../nbs/registry/08_state.ipynb #state
+ALIASES = ("champion", "challenger", "previous", "candidate")
+
+
 @dataclass(frozen=True)
 class State:
     "What follows from a log."
@@ -53,7 +53,7 @@ class State:
         held = [alias for alias, holder in holders.items() if holder == model]
         return held + ["candidate"] * (model in self.candidates.values())
 
-# %% ../../nbs/registry/08_state.ipynb #apply
+# %% ../../nbs/registry/08_state.ipynb #state-of
 def _apply(state: State, entry: dict[str, Any]) -> State:
     "The state after one more decision."
     model, action = entry["model"], entry["action"]
@@ -74,7 +74,7 @@ def _apply(state: State, entry: dict[str, Any]) -> State:
         challenger = None
     return State(line, challenger, candidates, retired, entry["n"])
 
-# %% ../../nbs/registry/08_state.ipynb #state-of
+
 def state_of(
     entries: list[dict[str, Any]],  # of the log, oldest first
 ) -> State:
@@ -84,7 +84,7 @@ def state_of(
         state = _apply(state, entry)
     return state
 
-# %% ../../nbs/registry/08_state.ipynb #point
+# %% ../../nbs/registry/08_state.ipynb #adopt
 def _point(role: str, model: str | None, entry: str | None = None) -> None:
     "Make the pointer that servers read name a version, or remove it."
     current = None
@@ -95,7 +95,7 @@ def _point(role: str, model: str | None, entry: str | None = None) -> None:
     elif current is None or current.model != model or not current.entry:
         write_json(pointer_file(role), {"model": model, "entry": entry})
 
-# %% ../../nbs/registry/08_state.ipynb #adopt
+
 def _adopt(why: str) -> None:
     "Begin a log with the champion as the pointer names it."
     pointer = read_pointer("champion")
@@ -104,22 +104,21 @@ def _adopt(why: str) -> None:
         write_json(pointer_file("champion"), {"model": pointer.model, "entry": entry["sha256"]})
 
 
-_KEPT = ("retired.json", "gate.json", "model_card.md", "model_card.html")
+_REMAINS = ("retired.json", "gate.json", "model_card.md", "model_card.html")
 
-# %% ../../nbs/registry/08_state.ipynb #put-away
+# %% ../../nbs/registry/08_state.ipynb #recover
 def _put_away(model: str, evidence: dict[str, Any]) -> None:
     "Leave of a retired version its card, marked, and what is known of it."
     folder = published(model)
     if (folder / MODEL_JSON).exists():
-        kept = read_json(folder / MODEL_JSON) | {"retired": evidence}
-        write_json(folder / "retired.json", kept)
+        write_json(folder / "retired.json", read_json(folder / MODEL_JSON) | {"retired": evidence})
         mark_retired(folder, evidence)
         (folder / MODEL_JSON).unlink()  # from here on nobody finds it to serve it
     for path in folder.iterdir():
-        if path.name not in _KEPT:
+        if path.name not in _REMAINS:
             path.unlink()
 
-# %% ../../nbs/registry/08_state.ipynb #recover
+
 def recover() -> State:
     "Bring everything in line with the log, after whatever happened; the state."
     with locked():
@@ -144,57 +143,33 @@ def restart_log(
     with locked():
         if not (problems := verify().problems):
             raise CelestialError("the audit log is whole: there is no reason to begin a new one")
-        kept = audit_file().with_name(f"audit.{datetime.now(UTC):%Y%m%dT%H%M%S}.jsonl")
+        damaged = audit_file().with_name(f"audit.{datetime.now(UTC):%Y%m%dT%H%M%S}.jsonl")
         audit_file().touch()
-        audit_file().rename(kept)
+        audit_file().rename(damaged)
         if pointer := read_pointer("champion"):
             write_json(pointer_file("champion"), {"model": pointer.model})
-        _adopt(f"{who or whoami()} began a new log; {kept.name} is the one before: {problems[0]}")
-        return kept
+        _adopt(f"{who or whoami()} began a new log; {damaged.name} is the one before: {problems[0]}")
+        return damaged
 
-# %% ../../nbs/registry/08_state.ipynb #aliases-file
+# %% ../../nbs/registry/08_state.ipynb #aliases-behind
 def _aliases_file() -> Path:
     "Where it's written down up to which entry MLflow's aliases follow the log."
     return models_folder() / "aliases.json"
 
-# %% ../../nbs/registry/08_state.ipynb #aliases-behind
+
 def aliases_behind() -> bool:
     "Whether MLflow's aliases don't follow the log yet; where MLflow was never told of any they needn't."
     return _aliases_file().is_file() and read_json(_aliases_file())["n"] < state_of(verify().entries).n
 
-# %% ../../nbs/registry/08_state.ipynb #wanted
-def _wanted(state: State, name: str) -> dict[str, str]:  # alias → number
+# %% ../../nbs/registry/08_state.ipynb #sync-aliases
+def _aliases_in_mlflow(state: State, name: str) -> dict[str, str]:  # alias → number
     "The aliases that a registered model should have."
     held = {"champion": state.champion, "challenger": state.challenger, "previous": state.previous}
     held["candidate"] = state.candidates.get(name)
     parts = {alias: model.partition("/") for alias, model in held.items() if model}
     return {alias: number for alias, (of, _, number) in parts.items() if of == name}
 
-# %% ../../nbs/registry/08_state.ipynb #sync-aliases
-def sync_aliases(
-    client: MlflowClient,
-) -> None:
-    "Set MLflow's aliases as the log says; versions that MLflow doesn't know are left out."
-    from mlflow.exceptions import MlflowException
 
-    with locked("mlflow", 600):  # not the registry's own: a rollback mustn't wait for a server that is slow
-        state = recover()
-        for name in {model.partition("/")[0] for model in versions()}:
-            if not (known := client.search_registered_models(filter_string=f"name = '{name}'")):
-                continue
-            wanted = _wanted(state, name)
-            for alias in known[0].aliases.keys() & set(ALIASES) - wanted.keys():
-                client.delete_registered_model_alias(name, alias)
-            for alias, number in wanted.items():
-                try:
-                    client.set_registered_model_alias(name, alias, number)
-                except MlflowException:  # the database was made anew; what is published still serves
-                    continue
-        for model, evidence in state.retired.items():
-            _tag_retired(client, model, evidence)
-        write_json(_aliases_file(), {"n": state.n})
-
-# %% ../../nbs/registry/08_state.ipynb #tag-retired
 def _tag_retired(client: MlflowClient, model: str, evidence: dict[str, Any]) -> None:
     "Say in MLflow that a version is retired."
     from mlflow.exceptions import MlflowException
@@ -205,7 +180,31 @@ def _tag_retired(client: MlflowClient, model: str, evidence: dict[str, Any]) -> 
     except MlflowException:
         return
 
-# %% ../../nbs/registry/08_state.ipynb #resolve
+
+def sync_aliases(
+    client: MlflowClient,
+) -> None:
+    "Set MLflow's aliases as the log says; versions that MLflow doesn't know are left out."
+    from mlflow.exceptions import MlflowException
+
+    with locked("mlflow", 600):  # not the registry's own: a rollback mustn't wait for a server that is slow
+        state = recover()
+        for name in {model.partition("/")[0] for model in versions()}:
+            if not (models := client.search_registered_models(filter_string=f"name = '{name}'")):
+                continue
+            aliases = _aliases_in_mlflow(state, name)
+            for alias in models[0].aliases.keys() & set(ALIASES) - aliases.keys():
+                client.delete_registered_model_alias(name, alias)
+            for alias, number in aliases.items():
+                try:
+                    client.set_registered_model_alias(name, alias, number)
+                except MlflowException:  # the database was made anew; what is published still serves
+                    continue
+        for model, evidence in state.retired.items():
+            _tag_retired(client, model, evidence)
+        write_json(_aliases_file(), {"n": state.n})
+
+# %% ../../nbs/registry/08_state.ipynb #champion
 def resolve(
     model: str,  # "celestial/3", or an alias
     state: State,
@@ -224,7 +223,7 @@ def resolve(
     read_version(model)
     return model
 
-# %% ../../nbs/registry/08_state.ipynb #champion
+
 def champion() -> Manifest | None:
     "The model that is served, None where nothing was promoted yet."
     pointer = read_pointer("champion")

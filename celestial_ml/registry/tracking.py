@@ -114,14 +114,14 @@ def open_experiment(
 
     local = tracking_uri(track).startswith("sqlite:")
     with _database_lock() if local else nullcontext():
-        if known := client.get_experiment_by_name(track.experiment):
-            return str(known.experiment_id)
+        if experiment := client.get_experiment_by_name(track.experiment):
+            return str(experiment.experiment_id)
         artifacts = f"{(home() / 'artifacts').as_uri()}/{quote(track.experiment)}" if local else None
         try:
             return str(client.create_experiment(track.experiment, artifact_location=artifacts))
         except MlflowException:  # somebody else's was first
-            if known := client.get_experiment_by_name(track.experiment):
-                return str(known.experiment_id)
+            if experiment := client.get_experiment_by_name(track.experiment):
+                return str(experiment.experiment_id)
             raise
 
 # %% ../../nbs/registry/01_tracking.ipynb #run

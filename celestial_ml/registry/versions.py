@@ -42,7 +42,7 @@ def read_version(
         raise CelestialError(f"{published(model) / MODEL_JSON} is not a file", "Restore it from a copy.")
     raise unknown("version", model, versions())
 
-# %% ../../nbs/registry/02_versions.ipynb #publish
+# %% ../../nbs/registry/02_versions.ipynb #sweep
 def publish(
     package: Path,  # a folder with model.json and what it names
     model: str,  # "celestial/3"
@@ -52,7 +52,7 @@ def publish(
         name, _, number = model.partition("/")
         copy_package(package, published(model), name, number)
 
-# %% ../../nbs/registry/02_versions.ipynb #sweep
+
 def remove_leftovers() -> None:
     "Remove what processes that were killed left half written."
     for path in list(models_folder().rglob(".*.part*")):
