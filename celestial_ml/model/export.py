@@ -92,8 +92,8 @@ def serving_graph(
             merged = part
             continue
         joints = [(v.name, v.name) for v in part.graph.input]
-        kept = [v.name for v in (*merged.graph.output, *part.graph.output) if v.name != "pixels"]
-        merged = compose.merge_models(merged, part, io_map=joints, outputs=kept)
+        outputs = [v.name for v in (*merged.graph.output, *part.graph.output) if v.name != "pixels"]
+        merged = compose.merge_models(merged, part, io_map=joints, outputs=outputs)
     assert merged is not None
     onnx.checker.check_model(merged, full_check=True)
     return merged
