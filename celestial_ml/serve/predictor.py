@@ -31,8 +31,8 @@ class Prediction:
 
     label: str  # the best known class
     confidence: float  # its probability
-    known: bool  # False: the picture is like none that the model was trained on
-    ood_score: float  # how far it is from them; unknown above the model's threshold
+    known: bool  # False: the picture is unlike all that the model was trained on
+    ood_score: float  # its distance from them; unknown above the model's threshold
     probabilities: dict[str, float]
     model_version: str
     sha256: str  # of the picture's file
@@ -44,12 +44,12 @@ class Prediction:
 # %% ../../nbs/serve/01_predictor.ipynb #saliency
 @dataclass(frozen=True)
 class Saliency:
-    "How much an answer rests on each part of a picture."
+    "The effect of each part of a picture on an answer."
 
     rows: int
     columns: int
-    values: list[list[float]]  # row by row, from the upper left; 0 … 1, the more the answer rests on it
-    where: str  # in words, as "the upper left"; "" where nothing stands out
+    values: list[list[float]]  # row by row, from the upper left; 0 … 1
+    where: str  # the brightest part, as "the upper left"; "" where nothing stands out
 
 # %% ../../nbs/serve/01_predictor.ipynb #explanation
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Explanation:
 
     prediction: Prediction
     saliency: Saliency
-    overlay: str  # a data URI: the picture in gray, and bright what the answer rests on
-    looks_like: tuple[Neighbour, ...]  # training pictures, the most similar first; none where the package has none
+    overlay: str  # a data URI: the picture in gray under the map
+    looks_like: tuple[Neighbour, ...]  # training pictures, the most similar first
 
     def to_dict(self) -> dict[str, Any]:
-        "As plain JSON values: what the prediction says, and the reasons beside it."
+        "The prediction and its reasons as plain JSON values."
         reasons = asdict(self)
         return reasons.pop("prediction") | reasons | {"looks_like": list(reasons["looks_like"])}
 
@@ -72,7 +72,7 @@ OVERLAY = 480  # pixels along the longer edge of the picture with the map
 
 @dataclass(frozen=True)
 class Seen:
-    "A picture that was answered, and what it takes to say why later."
+    "An answered picture, and what an explanation of the answer needs."
 
     prediction: Prediction
     picture: np.ndarray  # uint8 (height, width, 3), `OVERLAY` pixels along the longer edge at most
