@@ -547,7 +547,7 @@ def test_another_champion_is_named(open_page, home):
             page.wait_for_timeout(100)
             if "Model tiny/8" in page.locator("#foot").inner_text():
                 break
-        playwright.expect(page.locator("#right .fine").last).to_have_text("Answered by model 8")
+        playwright.expect(page.locator("#right .fine").last).to_have_text("Answered by model tiny/8")
         page.reload()
         playwright.expect(page.locator("#foot")).to_contain_text("Model tiny/8")
     finally:

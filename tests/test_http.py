@@ -85,7 +85,7 @@ def test_good_pictures(client, kind):
         *("label", "confidence", "known", "ood_score", "probabilities"),
         *("model_version", "sha256", "request_id"),
     }
-    assert body["model_version"] == "7" and abs(sum(body["probabilities"].values()) - 1) < 1e-5
+    assert body["model_version"] == "tiny/7" and abs(sum(body["probabilities"].values()) - 1) < 1e-5
     assert body["label"] == max(body["probabilities"], key=body["probabilities"].get)
     if kind not in ("16-bit", "grayscale"):
         assert body["label"] == "Neptune" and body["known"]
@@ -235,7 +235,7 @@ def test_too_many_bytes(client):
 
 def test_health_ready_model(client):
     assert client.get("/health").json()["status"] == "alive"
-    assert client.get("/ready").json() == {"status": "ready", "model_version": "7"}
+    assert client.get("/ready").json() == {"status": "ready", "model_version": "tiny/7"}
     about = client.get("/model").json()
     assert about["version"] == "7" and len(about["classes"]) == 10 and about["metrics"]["images"] == 600
 

@@ -220,7 +220,7 @@ def performance_page(model: Predictor | None) -> tuple[str, str]:  # above and b
         table = pairs_table(sheet) if many else confusion_table(sheet["classes"], sheet["confusion"])
         table = f"<style>#cell{{{sizes}}}</style>" + table
         dots = reliability_chart(sheet["reliability"], sheet["images"])
-    head = panel(f"How good is {model.manifest.model}?", headline_figures(metrics), "wide")
+    head = panel(f"How good is {model.version}?", headline_figures(metrics), "wide")
     robust = metrics.robustness.per_corruption
     below = panel("By kind of picture", slices_list(metrics.slices), "tall")
     below += panel("When the picture is disturbed", robustness_table(robust) if robust else "")

@@ -51,7 +51,7 @@ EXAMPLE: dict[str, Any] = {
     "known": True,
     "ood_score": 1.7,
     "probabilities": {"Saturn": 0.98, "Jupiter": 0.02},
-    "model_version": "3",
+    "model_version": "celestial/3",
     "sha256": "5e884898da28047151d0e56f8dc6292773603d0d6aabbd62a11ef721d1542d8d",
     "request_id": "0f8fad5bd9cb469fa16570867728950e",
 }

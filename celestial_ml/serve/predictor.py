@@ -34,7 +34,7 @@ class Prediction:
     known: bool  # False: the picture is unlike all that the model was trained on
     ood_score: float  # its distance from them; unknown above the model's threshold
     probabilities: dict[str, float]
-    model_version: str
+    model_version: str  # "celestial/3", of an unregistered run "guide@a94c14b6"
     sha256: str  # of the picture's file
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Predictor(Graph):
         threads: int = 1,  # for one picture
     ):
         super().__init__(folder, threads)
-        self.version, name = self.manifest.version, self.manifest.examples
+        self.version, name = self.manifest.model, self.manifest.examples
         sha256 = self.manifest.files.get(name)  # a package may have no examples
         self.examples = read_examples(io.BytesIO(read_file(self.folder, name, sha256))) if sha256 else None
 
