@@ -70,7 +70,7 @@ def _summary(result: "Result", model: "Predictor", given: str, column: str | Non
     from celestial_ml.batch.summary import summarise, write_page
     from celestial_ml.core.progress import as_time
 
-    summary = summarise(result.where, model.manifest.ood_threshold)
+    summary = summarise(result.where, model.ood_threshold)
     if result.rate or not result.where.summary.is_file():
         pace = {"pictures a second": f"{result.rate:,.0f}", "took": as_time(result.seconds)} if result.rate else {}
         if left := sum(result.passed_over.values()):

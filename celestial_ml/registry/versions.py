@@ -10,16 +10,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..package.folder import MODEL_JSON, ModelError
+
 from ..core.errors import CelestialError, unknown
-from celestial_ml.package.manifest import (
-    MODEL_JSON,
-    Manifest,
-    ModelError,
-    copy_package,
-    damage,
-    fingerprint,
-    read_manifest,
-)
+from ..package.manifest import Manifest, copy_package, damage, fingerprint, read_manifest
 from ..package.published import models_folder, published, versions
 
 if TYPE_CHECKING:

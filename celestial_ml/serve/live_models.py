@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..package.folder import ModelError
+
 from ..core.errors import CelestialError
 from ..core.files import DamagedFile
 from ..core.names import printable
-from ..package.manifest import ModelError
 from ..package.published import models_folder, pointer_file, published, read_pointer
 from ..package.self_test import SELF_TEST
 from .error_responses import Refusal

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ..package.folder import read_file
 
 from ..core.files import sha256_of
 from ..data.images import decode_image, read_content
 from ..data.thumbnails import data_uri, encode_webp, shrink
-from ..package.examples import Neighbour, read_examples
+from ..package.examples import EXAMPLES, Neighbour, read_examples
 from ..package.graph import Graph
-from ..package.manifest import read_file
 from ..package.self_test import self_test
 from .explanation import normalised, occlusion_grid, overlay, where
 
@@ -88,9 +88,8 @@ class Predictor(Graph):
         threads: int = 1,  # for one picture
     ):
         super().__init__(folder, threads)
-        self.version, name = self.manifest.model, self.manifest.examples
-        sha256 = self.manifest.files.get(name)  # a package may have no examples
-        self.examples = read_examples(io.BytesIO(read_file(self.folder, name, sha256))) if sha256 else None
+        sha256 = self.files.get(EXAMPLES)  # a package may have none
+        self.examples = read_examples(io.BytesIO(read_file(self.folder, EXAMPLES, sha256))) if sha256 else None
 
     def predict(
         self,
@@ -139,7 +138,7 @@ def as_prediction(
     return Prediction(
         label=model.classes[best],
         confidence=float(probabilities[best]),
-        known=bool(outputs["ood_score"] <= model.manifest.ood_threshold),
+        known=bool(outputs["ood_score"] <= model.ood_threshold),
         ood_score=float(outputs["ood_score"]),
         probabilities=dict(zip(model.classes, probabilities.tolist(), strict=True)),
         model_version=model.version,
