@@ -18,7 +18,6 @@ from ..data.images import decode_image, read_content
 from ..data.thumbnails import data_uri, encode_webp, shrink
 from ..package.examples import EXAMPLES, Neighbour, read_examples
 from ..package.graph import Graph
-from ..package.self_test import self_test
 from .explanation import normalised, occlusion_grid, overlay, where
 
 # %% auto #0
@@ -124,6 +123,8 @@ class Predictor(Graph):
 
     def self_test(self) -> int:  # pictures
         "Answer the package's own pictures; `ModelError` unless the answers are those that it was packaged with."
+        from celestial_ml.package.self_test import self_test
+
         return self_test(self)[0]
 
 # %% ../../nbs/serve/01_predictor.ipynb #as-prediction
