@@ -86,9 +86,22 @@ class Lane:
     def __init__(self, answer: Callable[[list[_Job]], None], threads: int, most: int):
         self.answer, self.most = answer, most
         self.queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self.arrived: list[_Job] = []  # in this turn of the event loop
         self.threads = [threading.Thread(target=self._work, name="scorer", daemon=True) for _ in range(threads)]
         for thread in self.threads:
             thread.start()
+
+    def put(self, job: _Job) -> None:
+        "In the event loop: queue a picture; those that arrive in the same turn of the loop are scored together."
+        if not self.arrived:
+            asyncio.get_running_loop().call_soon(self._hand_over)
+        self.arrived.append(job)
+
+    def _hand_over(self) -> None:
+        "Pass the new pictures to the threads."
+        for job in self.arrived:
+            self.queue.put(job)
+        self.arrived.clear()
 
     def close(self) -> None:
         "Finish what has been accepted, then stop."
@@ -130,7 +143,6 @@ class Scorer:
         self.small = Lane(lambda jobs: _answer(self, jobs), threads, batch)
         self.large = Lane(lambda jobs: _answer_costly(self, jobs), 1, 1)  # these hold up nobody but each other
         self.under_way = 0  # pictures that were accepted and not answered yet; used by the event loop alone
-        self.arrived: list[_Job] = []  # in this turn of the event loop
         metrics.collect(
             lambda: [("gauge", "celestial_waiting", "Pictures accepted and not answered", {}, self.under_way)]
         )
@@ -144,21 +156,13 @@ class Scorer:
         self.under_way += 1
         timer = loop.call_later(self.patience, _give_up, job.future)  # a third of the cost of `asyncio.timeout`
         try:
-            if not self.arrived:  # those that arrive in the same turn of the loop are scored together
-                loop.call_soon(self._hand_over)
-            self.arrived.append(job)
+            self.small.put(job)
             return await job.future
         finally:
             timer.cancel()
             self.under_way -= 1
             job.content = b""  # it may stand in a queue for a while yet
             del job, content  # or an error would keep itself and the picture alive, by way of the job's future
-
-    def _hand_over(self) -> None:
-        "Pass the new pictures to the threads."
-        for job in self.arrived:
-            self.small.queue.put(job)
-        self.arrived.clear()
 
     def close(self) -> None:
         "Finish what has been accepted, then stop."
