@@ -14,12 +14,12 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from celestial_ml.package.folder import ModelError
 from PIL import Image
 from serving import encoded, neptune, running, tiny_model
 
 from celestial_ml.core.files import read_json, write_json
 from celestial_ml.data.images import decode_image
+from celestial_ml.package.folder import ModelError
 from celestial_ml.planets.renderer import render
 from celestial_ml.serve.predictor import Predictor
 
@@ -375,7 +375,6 @@ def test_interrupt_ends_quietly(model):
 
 def test_a_missing_model_is_said(tmp_path):
     from celestial_ml.package.folder import ModelError
-
     from celestial_ml.serve.server import serve
 
     with pytest.raises(ModelError, match=r"no model\.json"):

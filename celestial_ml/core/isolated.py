@@ -51,8 +51,8 @@ def return_large_blocks() -> None:
     if mallopt is not None:
         mallopt(mmap_threshold, 1_000_000)
         mallopt(
-            trim_threshold, 64_000_000
-        )  # `return_freed` trims; doing so after each small picture costs a tenth of the time
+            trim_threshold, 4_000_000
+        )  # less than that is for `return_freed`: it would cost each small picture time
         mallopt(arenas, 2)  # or each of many threads keeps some of its own
 
 

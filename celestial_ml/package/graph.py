@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime
-from .folder import MODEL_FILE, ModelError, model_name, read_description, read_file
 
 from ..core.isolated import return_freed
+from .folder import MODEL_FILE, ModelError, model_name, read_description, read_file
 
 if TYPE_CHECKING:
     from celestial_ml.package.manifest import Manifest

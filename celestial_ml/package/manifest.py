@@ -11,10 +11,10 @@ import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
-from .folder import MODEL_FILE, MODEL_JSON, ModelError, model_name, read_description
 from pydantic import Field
 
 from ..core.files import DamagedFile, atomic, read_json, sha256_of, write_json
+from .folder import MODEL_FILE, MODEL_JSON, ModelError, model_name, read_description
 from .metrics import Document, Metrics
 
 # %% ../../nbs/package/02_manifest.ipynb #manifest-parts

@@ -10,9 +10,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .folder import MODEL_JSON, ModelError
-
 from ..core.files import DamagedFile, find_root, home, read_json
+from .folder import MODEL_JSON, ModelError
 
 # %% ../../nbs/package/03_published.ipynb #published
 def models_folder() -> Path:  # may not exist yet

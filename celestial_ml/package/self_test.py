@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from .folder import ModelError, read_file
 from PIL import Image
 
 from ..core.files import atomic
+from .folder import ModelError, read_file
 from .graph import Graph
 
 # %% ../../nbs/package/05_self_test.ipynb #same-size

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from ..package.folder import ModelError
 
 from ..core.files import find_root
 from ..core.params import Register
 from ..package.deployment_check import Deployment, check_deployment
+from ..package.folder import ModelError
 from ..package.manifest import Manifest, damage, read_manifest
 from ..package.metrics import Fairness
 from ..package.published import published

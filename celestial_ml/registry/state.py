@@ -11,11 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..package.folder import MODEL_JSON
-
 from ..core.errors import CelestialError, unknown
 from ..core.files import DamagedFile, read_json, write_json
 from ..core.page_builder import mark_retired
+from ..package.folder import MODEL_JSON
 from ..package.manifest import Manifest, damage, read_manifest
 from ..package.published import models_folder, pointer_file, published, read_pointer, versions
 from .audit import append, audit_file, locked, read_log, verify, whoami

@@ -10,9 +10,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..package.folder import MODEL_JSON, ModelError
-
 from ..core.errors import CelestialError, unknown
+from ..package.folder import MODEL_JSON, ModelError
 from ..package.manifest import Manifest, copy_package, damage, fingerprint, read_manifest
 from ..package.published import models_folder, published, versions
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ..package.folder import read_file
 
 from ..core.files import sha256_of
 from ..data.images import decode_image, read_content
 from ..data.thumbnails import data_uri, encode_webp, shrink
 from ..package.examples import EXAMPLES, Neighbour, read_examples
+from ..package.folder import read_file
 from ..package.graph import Graph
 from .explanation import normalised, occlusion_grid, overlay, where
 
