@@ -583,8 +583,9 @@ async def ready(service: TheService, model: TheModel) -> Status:
 async def model_info(model: TheModel) -> ModelInfo:
     "Which model answers, what it knows, how good it is and where it came from."
     card = "/model/card" if (model.folder / "model_card.html").is_file() else None
-    lineage = without_folders(model.about.get("lineage", {}))  # paths on the training machine are private
-    return ModelInfo(**model.about | {"lineage": lineage, "card": card})
+    content = model.manifest.to_json()
+    lineage = without_folders(content.get("lineage", {}))  # paths on the training machine are private
+    return ModelInfo(**content | {"lineage": lineage, "card": card})
 
 
 NO_CARD = errors(no_card=(404, "this model came without a card"))
