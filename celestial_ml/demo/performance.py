@@ -8,7 +8,7 @@ __all__ = ['performance_files', 'share', 'headline_figures', 'confusion_table', 
 
 # %% ../../nbs/demo/05_performance.ipynb #ac4d6209
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -164,7 +164,7 @@ def slices_list(slices: Sequence[Slice]) -> str:
     return "".join(parts)
 
 # %% ../../nbs/demo/05_performance.ipynb #robustness-table
-def robustness_table(per_corruption: dict[str, Sequence[float]]) -> str:
+def robustness_table(per_corruption: Mapping[str, Sequence[float]]) -> str:
     "Accuracy by kind and strength of disturbance, the worst kind first."
     ordered = sorted(per_corruption.items(), key=lambda item: sum(item[1]))
     levels = len(ordered[0][1]) if ordered else 0

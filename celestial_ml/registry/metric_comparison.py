@@ -141,11 +141,9 @@ def _shares(metrics: Metrics) -> dict[str, Interval]:
 # %% ../../nbs/registry/11_metric_comparison.ipynb #fits
 def _untested(ours: Metrics, theirs: Metrics) -> list[Difference]:
     "The figures without a test."
-    slices, damaged = [
-        [m.fairness.worst.accuracy if m.fairness and m.fairness.worst else None for m in (ours, theirs)],
-        [m.robustness.mean_accuracy for m in (ours, theirs)],
-    ]
-    rows = [Difference("worst kind of picture", *slices), Difference("damaged pictures", *damaged)]
+    left, right = (m.fairness.worst.accuracy if m.fairness and m.fairness.worst else None for m in (ours, theirs))
+    damaged = ours.robustness.mean_accuracy, theirs.robustness.mean_accuracy
+    rows = [Difference("worst kind of picture", left, right), Difference("damaged pictures", *damaged)]
     return [row for row in rows if row.ours is not None or row.theirs is not None]
 
 
@@ -175,7 +173,7 @@ def differences(
         if left and right:
             rows[key] = _from_intervals(row, left, right)
         else:
-            rows[key] = replace(row, ours=left and left.value, theirs=right and right.value)
+            rows[key] = replace(row, ours=left.value if left else None, theirs=right.value if right else None)
     if answers is not None:
         mine, others = same_images(*answers)
         if len(mine) >= least:

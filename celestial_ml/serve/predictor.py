@@ -115,7 +115,8 @@ class Predictor(Graph):
         digits = [[round(float(v), 3) for v in row] for row in values]  # more than it's exact to
         near = () if self.examples is None or seen.embedding is None else self.examples.nearest(seen.embedding)
         shown = data_uri(encode_webp(overlay(seen.picture, values), 85))
-        return Explanation(seen.prediction, Saliency(*values.shape, digits, where(values)), shown, near)
+        (rows, columns), words = values.shape, where(values)
+        return Explanation(seen.prediction, Saliency(rows, columns, digits, words), shown, near)
 
     def explain(self, source: bytes | Path | str, name: str = "the image") -> Explanation:
         "The answer of `predict`, and its reasons; `ImageError` where it can't be read."
