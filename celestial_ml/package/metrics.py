@@ -41,16 +41,21 @@ class Interval(Document):
     high: float
 
 
-class Scores(Document):
-    "How well a class is recognised, or the mean of all classes."
+class ClassScores(Document):
+    "How well a class is recognised."
 
     precision: float
     recall: float
     f1: float
-
-
-class ClassScores(Scores):
     images: int  # of the class
+
+
+class MeanScores(Document):
+    "The means over all classes."
+
+    f1: float
+    precision: float | None = None
+    recall: float | None = None
 
 
 class ConfusedPair(Document):
@@ -151,7 +156,7 @@ class Metrics(Document):
     images: int = 0
     accuracy: float | None = None
     loss: float | None = None  # cross-entropy
-    macro: Scores | None = None
+    macro: MeanScores | None = None
     per_class: dict[str, ClassScores] = {}
     intervals: dict[str, Interval] = {}  # accuracy, macro_f1, loss, ece, brier
     confused: list[ConfusedPair] = []  # the most frequent first
