@@ -159,8 +159,10 @@ def test_a_card_of_many_classes_is_readable(crowd: pd.DataFrame) -> None:
         "ood_threshold": 1.0, "temperature": 1.0, "metrics": metrics,
         "lineage": {"run": "a", "created": "now", "mlflow_run": "b", "code_revision": "c", "data_sha256": "d", "parameters": {}},
     }  # fmt: skip
-    counts = {name: {"train": 4, "val": 1, "test": 1} for name in classes}
-    card = make_card(about, {"decision": "refuse", "reasons": ["no"], "rules": []}, counts, [], [], {})
+    catalog = pd.DataFrame(
+        {"label": sorted(classes * 6), "split": ["train", "train", "train", "train", "val", "test"] * 300}
+    )
+    card = make_card(about, {"decision": "refuse", "reasons": ["no"], "rules": []}, catalog, [], [], {})
     text, page = card.markdown(), card.html()
     assert len(text) < 20_000 and len(page) < 60_000
     assert text.count("20 of 300 are shown") == 2 and "and 280 more" in text

@@ -151,10 +151,9 @@ def written(folder: Path, model: str, verdict: dict[str, Any]) -> tuple[str, str
     "The report of a version, as the step register makes it."
     about, answers = read_version(model), Evidence.load(published(model))
     assert answers is not None
-    counts = {"Mars": {"train": 10, "test": 100}, "Neptune": {"train": 10, "test": 100}}
+    catalog = pd.DataFrame({"path": "a.png", "label": ["Mars", "Neptune"], "split": ["train", "test"]})
     since = against_version(about, answers, verdict)
-    picture = np.zeros((16, 16, 3), np.uint8)
-    report = make_report(about, verdict, since, counts, [], predictions_of(answers), lambda path: picture, [], {}, [])
+    report = make_report(about, verdict, since, catalog, [], predictions_of(answers), folder, {}, [])
     return report.markdown(), report.html()
 
 

@@ -22,7 +22,6 @@ from .files import atomic
 from .many_classes import few_of, listed
 
 if TYPE_CHECKING:  # slow to import, and a rollback only marks a card
-    import numpy as np
     from jinja2 import Environment
 
 # %% auto #0
@@ -48,18 +47,19 @@ def share(
     return as_text(None if value is None else float(value), as_share=True)
 
 # %% ../../nbs/core/10_page_builder.ipynb #data-uri
-def _picture(source: Path | bytes | np.ndarray, side: int = 1500) -> dict[str, Any]:  # uri, width, height
-    "An image file, its content or its pixels as it can stand in a page: at most `side` wide, as WebP."
+def _picture(source: Any, side: int = 1500) -> dict[str, Any]:  # uri, width, height
+    "A file, its content, pixels or a figure of Matplotlib as it can stand in a page: at most `side` wide, as WebP."
     from PIL import Image
 
-    opened = (
-        Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        if isinstance(source, Path | bytes)
-        else Image.fromarray(source)
-    )
-    image, file = opened.convert("RGB"), io.BytesIO()
+    if hasattr(source, "savefig"):
+        source.savefig(drawn := io.BytesIO(), dpi=110)
+        source = drawn.getvalue()
+    if isinstance(source, bytes | Path):
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source).convert("RGB")
+    else:
+        image = Image.fromarray(source).convert("RGB")
     image.thumbnail((side, 4 * side))
-    image.save(file, "WEBP", quality=82, method=6)
+    image.save(file := io.BytesIO(), "WEBP", quality=82, method=6)
     encoded = base64.b64encode(file.getvalue()).decode()
     return {"uri": f"data:image/webp;base64,{encoded}", "width": image.width, "height": image.height}
 
@@ -93,7 +93,7 @@ def _environment(form: str) -> Environment:  # html or md
         "slug": lambda title: re.sub(r"\W+", "-", title.lower()),
     }
     env.globals |= {"form": form, "layout": f"page.{form}.jinja", "macros": f"macros.{form}.jinja"}
-    env.globals |= dict.fromkeys(("subtitle", "decision", "tiles", "script", "broad", "bare"), "")
+    env.globals |= dict.fromkeys(("subtitle", "decision", "tiles", "script", "broad", "bare", "open_policy"), "")
     return env
 
 # %% ../../nbs/core/10_page_builder.ipynb #card

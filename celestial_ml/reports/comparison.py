@@ -5,7 +5,6 @@
 # %% ../../nbs/reports/02_comparison.ipynb #6f45b9a8
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import tempfile
@@ -13,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,9 +26,6 @@ from ..registry.metric_comparison import Comparison, answers_table, flat, make_c
 from ..registry.versions import damage, published, read_version, versions
 from .model_card import verdict_words
 from .run_report import against_version, changes
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # %% auto #0
 __all__ = ['PLOTS', 'Side', 'find_answers', 'read_run', 'read_revision', 'Report', 'compare_run', 'report_page']
@@ -220,79 +216,57 @@ def compare_run(
     return Report(run, side, other, make_comparison((side.name, other.name), metrics, (mine, its), both, alpha=alpha))
 
 # %% ../../nbs/reports/02_comparison.ipynb #drawn
-def _png(figure: Figure) -> bytes:
-    "A figure of Matplotlib as a file."
+def _drawings(report: Report) -> list[list[tuple[Any, str]]]:  # figures that stand side by side, with captions
+    "The figures of both sides, the reference first; drawn anew where the answers of both are at hand."
     import matplotlib.pyplot as plt
+    from sklearn.calibration import calibration_curve
 
-    file = io.BytesIO()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-    return file.getvalue()
+    from celestial_ml.model.plots import plot_confusion
 
-
-def _reliability(sides: Sequence[Side], bins: int = 10, least: int = 5) -> Figure:
-    "Confidence against the share of right answers, in the bins that have enough answers."
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(5, 5), layout="constrained")
-    ax.plot([0, 1], [0, 1], color="gray", linestyle=":")
-    for side in sides:
-        assert side.answers is not None
-        sure = side.answers.probabilities.max(axis=1)
-        place = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)
-        filled = [place == b for b in np.flatnonzero(np.bincount(place, minlength=bins) >= least)]
-        right = [side.answers.correct[rows].mean() for rows in filled]
-        ax.plot([sure[rows].mean() for rows in filled], right, marker="o", label=side.name)
-    ax.set(xlabel="confidence", ylabel="share of right answers", title="Reliability")
-    ax.legend()
-    return fig
-
-
-def _drawings(report: Report) -> list[list[tuple[bytes, str]]]:  # figures that stand side by side: PNG, caption
-    "The figures of both sides, the reference first."
     sides = [side for side in (report.base, report.side) if side is not None]
-    figures: dict[str, list[tuple[bytes, str]]] = {
+    figures: dict[str, list[tuple[Any, str]]] = {
         name: [(side.plots[name], f"{name.replace('_', ' ')}, {side.name}") for side in sides if name in side.plots]
         for name in PLOTS
     }
-    if len(sides) > 1 and all(side.answers is not None for side in sides):
-        from celestial_ml.model.plots import plot_confusion
-
-        tables = [answers_table(side.answers, np.arange(len(side.answers.label))) for side in sides if side.answers]
-        figures["confusion_matrix"] = [
-            (_png(plot_confusion(table, list(side.metrics["per_class"]))), side.name)
-            for side, table in zip(sides, tables, strict=True)
-        ]
-        figures["reliability"] = [(_png(_reliability(sides)), "both")]
+    if len(answered := [(side, side.answers) for side in sides if side.answers is not None]) > 1:
+        figures["confusion_matrix"] = []
+        fig, ax = plt.subplots(figsize=(5, 5), layout="constrained")
+        for side, answers in answered:
+            table = answers_table(answers, np.arange(len(answers.label)))
+            figures["confusion_matrix"].append((plot_confusion(table, list(side.metrics["per_class"])), side.name))
+            right, sure = calibration_curve(
+                answers.correct, answers.probabilities.max(axis=1), n_bins=10, strategy="quantile"
+            )
+            ax.plot(sure, right, marker="o", label=side.name)
+        ax.plot([0, 1], [0, 1], color="gray", linestyle=":")
+        ax.set(xlabel="confidence", ylabel="share of right answers", title="Reliability")
+        ax.legend()
+        figures["reliability"] = [(fig, "both")]
+        for figure, _ in figures["confusion_matrix"] + figures["reliability"]:
+            plt.close(figure)
     return [group for group in figures.values() if group]
 
 # %% ../../nbs/reports/02_comparison.ipynb #images
-def _addresses(root: Path, report: Report, images: str) -> list[tuple[str, str, str]]:  # name, address of both
-    "The pictures that both revisions have."
-    if report.base is None or report.base.commit is None:
-        return []
-    head, run, other = _resolve(root, "HEAD"), report.run, report.base.name.partition(":")[2] or report.run
-    place = "{images}/output/{run}/plots/{name}.png".format
+def _in_both(root: Path, report: Report) -> list[str]:
+    "The pictures of the run that HEAD and the reference have."
+    place = f"output/{report.run}/plots/{{}}.png"
     return [
-        (name, place(images=images.replace("{rev}", report.base.commit), run=other, name=name),
-         place(images=images.replace("{rev}", head), run=run, name=name))
+        name
         for name, content in report.side.plots.items()
-        if name in report.base.plots and _at_revision(root, head, f"output/{run}/plots/{name}.png") == content
-    ]  # fmt: skip
+        if report.base and name in report.base.plots and _at_revision(root, "HEAD", place.format(name)) == content
+    ]
 
 # %% ../../nbs/reports/02_comparison.ipynb #classes-block
-def _classes(comparison: Comparison) -> tuple[list[tuple[str, ...]], dict[str, str] | None]:  # rows, chart
-    "The F1 of each class, the largest change first; a chart where there are a few, none of them new."
-    pairs = sorted(comparison.classes.items(), key=lambda row: -1 if None in row[1] else -abs(row[1][0] - row[1][1]))
-    rows = [
-        (name, *("–" if f1 is None else f"{f1:.3f}" for f1 in (other, value)),
-         "–" if value is None or other is None else f"{value - other:+.3f}")
-        for name, (value, other) in pairs
-    ]  # fmt: skip
-    if not 2 <= len(pairs) <= 20 or any(None in pair for _, pair in pairs):
-        return rows, None
-    values = [", ".join(f"{pair[side]:.3f}" for pair in comparison.classes.values()) for side in (0, 1)]
-    return rows, {"names": ", ".join(map(json.dumps, comparison.classes)), "ours": values[0], "theirs": values[1]}
+def _classes(
+    comparison: Comparison | None,
+) -> list[tuple[str, str, str, str]]:  # name, F1 of theirs, of ours, difference
+    "The F1 of each class, the largest change first."
+    rows = []
+    for name, (ours, theirs) in comparison.classes.items() if comparison else ():
+        change = None if ours is None or theirs is None else ours - theirs
+        texts = ("–" if f1 is None else f"{f1:.3f}" for f1 in (theirs, ours))
+        rows.append((name, *texts, "–" if change is None else f"{change:+.3f}", -2 if change is None else -abs(change)))
+    return [row[:4] for row in sorted(rows, key=lambda row: row[4])]
 
 # %% ../../nbs/reports/02_comparison.ipynb #report-page
 def report_page(
@@ -301,27 +275,24 @@ def report_page(
     images: str | None = None,  # for Markdown: "https://raw.githubusercontent.com/OWNER/REPO/{rev}"
 ) -> Page:
     "Comparisons as one page, and as Markdown for a pull request."
-    shown, first = [], reports[0]
-    for report in reports:
-        classes, chart = _classes(report.comparison) if report.comparison else ([], None)
-        rules = sorted(report.side.verdict.get("rules", []), key=lambda rule: rule["passed"])
-        shown.append(
-            {
-                "title": report.title(),
-                "changes": changes(report.comparison),
-                "note": report.base.note if report.base else "",
-                "verdict_words": verdict_words(report.side.verdict),
-                "rules": [(rule["name"], "✓" if rule["passed"] else "✗", rule["why"]) for rule in rules],
-                "classes": classes,
-                "chart": chart,
-                "drawings": partial(_drawings, report),
-                "addresses": _addresses(root, report, images) if images else [],
-            }
-        )
+    shown = [
+        {
+            "report": report,
+            "changes": changes(report.comparison),
+            "verdict_words": verdict_words(report.side.verdict),
+            "classes": _classes(report.comparison),
+            "drawings": partial(_drawings, report),
+            "pictures": _in_both(root, report) if images and report.base and report.base.commit else [],
+        }
+        for report in reports
+    ]
+    first = reports[0]
     data = {
         "title": ", ".join(report.run for report in reports),
         "subtitle": f"against {first.base.name if first.base else 'nothing'}",
-        "decision": first.side.verdict.get("decision", "") if len(reports) == 1 else "",
-        "reports": shown,
+        "decision": first.side.verdict["decision"] if len(reports) == 1 else "",
+        "shown": shown,
+        "images": images,
+        "head": _resolve(root, "HEAD") if images else None,
     }
     return Page("comparison", data)

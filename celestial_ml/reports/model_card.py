@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.files import without_folders
 from ..core.many_classes import listed
 from ..core.page_builder import Page, share
 from ..registry.metric_comparison import flat, strangers
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% auto #0
 __all__ = ['verdict_words', 'count_table', 'weak_spots', 'make_card']
@@ -31,13 +34,15 @@ def verdict_words(
 
 # %% ../../nbs/reports/00_model_card.ipynb #count-table
 def count_table(
-    counts: Mapping[str, Mapping[str, int]],  # images by class and split
+    catalog: pd.DataFrame,  # label and split of each image
 ) -> dict[str, Any]:  # splits; rows of class, images in each split, and in all
     "The images of each class."
-    order = dict.fromkeys(["train", "val", "test", *sorted({split for row in counts.values() for split in row})])
-    splits = [split for split in order if any(split in row for row in counts.values())]
-    rows = [(label, *(row.get(split, 0) for split in splits), sum(row.values())) for label, row in counts.items()]
-    return {"splits": splits, "rows": rows}
+    counts = catalog.groupby(["label", "split"]).size().unstack(fill_value=0)
+    splits = sorted(counts.columns, key=lambda split: (["train", "val", "test", split].index(split), split))
+    return {
+        "splits": splits,
+        "rows": [(label, *map(int, row), int(sum(row))) for label, *row in counts[splits].itertuples()],
+    }
 
 # %% ../../nbs/reports/00_model_card.ipynb #limits
 def weak_spots(
@@ -52,22 +57,6 @@ def weak_spots(
         "kinds": [f"{kind} ({share(1 - rate)})" for kind, rate in kinds.items() if rate < 0.9],
         "false_alarms": unknown.get("false_alarm_rate", 0),
     }
-
-# %% ../../nbs/reports/00_model_card.ipynb #tiles
-def _tiles(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    "The figures to see first: name, value, remark."
-    f1, intervals = {name: row["f1"] for name, row in metrics["per_class"].items()}, metrics["intervals"]
-    worst, accuracy = min(f1, key=f1.__getitem__), intervals["accuracy"]
-    span = {key: f"{intervals[key]['low']:.3f} to {intervals[key]['high']:.3f}" for key in ("macro_f1", "ece")}
-    tiles = [
-        ("accuracy", share(metrics["accuracy"]), f"{share(accuracy['low'])} to {share(accuracy['high'])}"),
-        ("macro F1", f"{metrics['macro']['f1']:.3f}", span["macro_f1"]),
-        ("worst class", f"{f1[worst]:.3f}", f"F1 of {worst}"),
-        ("calibration error", f"{intervals['ece']['value']:.3f}", span["ece"]),
-    ]
-    if recognised := strangers(metrics):
-        tiles.append(("unknowns recognised", share(recognised[0]), f"of {recognised[1]} images"))
-    return tiles
 
 # %% ../../nbs/reports/00_model_card.ipynb #metrics
 _FIGURES = {
@@ -84,7 +73,7 @@ def _figure_tables(metrics: Mapping[str, Any]) -> dict[str, Any]:
     unknown, robustness = metrics.get("unknown") or {}, metrics.get("robustness") or {}
     tests = {name: test for group in (metrics.get("behaviour") or {}).values() for name, test in group.items()}
     return {
-        "intervals": [
+        "figures": [
             (_FIGURES[key][0], f"{i['value']:.3f}", f"{i['low']:.3f} to {i['high']:.3f}", _FIGURES[key][1])
             for key, i in metrics["intervals"].items() if key in _FIGURES
         ],
@@ -103,7 +92,7 @@ def _figure_tables(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def make_card(
     about: Mapping[str, Any],  # the published model.json
     verdict: Mapping[str, Any],  # of `Verdict.to_dict`
-    counts: Mapping[str, Mapping[str, int]],  # images by class and split
+    catalog: pd.DataFrame,  # label and split of each image
     checks: Sequence[Mapping[str, Any]],  # of the step check
     explanations: Sequence[Mapping[str, Any]],  # of the step explain
     plots: Mapping[str, Path],  # by the name that pipeline.yaml gives them; missing files are left out
@@ -121,7 +110,7 @@ def make_card(
         "size": parameters.get("prepare", {}).get("size"),
         "augmented": parameters.get("train", {}).get("augment"),
         "parameters": [(key, str(value)) for key, value in flat(parameters).items()],
-        "counts": count_table(counts),
+        "counts": count_table(catalog),
         "checks": [f"{'passed' if c['status'] == 'pass' else c['status']}: {c['saw']}" for c in checks],
         "explanations": [
             (
@@ -135,7 +124,7 @@ def make_card(
         ],
         "explained": len({e["label"] for e in explanations}),
         "weak": weak_spots(metrics),
-        "tiles": _tiles(metrics),
+        "recognised": strangers(metrics),
         "plots": {name: path for name, path in plots.items() if path.is_file()},
     }
     return Page("model_card", data)

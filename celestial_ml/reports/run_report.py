@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['rival', 'against_version', 'as_figure', 'changes', 'out_of_100', 'in_short', 'example_pictures', 'image_reader',
-           'sample_pictures', 'notebook_links', 'make_report']
+__all__ = ['rival', 'against_version', 'as_figure', 'changes', 'out_of_100', 'in_short', 'example_pictures', 'notebook_links',
+           'make_report']
 
 # %% ../../nbs/reports/01_run_report.ipynb #rival
 def rival(
@@ -99,15 +99,11 @@ def _changed_words(comparison: Comparison) -> str:
 # %% ../../nbs/reports/01_run_report.ipynb #figure-row
 def _figure_row(figure: Difference) -> tuple[str, ...]:
     "A row of the table of figures."
-    ends = [as_figure(figure, end, True) for end in (figure.low, figure.high)]
+    theirs, ours = as_figure(figure, figure.theirs), as_figure(figure, figure.ours)
+    change, low, high = (as_figure(figure, value, True) for value in (figure.difference, figure.low, figure.high))
     how = {"paired": "same images", "intervals": "intervals"}.get(figure.how, "–")
     how += "" if figure.p is None else f", p = {figure.p:.2g}"
-    values = [
-        as_figure(figure, figure.theirs),
-        as_figure(figure, figure.ours),
-        as_figure(figure, figure.difference, True),
-    ]
-    return (figure.name, *values, "–" if figure.low is None else " to ".join(ends), how, figure.verdict)
+    return (figure.name, theirs, ours, change, "–" if figure.low is None else f"{low} to {high}", how, figure.verdict)
 
 # %% ../../nbs/reports/01_run_report.ipynb #changes
 def changes(
@@ -186,9 +182,7 @@ def example_pictures(
     }
 
 # %% ../../nbs/reports/01_run_report.ipynb #image-reader
-def image_reader(
-    root: Path,  # that the paths are relative to
-) -> Callable[[str], np.ndarray]:  # path → uint8 (height, width, 3)
+def _reader(root: Path) -> Callable[[str], np.ndarray]:  # path → uint8 (height, width, 3)
     "How a report reads its images."
 
     def read(path: str) -> np.ndarray:
@@ -199,17 +193,12 @@ def image_reader(
 
     return read
 
-# %% ../../nbs/reports/01_run_report.ipynb #sample-pictures
-def sample_pictures(
-    catalog: pd.DataFrame,  # path, label and split
-    read: Callable[[str], np.ndarray],  # path → uint8 (height, width, 3)
-    most: int = 24,  # in all
-) -> list[tuple[str, np.ndarray]]:  # label, image
+
+def _samples(catalog: pd.DataFrame, most: int = 24) -> pd.DataFrame:
     "A few training images of each class."
-    learned = catalog[catalog.split == "train"]
+    learned = catalog[catalog.split == "train"].sort_values("label", kind="stable")
     each = max(1, min(2, most // max(1, learned.label.nunique())))
-    rows = learned.sort_values("label", kind="stable").groupby("label").head(each).head(most)
-    return [(str(label), read(str(path))) for label, path in zip(rows.label, rows.path, strict=True)]
+    return learned.groupby("label").head(each).head(most)
 
 # %% ../../nbs/reports/01_run_report.ipynb #notebook-links
 def notebook_links(
@@ -219,47 +208,29 @@ def notebook_links(
     "The pages of the executed notebooks; that of the last step, which writes the report, follows when it is done."
     return [(name, f"{name}.html") for name in steps if (folder / f"{name}.html").is_file() or name == steps[-1]]
 
-# %% ../../nbs/reports/01_run_report.ipynb #tiles
-def _tiles(metrics: Mapping[str, Any], comparison: Comparison | None) -> list[tuple[str, str, str]]:
-    "The figures to see first: name, value, remark."
-    accuracy, recall = metrics["intervals"]["accuracy"], {n: row["recall"] for n, row in metrics["per_class"].items()}
-    worst, unknown = min(recall, key=recall.__getitem__), strangers(metrics)
-    tiles = [
-        ("accuracy", share(accuracy["value"]), f"{share(accuracy['low'])} to {share(accuracy['high'])}"),
-        ("worst class", share(recall[worst]), f"recall of {worst}"),
-    ]
-    if unknown:
-        tiles.append(("unknowns recognised", share(unknown[0]), f"of {unknown[1]} images"))
-    if comparison and comparison.accuracy.difference is not None:
-        points = f"{as_figure(comparison.accuracy, comparison.accuracy.difference, True)} points"
-        tiles.append((f"against {comparison.theirs}", points, comparison.accuracy.verdict))
-    return tiles
-
 # %% ../../nbs/reports/01_run_report.ipynb #make-report
 def make_report(
     about: Mapping[str, Any],  # the published model.json
     verdict: Mapping[str, Any],  # of `Verdict.to_dict`
     comparison: Comparison | None,  # of `against_version`
-    counts: Mapping[str, Mapping[str, int]],  # images by class and split
+    catalog: pd.DataFrame,  # path, label and split of each image
     checks: Sequence[Mapping[str, Any]],  # of the step check
     predictions: pd.DataFrame,  # of the step evaluate
-    read: Callable[[str], np.ndarray],  # path → uint8 (height, width, 3)
-    samples: Sequence[tuple[str, np.ndarray]],  # of `sample_pictures`
+    root: Path,  # that the paths are relative to
     plots: Mapping[str, Path],  # by the name that pipeline.yaml gives them; missing files are left out
     notebooks: Sequence[tuple[str, str]],  # of `notebook_links`
 ) -> Page:
     "The report of a run."
-    metrics, table = about["metrics"], count_table(counts)
-    rules = sorted(verdict["rules"], key=lambda rule: rule["passed"])
+    metrics, table, read = about["metrics"], count_table(catalog), _reader(root)
     data = {
         "about": about,
         "verdict": verdict,
         "verdict_words": verdict_words(verdict),
         "in_short": in_short(about, verdict, comparison),
-        "tiles": _tiles(metrics, comparison),
+        "recognised": strangers(metrics),
         "counts": table,
         "images": sum(row[-1] for row in table["rows"]),
-        "samples": [(image, label, "") for label, image in samples],
+        "samples": [(read(row.path), row.label, "") for row in _samples(catalog).itertuples()],
         "checks": len(checks),
         "failed_checks": [f"{check['check']}: {check['saw']}" for check in checks if check["status"] != "pass"],
         "confused": [f"{c['label']} for {c['predicted']} ({c['images']})" for c in metrics.get("confused", [])[:3]],
@@ -269,7 +240,6 @@ def make_report(
         ],
         "calibration_error": metrics["intervals"].get("ece", {}).get("value"),
         "changes": changes(comparison),
-        "rules": [(rule["name"], "✓" if rule["passed"] else "✗", rule["why"]) for rule in rules],
         "examples": example_pictures(predictions, read, about["ood_threshold"]),
         "answers": len(predictions),
         "wrong": int((~predictions.correct).sum()),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def best_row(
 
 # %% ../../nbs/reports/03_sweep_page.ipynb #places
 def _places(values: Sequence[Any], flip: bool) -> tuple[list[float], list[tuple[float, str]]]:
-    "Where values lie on an axis from 0 at its foot to 1, and the axis' labels; numbers of a wide range by logarithm."
+    "Where values lie on an axis from 0 at its foot to 1, and its labels; numbers of a wide range by logarithm."
     numbers = [float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
     if len(numbers) < len(values) or not numbers:
         kinds = sorted({as_text(v) for v in values})
@@ -101,33 +102,25 @@ def _places(values: Sequence[Any], flip: bool) -> tuple[list[float], list[tuple[
     return where, list(labels.items())
 
 # %% ../../nbs/reports/03_sweep_page.ipynb #coordinates
-def _coordinates(rows: Sequence[RunRow], best: RunRow | None) -> dict[str, Any]:  # axes, lines, size
-    "What is drawn where, in pixels; no axes where there is nothing to compare."
-    high, top, apart = 220, 46, 150
+def _coordinates(rows: Sequence[RunRow], best: RunRow | None) -> dict[str, Any]:  # axes, lines
+    "An axis for each parameter and figure, a line for each run, the best one last; none where nothing can be compared."
     parameters, metrics = columns(rows)
     shown = [row for row in rows if all(name in row.metrics for name in metrics)]
-    values = [(key, [row.outcome.values.get(key) for row in shown], False, "") for key in parameters]
-    for name in metrics:
-        low = lower_is_better(name)
-        values.append((name, [row.metrics[name] for row in shown], low, f" ({'lower' if low else 'higher'} is better)"))
+    values: dict[str, list[Any]] = {key: [row.outcome.values.get(key) for row in shown] for key in parameters}
+    values |= {name: [row.metrics[name] for row in shown] for name in metrics}
     if len(shown) < 2 or len(values) < 2:
-        return {"axes": [], "lines": [], "size": (0, 0)}
-    axes, points = [], [""] * len(shown)
-    for i, (name, column, flip, hint) in enumerate(values):
-        (where, spots), x = _places(column, flip), 75 + apart * i
-        labels = [
-            (x if spot in (0.0, 1.0) else x + 34,
-             round(top + high * (1 - spot) + (16 if spot < 0.02 else -7 if spot > 0.98 else 4)), text[:16])
-            for spot, text in spots
-        ]  # fmt: skip
-        axes.append({"x": x, "top": top, "foot": top + high, "name": name, "hint": name + hint, "labels": labels})
-        points = [f"{line} {x},{top + high * (1 - w):.1f}".strip() for line, w in zip(points, where, strict=True)]
-    lines = [{"run": row.name, "points": p, "best": row is best} for row, p in zip(shown, points, strict=True)]
-    return {
-        "axes": axes,
-        "lines": sorted(lines, key=lambda line: bool(line["best"])),
-        "size": (apart * len(axes), top + high + 30),
-    }
+        return {"axes": [], "lines": []}
+    axes = []
+    for name, column in values.items():
+        low = name in metrics and lower_is_better(name)
+        places, labels = _places(column, flip=low)
+        better = "lower" if low else "higher" if name in metrics else ""
+        axes.append({"name": name, "better": better, "places": places, "labels": labels})
+    lines = [
+        {"run": row.name, "best": row is best, "places": [axis["places"][i] for axis in axes]}
+        for i, row in enumerate(shown)
+    ]
+    return {"axes": axes, "lines": sorted(lines, key=lambda line: bool(line["best"]))}
 
 # %% ../../nbs/reports/03_sweep_page.ipynb #parallel-coordinates
 def parallel_coordinates(
@@ -141,53 +134,46 @@ def parallel_coordinates(
 _FIRST = ("history", "confusion_matrix", "preview", "errors")  # of a run's plots these are shown before others
 
 
-def _shown(row: RunRow, best: RunRow | None, tops: dict[str, float], page: Path) -> dict[str, Any]:
-    "A run, as the template shows it; addresses are seen from the page."
-    outcome, where = row.outcome, os.path.relpath(row.folder, page.parent)
-    why, notebook = row.failure()
+def _files(row: RunRow, page: Path) -> dict[str, Any]:
+    "What a run left behind; addresses are relative to the page."
+    where, (why, notebook) = os.path.relpath(row.folder, page.parent), row.failure()
     if notebook and (row.folder / notebook).with_suffix(".html").is_file():
         notebook = f"{Path(notebook).stem}.html"
     order = {name: i for i, name in enumerate(_FIRST)}
     plots = sorted((row.folder / "plots").glob("*.png"), key=lambda p: (order.get(p.stem, len(order)), p.stem))[:4]
     pages = sorted(row.folder.glob("*.html"), key=lambda path: path.stat().st_mtime)  # as they were executed
     return {
-        "name": row.name,
-        "best": row is best,
-        "status": outcome.status,
-        "tries": outcome.tries,
-        "seconds": outcome.seconds,
-        "time": as_time(outcome.seconds),
         "why": why,
         "failed": notebook and f"{where}/{notebook}",
         "plots": [(path, path.stem.replace("_", " "), f"{where}/plots/{path.name}") for path in plots],
         "notebooks": [(path.stem, f"{where}/{path.name}") for path in pages],
-        "figures": [
-            (row.metrics.get(name), "number top" if row.metrics.get(name) == tops[name] else "number") for name in tops
-        ],
     }
 
 # %% ../../nbs/reports/03_sweep_page.ipynb #gallery-html
 def sweep_page(
     name: str,  # of the sweep
     rows: Sequence[RunRow],
-    page: Path,  # where it will be: links are seen from there
+    page: Path,  # where it will be: links are relative to it
 ) -> Page:
     "The page of a sweep."
     parameters, metrics = columns(rows)
     best = best_row(rows, metrics)
     ends = {metric: min if lower_is_better(metric) else max for metric in metrics}
     tops = {metric: end(row.metrics[metric] for row in rows if metric in row.metrics) for metric, end in ends.items()}
-    runs = [_shown(row, best, tops, page) for row in rows]
-    for run, row in zip(runs, rows, strict=True):
+    runs = []
+    for row in rows:
         values = [row.outcome.values.get(key) for key in parameters]
-        run["cells"] = [(v, "number" if isinstance(v, int | float) else "") for v in values] + run["figures"]
-        run["shown"] = bool(run["plots"] or run["why"])
-    counts = {status: sum(row.outcome.status == status for row in rows) for status in ("done", "failed", "left")}
+        cells = [(value, "number" if isinstance(value, int | float) else "") for value in values]
+        figures = {metric: row.metrics.get(metric) for metric in metrics}
+        cells += [(value, "number top" if value == tops[metric] else "number") for metric, value in figures.items()]
+        more = {"name": row.name, "outcome": row.outcome, "best": row is best, "time": as_time(row.outcome.seconds)}
+        runs.append(_files(row, page) | more | {"cells": cells})
+    counts = Counter(row.outcome.status for row in rows)
     data = {
         "title": name,
         "runs": runs,
         "best": best and best.name,
-        "counts": [f"{count} {status}" for status, count in counts.items() if count],
+        "counts": [f"{counts[status]} {status}" for status in ("done", "failed", "left") if counts[status]],
         "parameters": parameters,
         "metrics": [f"{metric} {'↓' if end is min else '↑'}" for metric, end in ends.items()],
     }
