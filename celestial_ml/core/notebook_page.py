@@ -25,7 +25,7 @@ class NotebookPage(HTMLExporter):
         prompts = {"exclude_input_prompt": True, "exclude_output_prompt": True}
         super().__init__(config, template_name="notebook", extra_template_basedirs=[folder], **prompts | options)
 
-    def from_notebook_node(self, nb: NotebookNode, resources: Any = None, **options: Any) -> tuple[str, Any]:
+    def from_notebook_node(self, nb: NotebookNode, resources: Any = None, **options: Any) -> tuple[Any, Any]:
         "The page; its title is the notebook's first heading, its subtitle the quotation below."
         nb, first = nb.copy(), nb.cells[0].copy() if nb.cells else NotebookNode(cell_type="", source="")
         title = re.match(r"# (.+)\n*(?:> (.+))?", first.source) if first.cell_type == "markdown" else None

@@ -257,16 +257,16 @@ def _in_both(root: Path, report: Report) -> list[str]:
     ]
 
 # %% ../../nbs/reports/02_comparison.ipynb #classes-block
-def _classes(
-    comparison: Comparison | None,
-) -> list[tuple[str, str, str, str]]:  # name, F1 of theirs, of ours, difference
+def _classes(comparison: Comparison | None) -> list[tuple[str, ...]]:  # name, F1 of theirs, of ours, difference
     "The F1 of each class, the largest change first."
-    rows = []
-    for name, (ours, theirs) in comparison.classes.items() if comparison else ():
-        change = None if ours is None or theirs is None else ours - theirs
-        texts = ("–" if f1 is None else f"{f1:.3f}" for f1 in (theirs, ours))
-        rows.append((name, *texts, "–" if change is None else f"{change:+.3f}", -2 if change is None else -abs(change)))
-    return [row[:4] for row in sorted(rows, key=lambda row: row[4])]
+    pairs = comparison.classes.items() if comparison else ()
+    changes = {name: None if a is None or b is None else a - b for name, (a, b) in pairs}
+    rows = [
+        (name, *("–" if f1 is None else f"{f1:.3f}" for f1 in (theirs, ours)),
+         "–" if changes[name] is None else f"{changes[name]:+.3f}")
+        for name, (ours, theirs) in pairs
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: -2 if row[3] == "–" else -abs(float(row[3])))
 
 # %% ../../nbs/reports/02_comparison.ipynb #report-page
 def report_page(

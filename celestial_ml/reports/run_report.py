@@ -230,7 +230,7 @@ def make_report(
         "recognised": strangers(metrics),
         "counts": table,
         "images": sum(row[-1] for row in table["rows"]),
-        "samples": [(read(row.path), row.label, "") for row in _samples(catalog).itertuples()],
+        "samples": [(read(str(row.path)), row.label, "") for row in _samples(catalog).itertuples()],
         "checks": len(checks),
         "failed_checks": [f"{check['check']}: {check['saw']}" for check in checks if check["status"] != "pass"],
         "confused": [f"{c['label']} for {c['predicted']} ({c['images']})" for c in metrics.get("confused", [])[:3]],

@@ -119,7 +119,7 @@ def draw_states(
     run: str,
 ) -> str:  # HTML
     "The pipeline with the state of each step, what the present one reads, and its state in a sentence."
-    steps = {}
+    steps: dict[str, dict[str, Any]] = {}
     for name, task in tasks.items():
         row = int(name not in chain)
         after = 1 + max((chain.index(up) for up in task.upstream), default=-1) if row else chain.index(name)
@@ -131,12 +131,8 @@ def draw_states(
             "read": name in tasks[here].upstream,
         }  # fmt: skip
     present = steps[here]
-    depth = (
-        0
-        if present["row"]
-        else max([8 + (present["x"] - s["x"]) // 12 for s in steps.values() if s["read"]], default=0)
-    )
-    height = max(step["y"] for step in steps.values()) + 46 + depth  # the arrows hang below
+    depths = [8 + (present["x"] - step["x"]) // 12 for step in steps.values() if step["read"] and not present["row"]]
+    height = max(step["y"] for step in steps.values()) + 46 + max(depths, default=0)  # the arrows hang below
     return html_part("pipeline", "panel", run, list(steps.values()), present, 100 * len(chain) - 12, height)
 
 # %% ../../nbs/workbench/01_status_panel.ipynb #pipeline-states
