@@ -283,7 +283,7 @@ def check_what_is_served() -> tuple[str, str, bool]:  # the champion before and 
     state = recover()
     assert state.champion and champion() == read_version(state.champion)
     assert damage(find_model()) == [] and Predictor(find_model()).self_test() == 4
-    return f"{pointed['name']}/{pointed['version']}", state.champion, bool(audit.torn)
+    return pointed.model, state.champion, bool(audit.torn)
 
 
 def test_kill_9_at_20_moments_leaves_a_champion_that_works(home: Path, run: Run, tmp_path: Path) -> None:
