@@ -10,6 +10,7 @@ import ast
 import atexit
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,29 +66,45 @@ def task_specs(
     root: Path,  # the project's
     run: str,
     goal: str | None = None,  # a step, of the chain or beside it
+    beside: Sequence[str] = (),  # steps beside the chain that run too
 ) -> list[dict[str, Any]]:  # in an order of execution
     "The tasks as Ploomber takes them: all of the chain, or a goal and what it depends on."
-    beside = root / f"pipeline.{goal}.yaml"
-    files = [root / "pipeline.yaml", *([beside] if goal and beside.is_file() else [])]
-    tasks = []
-    for path in files:
-        content = parse_yaml(path.read_text(encoding="utf-8").replace("{{out}}", run_folder(run).as_posix()), str(path))
-        if not isinstance(content, dict) or not isinstance(content.get("tasks"), list):
-            raise CelestialError(
-                f"{path} holds no list of tasks", "See the pipeline.yaml of a new project for the form."
-            )
-        tasks += content["tasks"]
+    tasks = _read_tasks(root / "pipeline.yaml", run)
+    for name in dict.fromkeys([*beside, *([goal] if goal else [])]):
+        path = root / f"pipeline.{name}.yaml"
+        if not path.is_file():
+            if name in beside:
+                raise unknown(
+                    "step beside the chain", name, [file.suffixes[0][1:] for file in root.glob("pipeline.*.yaml")]
+                )
+            continue
+        for task in _read_tasks(path, run):
+            before = task.pop("before", ())
+            readers = [reader for reader in tasks if reader["name"] in before]
+            tasks.insert(tasks.index(readers[0]) if readers else len(tasks), task)
+            for reader in readers:
+                reader["upstream"] = [*reader.get("upstream", []), task["name"]]
     needed = {goal or task["name"] for task in tasks}
     for task in reversed(tasks):
         if task["name"] in needed:
             needed |= set(task.get("upstream") or ())
     return [task for task in tasks if task["name"] in needed]
 
+
+def _read_tasks(path: Path, run: str) -> list[dict[str, Any]]:
+    "The tasks of a file, with their products in the folder of a run."
+    content = parse_yaml(path.read_text(encoding="utf-8").replace("{{out}}", run_folder(run).as_posix()), str(path))
+    if not isinstance(content, dict) or not isinstance(content.get("tasks"), list):
+        raise CelestialError(f"{path} holds no list of tasks", "See the pipeline.yaml of a new project for the form.")
+    tasks: list[dict[str, Any]] = content["tasks"]
+    return tasks
+
 # %% ../../nbs/flow/00_steps.ipynb #load-tasks
 def load_tasks(
     root: Path,  # the project's
     run: str,
     goal: str | None = None,  # a step: only it and what it depends on
+    beside: Sequence[str] = (),  # steps beside the chain that run too
 ) -> dict[str, Task]:  # in an order of execution
     "The steps of the pipeline, with their products in the folder of this run."
     return {
@@ -97,19 +114,20 @@ def load_tasks(
             {key: Path(path) for key, path in task["product"].items()},
             tuple(task.get("upstream") or ()),
         )
-        for task in task_specs(root, run, goal)
+        for task in task_specs(root, run, goal, beside)
     }
 
 # %% ../../nbs/flow/00_steps.ipynb #step
 @dataclass(frozen=True)
 class Step:
-    "An opened step: where it reads and where it writes, relative to the project's root."
+    "An opened step: its parameters, and where it reads and writes, relative to the project's root."
 
     name: str
     run: str
     root: Path
     product: dict[str, Path]
     upstream: dict[str, dict[str, Path]]
+    params: Params  # the step's own from its notebook, the others their defaults
 
 # %% ../../nbs/flow/00_steps.ipynb #injected
 def injected(
@@ -134,42 +152,40 @@ def _from_papermill() -> dict[str, Any]:
     return injected(shell.user_ns.get("In", [])) if shell is not None else {}
 
 
-def require_parameters(
+def checked_parameters(
     name: str,  # of a step
-    values: dict[str, Any],  # as papermill puts them in
-) -> None:
-    "`ParamsError` unless the step has these parameters, and they are of their kinds."
+    values: Mapping[str, Any],  # the notebook's variables
+    injected: Mapping[str, Any],  # those that papermill put in
+) -> Params:
+    "The parameters of a step; `ParamsError` for one that is unknown or of the wrong kind."
     defaults, where = Params().model_dump(by_alias=True), f"the parameters of {name}"
     places: dict[str, tuple[str, str]] = {}
-    for section in SECTIONS[name]:
+    for section in SECTIONS.get(name, ()):
         inner = defaults[section]
         places |= {key: (section, key) for key in inner} if isinstance(inner, dict) else {section: ("", section)}
+    for key in injected.keys() - places.keys() - {"run", "product", "upstream", "resources_"} if places else ():
+        near = nearest(key, places)
+        words = f"{where}: {key} is not a parameter" + (f"; did you mean {near}?" if near else "")
+        raise ParamsError(words, f"Known: {', '.join(places)}.")
     overlay: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in ("run", "product", "upstream", "resources_"):
-            continue
-        if key not in places:
-            near = nearest(key, places)
-            words = f"{where}: {key} is no parameter" + (f"; did you mean {near}?" if near else "")
-            raise ParamsError(words, f"Known: {', '.join(places)}.")
-        section, leaf = places[key]
-        overlay |= {section: overlay.get(section, {}) | {leaf: value}} if section else {leaf: value}
+    for key, (section, leaf) in places.items():
+        if key in values:
+            inside = overlay.setdefault(section, {}) if section else overlay
+            inside[leaf] = values[key]
     try:
-        Params.model_validate(overlay)
+        return Params.model_validate(overlay)
     except ValidationError as e:
         raise params_error(e, origin={".".join(filter(None, place)): where for place in places.values()}) from None
 
 # %% ../../nbs/flow/00_steps.ipynb #open-step
 def open_step(
     name: str,  # as in pipeline.yaml
-    run: str,  # the folder under output/
-    product: dict[str, str] | None,  # as Ploomber injects it, else None
-    upstream: dict[str, dict[str, str]] | None,  # as Ploomber injects it, else None
+    notebook: Mapping[str, Any],  # its variables: globals()
 ) -> Step:
-    "Go to the project's root and know the step's files; `CelestialError` names what isn't there yet."
-    values = _from_papermill()
-    if values and name in SECTIONS:
-        require_parameters(name, values)
+    "Go to the project's root, with the step's files and parameters; `CelestialError` names what is missing or wrong."
+    injected_values = _from_papermill()
+    params = checked_parameters(name, notebook, injected_values)
+    run, product = notebook["run"], notebook.get("product")
     root = project_root()
     os.chdir(root)
     tasks = load_tasks(root, run, name)
@@ -177,15 +193,16 @@ def open_step(
         raise unknown("step", name, load_tasks(root, run))
     if product is not None:
         writes = {key: Path(path) for key, path in product.items()}
-        reads = {task: {k: Path(p) for k, p in paths.items()} for task, paths in (upstream or {}).items()}
+        upstream = notebook.get("upstream") or {}
+        reads = {task: {k: Path(p) for k, p in paths.items()} for task, paths in upstream.items()}
     else:
         writes = tasks[name].product
         reads = {task: tasks[task].product for task in tasks[name].upstream}
         _require(name, run, reads)
-        _require_free(run, until_exit=bool(values))
+        _require_free(run, until_exit=bool(injected_values))
     for path in writes.values():
         path.parent.mkdir(parents=True, exist_ok=True)
-    return Step(name, run, root, writes, reads)
+    return Step(name, run, root, writes, reads, params)
 
 # %% ../../nbs/flow/00_steps.ipynb #require
 def _require(name: str, run: str, reads: dict[str, dict[str, Path]]) -> None:
@@ -208,7 +225,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "explain": ("explain",),
     "package": ("package",),
     "register": ("register", "track"),
-    "score": ("score",),  # beside the chain, as the next one
+    "score": ("score",),  # beside the chain, as the next ones
+    "stress": ("seed", "stress"),
     "tune": ("seed", "model", "train", "tune", "track"),
 }
 

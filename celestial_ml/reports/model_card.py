@@ -65,7 +65,7 @@ def _factors(metrics: dict[str, Any]) -> list[Block]:
     bad = [name.replace("_", " ") for name in metrics.get("robustness", {}).get("per_corruption", {})]
     return [
         f"Kinds of picture that were looked at apart: {', '.join(names) or 'none'}.",
-        f"Damage that was tried, in five degrees each: {', '.join(bad) or 'none'}.",
+        f"Damage that was tried, in five degrees each: {', '.join(bad) or 'none; the step stress has not run'}.",
     ]
 
 # %% ../../nbs/reports/00_model_card.ipynb #metrics
@@ -147,7 +147,10 @@ def _robustness(metrics: dict[str, Any], plots: Mapping[str, Path]) -> list[Bloc
     "Under damage, and when it must behave."
     found = metrics.get("robustness")
     if not found:
-        return []
+        return [
+            "**Damaged pictures.** Not measured: the step `stress` has not run for this model. "
+            "`celestial run NAME --with stress` measures it."
+        ]
     worst = found["worst_at_3"]
     text = (
         f"**Damaged pictures.** {share(found['mean_accuracy'])} of the answers are right over all kinds of damage, "
