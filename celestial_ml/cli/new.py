@@ -12,32 +12,28 @@ from typing import Annotated
 
 import typer
 
-from .console import words_for_mistakes
+from .console import AsJson, command, command_group
 
 # %% ../../nbs/cli/07_new.ipynb #new
-new_app = typer.Typer(rich_markup_mode=None)
+new_app = command_group()
 
 
-@new_app.command("new", epilog="Example: celestial new my-project --classes cat,dog,bird")
+@command(new_app, "new", "celestial new my-project --classes cat,dog,bird")
 def new(
-    project: Annotated[Path, typer.Argument(help="its folder, which doesn't exist yet")],
-    classes: Annotated[
-        str | None, typer.Option(help="what is told apart: cat,dog,bird; the folders in DATA if none")
-    ] = None,
+    project: Annotated[Path, typer.Argument(help="its folder, which must not exist")],
+    classes: Annotated[str | None, typer.Option(help="cat,dog,bird; the folders in DATA if not given")] = None,
     data: Annotated[Path | None, typer.Option(help="a folder with a folder of images for each class")] = None,
     size: Annotated[int, typer.Option(help="side of the network's input, in pixels")] = 64,
-    json_: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+    json_: AsJson = False,
 ) -> None:
     "Start another image-classification project: its notebooks, parameters, tests and README."
-    with words_for_mistakes():
-        from celestial_ml.workbench.new_project import new_project
+    from celestial_ml.workbench.new_project import new_project
 
-        named = None if classes is None else classes.split(",")
-        told_apart = new_project(project, named, data.expanduser() if data else None, size)
+    names = new_project(project, classes.split(",") if classes else None, data and data.expanduser(), size)
     if json_:
-        print(json.dumps({"project": str(project), "classes": told_apart}))
+        print(json.dumps({"project": str(project), "classes": names}))
         return
-    print(f"{project} tells apart: {', '.join(told_apart)}")
+    print(f"{project} classifies: {', '.join(names)}")
     if data is None:
         print(f"fill:  {project}/data/images/, a folder for each class")
     print(f"look:  {project}/README.md\nnext:  cd {project} && make run")

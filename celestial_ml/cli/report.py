@@ -7,69 +7,51 @@ __all__ = ['report_app', 'report']
 
 # %% ../../nbs/cli/06_report.ipynb #10c0760c
 import json
-import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from .console import words_for_mistakes
+from .console import AsJson, command, command_group, enter_project
 from ..core.errors import CelestialError
-from ..core.files import atomic, project_root
-
-if TYPE_CHECKING:
-    from celestial_ml.reports.comparison import Report
+from ..core.files import atomic
 
 # %% ../../nbs/cli/06_report.ipynb #report
-report_app = typer.Typer(rich_markup_mode=None)
+report_app = command_group()
 
 
-@report_app.command("report", epilog="Example: celestial report default --base main --output comparison.html")
+@command(report_app, "report", "celestial report default --base main --output comparison.html")
 def report(
     runs: Annotated[list[str] | None, typer.Argument(metavar="RUN", help="folders under output/; default")] = None,
     base: Annotated[str | None, typer.Option(help="a revision, or REVISION:RUN; the champion if not given")] = None,
-    output: Annotated[
-        list[Path] | None, typer.Option(help="a file: .md, or .html with pictures; may be repeated")
-    ] = None,
+    output: Annotated[list[Path] | None, typer.Option(help="a file: .md, or .html with pictures; repeatable")] = None,
     images: Annotated[str | None, typer.Option(help="address of the files in git, with {rev} in it, for .md")] = None,
-    alpha: Annotated[
-        float, typer.Option(min=0.0001, max=0.5, help="level of the tests; smaller p are no chance")
-    ] = 0.05,
-    json_: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+    alpha: Annotated[float, typer.Option(min=0.0001, max=0.5, help="level of the paired tests")] = 0.05,
+    json_: AsJson = False,
 ) -> None:
-    "Hold a run beside another revision's, or the champion: Markdown for a pull request."
-    files, here = [path.resolve() for path in output or []], Path.cwd()
-    with words_for_mistakes():
-        from celestial_ml.reports.comparison import compare_run, report_json, report_markdown
-
-        for path in files:
-            if path.suffix not in (".md", ".html"):
-                raise CelestialError(f"--output can't be {path.name}", "Allowed: a file that ends in .md or .html.")
-        if images is not None and "{rev}" not in images:
-            raise CelestialError(f"--images can't be {images!r}", "Write {rev} where the commit goes.")
-        root = project_root()
-        os.chdir(root)
-        found = [compare_run(root, run, base, alpha) for run in runs or ["default"]]
-        text = "\n".join(report_markdown(root, one, images) for one in found)
-        for path in files:
-            _write(path, found, text)
-        if json_:
-            print(json.dumps([report_json(one) for one in found]))
-        elif not files:
-            print(text, end="")
-        else:
-            shown = (path.relative_to(here) if path.is_relative_to(here) else path for path in files)
-            print(f"look:  {', '.join(map(str, shown))}")
-            print("next:  celestial models list" if base is None else "next:  paste it into the pull request")
-
-# %% ../../nbs/cli/06_report.ipynb #write
-def _write(path: Path, found: "list[Report]", text: str) -> None:
-    "Write a report in the form that its name asks for."
+    "Compare a run with another revision's, or with the champion: Markdown for a pull request."
     from celestial_ml.core.page_builder import card_html
-    from celestial_ml.reports.comparison import report_page
+    from celestial_ml.reports.comparison import compare_run, report_json, report_markdown, report_page
 
-    with tempfile.TemporaryDirectory() as folder:
-        content = card_html(report_page(found, Path(folder))) if path.suffix == ".html" else text
-    with atomic(path) as f:
-        f.write_text(content, encoding="utf-8")
+    files, here = [path.resolve() for path in output or []], Path.cwd()
+    for path in files:
+        if path.suffix not in (".md", ".html"):
+            raise CelestialError(f"--output can't be {path.name}", "Allowed: a file that ends in .md or .html.")
+    if images is not None and "{rev}" not in images:
+        raise CelestialError(f"--images can't be {images!r}", "Write {rev} where the commit goes.")
+    root = enter_project()
+    reports = [compare_run(root, run, base, alpha) for run in runs or ["default"]]
+    text = "\n".join(report_markdown(root, one, images) for one in reports)
+    for path in files:
+        with atomic(path) as f, tempfile.TemporaryDirectory() as folder:
+            page = card_html(report_page(reports, Path(folder))) if path.suffix == ".html" else text
+            f.write_text(page, encoding="utf-8")
+    if json_:
+        print(json.dumps([report_json(one) for one in reports]))
+    elif not files:
+        print(text, end="")
+    else:
+        names = (path.relative_to(here) if path.is_relative_to(here) else path for path in files)
+        print(f"look:  {', '.join(map(str, names))}")
+        print("next:  celestial models list" if base is None else "next:  paste it into the pull request")
