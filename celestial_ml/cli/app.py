@@ -79,7 +79,7 @@ def run(
             print(f"  · {step:<10}{why}")
     run_pipeline(plan, executor, quiet=json_)
     folder = Path("output") / plan.run
-    metrics, verdict = read_json(folder / "metrics.json"), read_json(folder / "register.json")
+    metrics, verdict = read_json(folder / "model.json")["metrics"], read_json(folder / "register.json")
     if json_:
         print(json.dumps({"run": plan.run, "ran": list(plan.stale), "metrics": metrics, "registered": verdict}))
         return

@@ -110,6 +110,7 @@ class Side:
     about: Mapping[str, Any] = field(default_factory=dict)  # model.json
     verdict: Mapping[str, Any] = field(default_factory=dict)  # register.json
     commit: str | None = None  # a revision's
+    folder: str = ""  # where that revision has the run
     note: str = ""
 
 # %% ../../nbs/reports/02_comparison.ipynb #find-answers
@@ -145,7 +146,7 @@ def read_run(
     plots = {name: folder / "plots" / f"{name}.png" for name in KEPT}
     return Side(
         name="this run",
-        metrics=read_json(folder / "metrics.json"),
+        metrics=about["metrics"],
         params=flat(params),
         answers=Evidence.load(folder),
         plots={name: path.read_bytes() for name, path in plots.items() if path.is_file()},
@@ -172,23 +173,28 @@ def read_revision(
     "A run as a revision keeps it; `CelestialError` where it keeps none."
     rev, _, other = base.partition(":")
     commit, run = resolve(root, rev), other or run
-    found = at_revision(root, commit, f"output/{run}/metrics.json")
+    folder = f"results/{run}"
+    found = at_revision(root, commit, f"{folder}/metrics.json")
+    if found is None:  # where older revisions have them
+        folder = f"output/{run}"
+        found = at_revision(root, commit, f"{folder}/metrics.json")
     if found is None:
         raise CelestialError(
-            f"{rev} ({commit[:7]}) has no output/{run}/metrics.json",
-            "git keeps the runs that dvc.yaml names, once they are committed: make the run there, commit its metrics, or "
-            f"compare with another run of it: --base {rev}:default. Without --base it's compared with the champion.",
+            f"{rev} ({commit[:7]}) has no results/{run}/metrics.json",
+            f"git has the runs that were kept and committed there: celestial keep {run}. Or compare with another run of "
+            f"that revision, --base {rev}:default, or without --base with the champion.",
         )
     metrics = json.loads(found)
     params, note = params_at(root, commit, run)
-    plots = {name: at_revision(root, commit, f"output/{run}/plots/{name}.png") for name in KEPT}
+    plots = {name: at_revision(root, commit, f"{folder}/plots/{name}.png") for name in KEPT}
     return Side(
         name=rev if not other else base,
         metrics=metrics,
         params=params,
-        answers=_answers_at(root, commit, f"output/{run}") or find_answers(root, metrics),
+        answers=_answers_at(root, commit, folder) or find_answers(root, metrics),
         plots={name: content for name, content in plots.items() if content},
         commit=commit,
+        folder=folder,
         note=note,
     )
 
@@ -252,12 +258,11 @@ def _images(root: Path, report: Report, images: str) -> str:
     "The pictures that both revisions have, side by side."
     if report.base is None or report.base.commit is None:
         return ""
-    head, folder = resolve(root, "HEAD"), f"output/{report.run}/plots"
-    before = report.base.name.partition(":")[2] or report.run
+    head, folder = resolve(root, "HEAD"), f"results/{report.run}/plots"
     rows = []
     for name, content in report.ours.plots.items():
         mine = f"{images.replace('{rev}', head)}/{folder}/{name}.png"
-        theirs = f"{images.replace('{rev}', report.base.commit)}/output/{before}/plots/{name}.png"
+        theirs = f"{images.replace('{rev}', report.base.commit)}/{report.base.folder}/plots/{name}.png"
         if name in report.base.plots and at_revision(root, head, f"{folder}/{name}.png") == content:
             rows.append((f"![{name} of {report.base.name}]({theirs})", f"![{name} of this run]({mine})"))
     return block_markdown(Table((report.base.name, report.ours.name), rows)) if rows else ""
