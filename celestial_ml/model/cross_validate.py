@@ -62,7 +62,7 @@ def cross_validate(
         fold[held_out] = i
     return logits, fold
 
-# %% ../../nbs/model/13_cross_validate.ipynb #fold-summary
+
 def fold_summary(
     logits: np.ndarray,  # of `cross_validate`
     fold: np.ndarray,
@@ -81,23 +81,23 @@ def left_out(
     model: Model,
     train: Train,
     false_alarms: float,  # share of known images that may be called unknown
-    on: str,  # the split of the known images that are asked about
+    on: str,  # the split of the known images to measure
     seed: int,
 ) -> dict[str, str | float]:
     "A training without one class, and what it says of that class's images."
-    known = sorted(set(about.label) - {name})
-    labels = about.label.map({label: i for i, label in enumerate(known)}).fillna(-1).to_numpy(int)
-    learned, held_out, asked = (((about.split == s) & (labels >= 0)).to_numpy() for s in ("train", "val", on))
-    network = train_network(pixels[learned], labels[learned], len(known), model, train, seed)
+    classes = sorted(set(about.label) - {name})
+    labels = about.label.map({label: i for i, label in enumerate(classes)}).fillna(-1).to_numpy(int)
+    learned, held_out, measured = (((about.split == s) & (labels >= 0)).to_numpy() for s in ("train", "val", on))
+    network = train_network(pixels[learned], labels[learned], len(classes), model, train, seed)
     outputs = Outputs(*logits_and_embeddings(network, pixels))
     scores = fit_distance(outputs.embeddings[learned], labels[learned])(outputs.embeddings)
     threshold = false_alarm_threshold(scores[held_out], false_alarms)
     return {
         "class": name,
-        "auroc": auroc(scores[asked], scores[labels < 0]),
+        "auroc": auroc(scores[measured], scores[labels < 0]),
         "unknown": float((scores[labels < 0] > threshold).mean()),
-        "false_alarms": float((scores[asked] > threshold).mean()),
-        "accuracy": float((outputs.logits[asked].argmax(axis=1) == labels[asked]).mean()),
+        "false_alarms": float((scores[measured] > threshold).mean()),
+        "accuracy": float((outputs.logits[measured].argmax(axis=1) == labels[measured]).mean()),
     }
 
 # %% ../../nbs/model/13_cross_validate.ipynb #leave-one-out
@@ -107,7 +107,7 @@ def leave_one_out(
     model: Model,
     train: Train,
     false_alarms: float,
-    on: str,  # the split of the known images that are asked about
+    on: str,  # the split of the known images to measure
     seed: int,
 ) -> pd.DataFrame:  # a row a class: class, auroc, unknown, false_alarms, accuracy
     "Leave out every class in turn; of more than `MANY` classes `FEW`, evenly spread, as each is a training."
@@ -128,7 +128,7 @@ BASELINE = (
     Train(epochs=5, lr=1e-4, schedule="constant", augment=False, label_smoothing=0.0),
 )
 
-# %% ../../nbs/model/13_cross_validate.ipynb #fit-baseline-x
+
 def fit_baseline(
     images: Iterable[np.ndarray],  # uint8 (height, width, 3) each: the training images
     labels: np.ndarray,  # int (n,), 0 … classes - 1
@@ -138,4 +138,4 @@ def fit_baseline(
     "The guide's own network and parameters. Source: the Swiss AI Center's A guide to MLOps, `params.yaml`."
     prepare, (_, model, train) = Preparer(BASELINE[0]), BASELINE
     network = train_network(np.stack([prepare(image) for image in images]), labels, classes, model, train, seed)
-    return lambda asked: logits_and_embeddings(network, np.stack([prepare(image) for image in asked]))[0]
+    return lambda pictures: logits_and_embeddings(network, np.stack([prepare(image) for image in pictures]))[0]

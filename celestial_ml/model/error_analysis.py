@@ -22,7 +22,7 @@ from .plots import in_figure, show_prediction
 def confused_pairs(
     table: pd.DataFrame,  # of `predictions_table`
 ) -> list[dict[str, Any]]:  # label, predicted, images, share: most frequent first, at most `PAIRS`
-    "What is taken for what, how often, and in which share of the images of that label."
+    "Which class is confused with which, how often, and in which share of the images of that label."
     of_label, mistakes = Counter(table.label), table[~table.correct]
     pairs = Counter(zip(mistakes.label, mistakes.predicted, strict=True))
     return [
@@ -59,7 +59,7 @@ def suspected_label_errors(
     reaches = np.where(probabilities >= bar, probabilities, -1)
     suggested = reaches.argmax(axis=1)
     rows = np.flatnonzero((reaches.max(axis=1) >= 0) & (suggested != labels))
-    found = pd.DataFrame(
+    suspects = pd.DataFrame(
         {
             "row": rows,
             "given": labels[rows],
@@ -68,7 +68,9 @@ def suspected_label_errors(
             "p_suggested": probabilities[rows, suggested[rows]],
         }
     )
-    return found.iloc[np.argsort((found.p_given - found.p_suggested).to_numpy(), kind="stable")].reset_index(drop=True)
+    return suspects.iloc[np.argsort((suspects.p_given - suspects.p_suggested).to_numpy(), kind="stable")].reset_index(
+        drop=True
+    )
 
 # %% ../../nbs/model/11_error_analysis.ipynb #plot-errors
 def plot_errors(
@@ -85,12 +87,12 @@ def plot_errors(
     fig = plt.figure(figsize=(1.2 * (k + 1) * columns, 0.4 + 1.6 * lines), layout="constrained")
     groups = fig.subfigures(lines, columns, wspace=0.04, squeeze=False)
     for group, row, near, names in zip(groups.flat, chosen, neighbours, neighbour_labels, strict=False):
-        axes, said = group.subplots(1, k + 1), table.iloc[row]
-        show_prediction(axes[0], pixels[row], said)
+        axes, answer = group.subplots(1, k + 1), table.iloc[row]
+        show_prediction(axes[0], pixels[row], answer)
         for ax, picture, name in zip(axes[1:], near, names, strict=True):
             ax.imshow(picture.squeeze(), cmap="gray")
             ax.axis("off")
-            colour = "#2e9e5b" if name == said.label else "#d64545" if name == said.predicted else "gray"
+            colour = "#2e9e5b" if name == answer.label else "#d64545" if name == answer.predicted else "gray"
             ax.set_title(f"looks like\n{in_figure(name, 16)}", fontsize=8, color=colour)
     mistakes = int((~table.correct).sum())
     shown = "the surest first" if mistakes else "the least sure answers"

@@ -31,7 +31,7 @@ def _margin(logits: np.ndarray, target: int) -> np.ndarray:  # (n,)
     others = np.delete(logits, target, axis=1)
     return logits[:, target] - others.max(axis=1)
 
-# %% ../../nbs/model/05_explain.ipynb #occlusion-map
+
 def occlusion_map(
     logits_of: Callable[[np.ndarray], np.ndarray],  # uint8 (n, size, size, channels) → logits (n, classes)
     pixels: np.ndarray,  # uint8 (size, size, channels)
@@ -88,7 +88,7 @@ def weighted_layers(
     "The layers that have learned something, in the order in which `randomised` breaks them."
     return [layer.name for layer in reversed(model.layers) if layer.weights]
 
-# %% ../../nbs/model/05_explain.ipynb #randomised
+
 def randomised(
     model: keras.Model,  # stays as it is
     seed: int,
@@ -124,7 +124,7 @@ def map_similarity(
 # %% ../../nbs/model/05_explain.ipynb #sanity-check
 SANITY_LIMIT = 0.5  # mean rank correlation with the maps of a network of which nothing is left
 
-# %% ../../nbs/model/05_explain.ipynb #sanity-check-x
+
 def sanity_check(
     model: keras.Model,  # of `build_network`, or `with_embedding` of one
     pixels: np.ndarray,  # uint8 (n, size, size, channels)
@@ -163,12 +163,12 @@ def plot_sanity(
 
 # %% ../../nbs/model/05_explain.ipynb #nearest-images
 def nearest_images(
-    embeddings: np.ndarray,  # float (n, d): of the images asked about
-    known: np.ndarray,  # float (m, d): of the training images
+    embeddings: np.ndarray,  # float (n, d): of the images to explain
+    training: np.ndarray,  # float (m, d): of the training images
     k: int = 3,
-) -> np.ndarray:  # int (n, k), rows of `known`, nearest first
+) -> np.ndarray:  # int (n, k), rows of `training`, nearest first
     "The training images with the most similar embedding, by the cosine."
-    unit = [e / np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-9) for e in (embeddings, known)]
+    unit = [e / np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-9) for e in (embeddings, training)]
     return np.argsort(-(unit[0] @ unit[1].T), axis=1, kind="stable")[:, :k]
 
 # %% ../../nbs/model/05_explain.ipynb #choose-explained
@@ -206,8 +206,8 @@ def plot_explanations(
     lines = np.concatenate(np.split(axes, beside, axis=1))
     for ax in lines[len(pixels) :].flat:
         ax.axis("off")
-    for i, (line, picture, said, others) in enumerate(zip(lines, pixels, table.itertuples(), reminded, strict=False)):
-        show_prediction(line[0], picture, said)
+    for i, (line, picture, row, others) in enumerate(zip(lines, pixels, table.itertuples(), reminded, strict=False)):
+        show_prediction(line[0], picture, row)
         for ax, saliency in zip(line[1:], (of_method[i] for of_method in maps.values()), strict=False):
             ax.imshow(picture.mean(axis=-1), cmap="gray")
             ax.imshow(saliency, cmap="inferno", alpha=0.65, vmin=0, vmax=max(np.abs(saliency).max(), 1e-6))

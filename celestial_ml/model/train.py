@@ -81,7 +81,7 @@ def compile_model(
     )
     model.optimizer.build(model.trainable_variables)
 
-# %% ../../nbs/model/02_train.ipynb #batches-ahead
+
 def batches_ahead(
     change: Callable[[np.ndarray, int], Any],  # (row numbers, step) → a batch as the network sees it
     batches: np.ndarray,  # of `epoch_batches`
@@ -105,10 +105,10 @@ def train_epoch(
 ) -> dict[str, float]:  # accuracy and loss, over the epoch
     "Show the network every training image once."
     counts = None if weights is None else targets @ weights
-    seen = batches_ahead(lambda rows, step: change(pixels[rows], step), batches)
+    inputs = batches_ahead(lambda rows, step: change(pixels[rows], step), batches)
     logs = [
         model.train_on_batch(images, targets[rows], None if counts is None else counts[rows], return_dict=True)
-        for images, rows in zip(seen, batches, strict=True)
+        for images, rows in zip(inputs, batches, strict=True)
     ]
     return {name: float(np.mean([batch[name] for batch in logs])) for name in sorted(logs[0])}
 
@@ -120,7 +120,7 @@ class Course:
     rows: list[dict[str, float]] = field(default_factory=list)  # an epoch each
     best: list[np.ndarray] | None = None  # the weights of the epoch with the lowest val_loss, while anybody waits
 
-# %% ../../nbs/model/02_train.ipynb #training-key
+
 def training_key(
     model: keras.Model,
     train: tuple[np.ndarray, np.ndarray],  # pixels, labels
@@ -131,7 +131,7 @@ def training_key(
     parts = (model.to_json(), p.model_dump_json(), str(seed))
     return sha256_of("".join([*parts, *(sha256_of(np.ascontiguousarray(a).tobytes()) for a in train)]).encode())
 
-# %% ../../nbs/model/02_train.ipynb #save-checkpoint
+
 def save_checkpoint(
     path: Path,  # a .npz
     key: str,  # of `training_key`
