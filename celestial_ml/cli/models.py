@@ -82,7 +82,7 @@ def models_list(json_: AsJson = False) -> None:
         return
     print(table([["version", "is", "accuracy", "macro F1", "images", "source", "run", "made"], *map(_cells, rows)]))
     if behind:
-        print("\nMLflow's aliases follow within seconds of a decision; if they don't: celestial models sync")
+        print("\nMLflow's aliases don't follow yet: they do within seconds of a decision, or by celestial models sync")
     champion = any("champion" in row["aliases"] for row in rows)
     print(f"\nnext:  celestial models {'show champion' if champion else 'promote ' + rows[-1]['model']}")
 
