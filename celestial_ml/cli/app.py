@@ -42,6 +42,7 @@ from ..core.errors import CelestialError, refused_by_machine
 from ..core.files import atomic, project_root
 from ..core.folders import PassedOver
 from ..core.names import printable
+from ..core.quiet import quiet_tensorflow
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -288,6 +289,7 @@ def _in_utf8() -> None:
 def main() -> None:
     "The command `celestial`, in a terminal of any encoding; an output that can't be written ends in text too."
     _in_utf8()
+    quiet_tensorflow()
     code: Any = 0
     try:
         try:
