@@ -16,6 +16,7 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 
 from ..core.errors import CelestialError
 from ..core.files import home, project_root
+from ..core.quiet import quiet_tensorflow
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
@@ -51,7 +52,8 @@ def set_up_git(
 def load_ipython_extension(
     shell: InteractiveShell,
 ) -> None:
-    "Reload modules that have changed, before each cell."
+    "Reload modules that have changed, before each cell; import TensorFlow without messages."
+    quiet_tensorflow()
     shell.run_line_magic("load_ext", "autoreload")
     shell.run_line_magic("autoreload", "2")
 
