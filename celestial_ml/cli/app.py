@@ -139,7 +139,7 @@ def _images_in(paths: list[Path]) -> tuple[list[Path], PassedOver]:
             raise CelestialError(f"there is no {printable(path)}", hint)
     return images, passed
 
-
+# %% ../../nbs/cli/09_app.ipynb #predict
 @command(app, "predict", "celestial predict saturn.jpg more-pictures/ --json")
 def predict(
     paths: Annotated[list[Path], typer.Argument(help="images, or folders of them")],
