@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,11 @@ def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **options: objec
     file = io.BytesIO()
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
     return file.getvalue()
+
+
+def chunk(kind: bytes, data: bytes = b"") -> bytes:
+    "A chunk of a PNG."
+    return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
 
 
 def neptune(kind: str = "PNG", **options: object) -> bytes:
