@@ -21,20 +21,19 @@ ROOT = Path(__file__).parent
 LONGEST: dict[str, int] = {}
 
 
+FEW = 8  # notebooks for which it does not pay to import all libraries first
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--fresh-kernels", action="store_true", help="start each notebook's kernel as a process of its own"
-    )
+    parser.addoption("--fresh-kernels", action="store_true", help="never fork the kernels of notebooks")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if sys.platform == "linux" and not config.getoption("--fresh-kernels"):
-        nbval.plugin.RunningKernel = ForkedKernel
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    "The longest files first, each in its own order."
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    "The longest files first, each in its own order; the kernels of many notebooks are forked."
     items.sort(key=lambda item: -LONGEST.get(item.path.relative_to(ROOT).as_posix(), 0))
+    notebooks = {item.path for item in items if item.path.suffix == ".ipynb"}
+    if len(notebooks) > FEW and sys.platform == "linux" and not config.getoption("--fresh-kernels"):
+        nbval.plugin.RunningKernel = ForkedKernel
 
 
 @cache

@@ -44,6 +44,7 @@ LIBRARIES = [
 
 def main() -> None:
     "Import the libraries, then serve."
+    os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3"}  # or TensorFlow greets
     for name in LIBRARIES:
         with suppress(ImportError):
             importlib.import_module(name)
