@@ -23,6 +23,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from programs import chromium, free_port, git
+from projects import ROOT, copy_project
 
 from celestial_ml.core.files import read_json
 from celestial_ml.core.params import load_params
@@ -31,7 +32,6 @@ from celestial_ml.flow.state import inputs_file
 from celestial_ml.flow.steps import step_parameters
 from celestial_ml.workbench.lab import ASSETS
 from celestial_ml.workbench.status_panel import pipeline_states, where_am_i
-from conftest import ROOT, copy_project
 
 SCREENSHOTS = ROOT / "nbs" / "images" if os.environ.get("CELESTIAL_SCREENSHOTS") else None
 UP_TO_TRAIN = """
