@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/cli/06_report.ipynb #10c0760c
 import json
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -31,8 +30,7 @@ def report(
     json_: AsJson = False,
 ) -> None:
     "Compare a run with another revision's, or with the champion: Markdown for a pull request."
-    from celestial_ml.core.page_builder import card_html
-    from celestial_ml.reports.comparison import compare_run, report_json, report_markdown, report_page
+    from celestial_ml.reports.comparison import compare_run, report_page
 
     files, here = [path.resolve() for path in output or []], Path.cwd()
     for path in files:
@@ -42,15 +40,14 @@ def report(
         raise CelestialError(f"--images can't be {images!r}", "Write {rev} where the commit goes.")
     root = enter_project()
     reports = [compare_run(root, run, base, alpha) for run in runs or ["default"]]
-    text = "\n".join(report_markdown(root, one, images) for one in reports)
+    page = report_page(root, reports, images)
     for path in files:
-        with atomic(path) as f, tempfile.TemporaryDirectory() as folder:
-            page = card_html(report_page(reports, Path(folder))) if path.suffix == ".html" else text
-            f.write_text(page, encoding="utf-8")
+        with atomic(path) as f:
+            f.write_text(page.html() if path.suffix == ".html" else page.markdown(), encoding="utf-8")
     if json_:
-        print(json.dumps([report_json(one) for one in reports]))
+        print(json.dumps([one.to_dict() for one in reports]))
     elif not files:
-        print(text, end="")
+        print(page.markdown(), end="")
     else:
         names = (path.relative_to(here) if path.is_relative_to(here) else path for path in files)
         print(f"look:  {', '.join(map(str, names))}")
