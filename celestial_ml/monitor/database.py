@@ -22,20 +22,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine, MetaData
 
 # %% auto #0
-__all__ = ['LogUnavailable', 'UnknownRequest', 'hide_password', 'log_url', 'sqlite_file', 'database_error', 'database_errors',
-           'log_tables', 'utc', 'plain_text', 'make_engine', 'writing', 'open_database']
-
-# %% ../../nbs/monitor/01_database.ipynb #logunavailable
-class LogUnavailable(CelestialError):
-    "The database can't be reached, or can't be written to."
-
-    status, code = 503, "log_unavailable"
-
-
-class UnknownRequest(CelestialError):
-    "No answered request has this id."
-
-    status, code = 404, "unknown_request"
+__all__ = ['hide_password', 'log_url', 'sqlite_file', 'database_error', 'database_errors', 'log_tables', 'utc', 'plain_text',
+           'make_engine', 'writing', 'open_database']
 
 # %% ../../nbs/monitor/01_database.ipynb #hide-password
 _LOGIN = re.compile(r"(?<=://)([^:/@]*):([^@]*)@")  # what SQLAlchemy takes for user and password
@@ -92,7 +80,8 @@ def database_error(
     hint = "Check the host, the name, the password, and that the database exists and takes connections."
     if file:
         hint = f"Check that {file.parent} exists, may be written to and has room, and who else has the file open."
-    return LogUnavailable(f"the prediction log {shown} can't be used: {words[:300] or type(error).__name__}", hint)
+    message = f"the prediction log {shown} can't be used: {words[:300] or type(error).__name__}"
+    return CelestialError(message, hint, "log_unavailable")
 
 # %% ../../nbs/monitor/01_database.ipynb #database-errors
 @contextmanager
@@ -190,7 +179,7 @@ UPDATE_PATIENCE = 60.0  # seconds that others may take to bring the database up 
 
 
 def _is_up_to_date(engine: Engine) -> bool:
-    "Whether no revision is missing; `NewerSchema` if a later release wrote here."
+    "Whether no revision is missing; `CelestialError` if a later release wrote here."
     with engine.connect() as connection:
         return schema_version(connection) == REVISIONS[-1].revision  # type: ignore[attr-defined]
 
@@ -216,7 +205,7 @@ def open_database(
     create: bool = True,  # make a SQLite file that isn't there
     patience: float = 5.0,  # seconds to wait for a lock, or a connection
 ) -> Engine:
-    "The log's database, up to date; `LogUnavailable` where it can't be reached, `CelestialError` for other mistakes."
+    "The log's database, up to date; `CelestialError` with the code log_unavailable where it can't be reached."
     url = log_url(url)
     file = sqlite_file(url)
     if file and not create and not file.is_file():

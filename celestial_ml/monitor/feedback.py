@@ -11,28 +11,16 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import CelestialError
-from .database import UnknownRequest, log_tables, plain_text, writing
+from .database import log_tables, plain_text, writing
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 # %% auto #0
-__all__ = ['MOST', 'Contradiction', 'EnoughFeedback', 'person_of', 'add_feedback']
-
-# %% ../../nbs/monitor/05_feedback.ipynb #contradiction
-class Contradiction(CelestialError):
-    "Feedback that says two things."
-
-    status, code = 422, "contradictory_feedback"
+__all__ = ['MOST', 'person_of', 'add_feedback']
 
 # %% ../../nbs/monitor/05_feedback.ipynb #enough
 MOST = 20  # people who say something of one answer
-
-
-class EnoughFeedback(CelestialError):
-    "So many people have said something of this answer that one more tells nothing."
-
-    status, code = 429, "too_many_judgements"
 
 
 def person_of(
@@ -52,7 +40,7 @@ def add_feedback(
     waiting: Iterable[dict[str, Any]] = (),  # rows of the request that aren't written yet
     who: str = "",  # says so; of what one person says the last counts, of nobody in particular all
 ) -> None:
-    "Write down what somebody says of an answer; `UnknownRequest` if there's no such request, `EnoughFeedback`."
+    "Write down what somebody says of an answer; the codes unknown_request, contradictory_feedback, too_many_judgements."
     from sqlalchemy import delete, func, insert, select
 
     tables = log_tables().tables
@@ -62,12 +50,13 @@ def add_feedback(
         answers = list(waiting) or [dict(found) for found in connection.execute(query).mappings()]
         if not answers:
             hint = "It's in the answer's request_id; an answer from before the log began has none here."
-            raise UnknownRequest(f"no answered request has the id {request_id[:100]!r}", hint)
+            raise CelestialError(f"no answered request has the id {request_id[:100]!r}", hint, "unknown_request")
         # A challenger's row tells of an answer that nobody saw.
         said = min(answers, key=lambda answer: answer.get("role") == "challenger")
         answer = said.get("label") if said.get("known") else "unknown"
         if correct and label not in (None, answer):
-            raise Contradiction(f"{answer} is correct, and it is {str(label)[:100]}?", "Say one of the two.")
+            message = f"{answer} is correct, and it is {str(label)[:100]}?"
+            raise CelestialError(message, "Say one of the two.", "contradictory_feedback")
         label = answer if correct else label
         values = {"request_id": request_id, "time": time.time(), "correct": bool(correct)}
         values |= {"label": plain_text(label), "comment": plain_text(comment), "person": person_of(request_id, who)}
@@ -76,5 +65,6 @@ def add_feedback(
         if who:
             connection.execute(delete(kept).where(of_request, kept.c.person == values["person"]))
         if connection.execute(select(func.count()).where(of_request)).scalar_one() >= MOST:
-            raise EnoughFeedback(f"{MOST} people have judged this answer", "Others have said what it is.")
+            message, hint = f"{MOST} people have judged this answer", "Others have said what it is."
+            raise CelestialError(message, hint, "too_many_judgements")
         connection.execute(insert(kept).values(values))

@@ -18,7 +18,6 @@ from ..core.files import home
 from .buffer import Buffer, ImageRoom, find_waiting, oldest
 from .counters import Counters, counters_folder, end_process
 from celestial_ml.monitor.database import (
-    LogUnavailable,
     database_error,
     database_errors,
     hide_password,
@@ -194,7 +193,7 @@ class PredictionLog:
     def feedback(
         self, request_id: str, correct: bool, label: str | None = None, comment: str | None = None, who: str = ""
     ) -> None:
-        "Write down what somebody says of an answer; `UnknownRequest`, `LogUnavailable`, `Contradiction`."
+        "Write down what somebody says of an answer; `CelestialError` as `add_feedback`, or with the code log_unavailable."
         give_feedback(self, self._one_at_a_time, request_id, correct, label, comment, who)
 
     def status(self) -> dict[str, Any]:
@@ -233,7 +232,7 @@ def give_feedback(
 ) -> None:
     "Write feedback down, or say within some seconds that it can't be."
     waiting = find_waiting(log.buffer, request_id)  # before the database: rows only ever move there
-    away = LogUnavailable("the prediction log can't be written to now", "Try again later.")
+    away = CelestialError("the prediction log can't be written to now", "Try again later.", "log_unavailable")
     if log.health.state == "opening":
         await_opening(log)
     if not one_at_a_time.acquire(timeout=PATIENCE):
@@ -253,7 +252,7 @@ def await_opening(log: PredictionLog, timeout: float = 5.0) -> bool:
     log.worker.wake.set()
     log.worker.tried.wait(timeout)
     error = log.health.error
-    if log.health.state == "failing" and error and not isinstance(error, LogUnavailable):
+    if log.health.state == "failing" and error and error.code != "log_unavailable":
         raise error
     return log.health.state == "ok"
 

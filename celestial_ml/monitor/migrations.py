@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 # %% auto #0
-__all__ = ['REVISIONS', 'VERSION_TABLE', 'NewerSchema', 'schema_version', 'migrate']
+__all__ = ['REVISIONS', 'VERSION_TABLE', 'schema_version', 'migrate']
 
 # %% ../../nbs/monitor/00_migrations.ipynb #predictions
 class Predictions:
@@ -107,24 +107,21 @@ class People:
 REVISIONS: tuple[type, ...] = (Predictions, Images, People)
 VERSION_TABLE = "celestial_version"
 
-
-class NewerSchema(CelestialError):
-    "The database was written by a later release."
-
 # %% ../../nbs/monitor/00_migrations.ipynb #schema-version
 def schema_version(
     connection: Connection,
 ) -> str | None:  # None: a database without a log
-    "The last revision that was made here; `NewerSchema` if this release doesn't know it."
+    "The last revision that was made here; `CelestialError` if this release doesn't know it."
     from sqlalchemy import inspect, text
 
     if not inspect(connection).has_table(VERSION_TABLE):
         return None
     found = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()
     if found is not None and found not in {r.revision for r in REVISIONS}:  # type: ignore[attr-defined]
-        raise NewerSchema(
+        raise CelestialError(
             f"the prediction log has schema {found}, and this release knows none after {REVISIONS[-1].revision}",  # type: ignore[attr-defined]
             "It was written by a later release: update celestial-ml here, or use another database.",
+            "newer_schema",
         )
     return found
 

@@ -118,7 +118,7 @@ def say_of(
     comment: str | None = None,
     url: str | None = None,  # as `log_url` takes it
 ) -> None:
-    "Feedback on an answer in the log; `UnknownRequest` if there's no such request."
+    "Feedback on an answer in the log; `CelestialError` if there's no such request."
     with database_errors(log_url(url)):
         add_feedback(open_records(url), request_id, correct, label, comment, who="celestial log")
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core.errors import CelestialError
 from ..core.page_builder import Beside, Block, Card, Gallery, Links, Picture, Table, few_rows, share
-from ..data.images import ImageError, decode_image
+from ..data.images import decode_image
 from ..registry.evidence import Evidence, Paired
 from ..registry.metric_comparison import Comparison, Difference, flat, make_comparison, strangers
 from ..registry.versions import damage, published, read_version
@@ -402,7 +403,7 @@ def image_reader(
     def read(path: str) -> np.ndarray:
         try:
             return decode_image(root / path)
-        except (OSError, ImageError):
+        except (OSError, CelestialError):
             return np.full((64, 64, 3), 128, np.uint8)
 
     return read

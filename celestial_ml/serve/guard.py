@@ -25,7 +25,8 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .error_responses import Refusal, our_mistake
+from ..core.errors import CelestialError
+from .error_responses import ErrorResponse, our_mistake
 from .metrics import Metrics
 from .settings import ServeSettings, is_clean_path, key_owner, new_key
 
@@ -55,12 +56,12 @@ class Bodies:
         self.coming: dict[BoundedBody, None] = {}  # the oldest first
 
     def take(self, body: "BoundedBody", count: int) -> None:
-        "Keep so many bytes more, or raise `Refusal` with 503."
+        "Keep so many bytes more, or raise `CelestialError` with 503."
         while self.used + count > self.most:
             oldest = next(iter(self.coming), None)
             if oldest is None or oldest is body or time.monotonic() - oldest.began < GRACE:
                 message, hint = "the server has as many pictures in its memory as it can", "Try again in a second."
-                raise Refusal(503, "busy", message, hint, CLOSE | {"Retry-After": "1"})
+                raise CelestialError(message, hint, "busy", headers=CLOSE | {"Retry-After": "1"})
             self.leave(oldest)
             oldest.give_way()
         self.used += count
@@ -92,7 +93,9 @@ class _Body:
                 return await self.receive()
         except TimeoutError:
             message = f"the request took longer than {time.monotonic() - self.began:.0f} s to come in"
-            raise Refusal(408, "too_slow", message, "Make the picture smaller, or try a better line.", CLOSE) from None
+            raise CelestialError(
+                message, "Make the picture smaller, or try a better line.", "too_slow", headers=CLOSE
+            ) from None
         finally:
             self.clock = None
 
@@ -108,11 +111,11 @@ class _Body:
             message = await self.in_time()
             self.count += len(message.get("body", b""))
 
-    def too_much(self) -> Refusal:
+    def too_much(self) -> CelestialError:
         "The answer to too much."
         allowed = f"{self.limit / 1e6:g} MB" if self.limit >= 1e6 else f"{self.limit / 1e3:g} kB"
         message = f"the request has more than the {allowed} that are allowed"
-        return Refusal(413, "too_many_bytes", message, "Make the picture smaller, or save it as JPEG.", CLOSE)
+        return CelestialError(message, "Make the picture smaller, or save it as JPEG.", "too_many_bytes", headers=CLOSE)
 
 # %% ../../nbs/serve/06_guard.ipynb #boundedbody-keep
 class BoundedBody(_Body):
@@ -141,7 +144,7 @@ class BoundedBody(_Body):
         "Take a part into the common memory, or refuse it."
         try:
             bodies.take(self, len(message.get("body", b"")))
-        except Refusal:
+        except CelestialError:
             bodies.leave(self)
             await self.drain(message)
             raise
@@ -208,7 +211,7 @@ class Door:
         headers: Headers,
         address: str,  # of the client
     ) -> str:  # whom the request is counted for: the name of a key, else the address or its network
-        "`Refusal` with 401 without a key."
+        "`CelestialError` with 401 without a key."
         if not (self.keys and needs_key(path)):
             return neighbourhood(address)
         owner = key_owner(presented_key(path, headers), self.keys)
@@ -216,15 +219,15 @@ class Door:
             message, hint = "this needs an API key", "Send one: Authorization: Bearer KEY, or X-API-Key: KEY."
             basic = 'Basic realm="the documentation: any name, and an API key as the password"'
             way = basic if path.startswith(DOCS) else "Bearer"
-            raise Refusal(401, "no_key", message, hint, {"WWW-Authenticate": way})
+            raise CelestialError(message, hint, "no_key", headers={"WWW-Authenticate": way})
         return owner
 
     def count(self, path: str, who: str) -> None:
-        "`Refusal` with 429 above the rate."
+        "`CelestialError` with 429 above the rate."
         if self.rate and path.startswith(ASKED) and not self.limiter.hit(self.rate, who):
             wait = max(1, round(self.limiter.get_window_stats(self.rate, who).reset_time - time.time()))
             message = f"more than {self.rate.amount} requests a {self.rate.GRANULARITY.name}"
-            raise Refusal(429, "too_many_requests", message, f"Wait {wait} s.", {"Retry-After": str(wait)})
+            raise CelestialError(message, f"Wait {wait} s.", "too_many_requests", headers={"Retry-After": str(wait)})
 
 # %% ../../nbs/serve/06_guard.ipynb #claims
 CLAIMS = {b"x-forwarded-for": "for", b"x-forwarded-proto": "proto", b"x-forwarded-host": "host"}
@@ -344,7 +347,7 @@ GONE = 499  # the client went before the answer; nginx counts it so
 def refuse_control(path: str) -> None:
     "No file and no route has a control character in its name, and some functions fail at one."
     if re.search(r"[\x00-\x1f\x7f]", path):
-        raise Refusal(400, "bad_request", "the path has a control character", "Leave it out.")
+        raise CelestialError("the path has a control character", "Leave it out.", "bad_request")
 
 # %% ../../nbs/serve/06_guard.ipynb #guard-x
 class Guard:
@@ -374,11 +377,11 @@ class Guard:
             who = seen.state["who"] = self.door.identify(path, headers, seen.address)
             self.door.count(path, who)
             await self.app(scope, body, seen.send)
-        except Refusal as e:
-            await e.response()(scope, receive, seen.send)
         except ClientDisconnect:
             seen.status = GONE  # nobody is there to hear it; for the counters and the log
-        except Exception:
+        except Exception as e:
+            if isinstance(e, CelestialError) and e.status != 500:
+                return await ErrorResponse(e)(scope, receive, seen.send)
             if seen.complete:
                 return  # it was answered, and written down, where it failed
             log.exception("%s %s failed, request %s", scope["method"], scope["path"], seen.id)
