@@ -67,7 +67,7 @@ def test_the_page_has_no_setting_that_is_gone() -> None:
 
 
 LIMITS = {408, 413, 414, 429, 431, 503, 507}  # statuses that say: too much, too slow, too many
-NO_LIMITS = {"no_model", "no_log", "log_unavailable"}  # 503 for another reason
+NO_LIMITS = {"no_model", "no_log", "log_unavailable", "database_unavailable", "newer_schema"}  # 503 for another reason
 
 
 def refusals() -> set[tuple[int, str]]:

@@ -125,7 +125,7 @@ def log_feedback(
 ) -> None:
     "Say of an answer whether it was right; the last word on it counts."
     with words_for_mistakes():
-        from celestial_ml.monitor.records import say_of
+        from celestial_ml.monitor.records import judge_answer
 
-        say_of(request_id, correct, label, comment, url)
+        judge_answer(request_id, correct, label, comment, url)
     print(f"noted: {request_id} was {'correct' if correct else 'wrong'}")

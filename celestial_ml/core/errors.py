@@ -27,7 +27,7 @@ STATUS = {
         422: "contradictory_feedback invalid_request no_image",
         429: "too_many_guesses too_many_judgements too_many_requests",
         431: "head_too_large",
-        503: "busy log_unavailable no_log no_model too_many_connections uploads_full",
+        503: "busy database_unavailable log_unavailable newer_schema no_log no_model too_many_connections uploads_full",
         507: "no_room",
     }.items()
     for code in codes.split()
