@@ -36,7 +36,7 @@ def hide_password(
     "The text with *** for every password of a URL."
     return _QUERY.sub(r"\1***", _LOGIN.sub(r"\1:***@", text))
 
-# %% ../../nbs/core/12_database.ipynb #database-class
+
 @dataclass(frozen=True)
 class Database:
     "A SQLite file or a PostgreSQL database."

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.database import Database, writing
-from .tables import log_table
-
 from ..core.files import home, take_lock
+from .tables import log_table
 
 if TYPE_CHECKING:
     from filelock import FileLock

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from .tables import log_table
 
 from ..core.errors import CelestialError
 from ..core.files import atomic
 from .records import is_correct, joined_answers, open_records
+from .tables import log_table
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -11,9 +11,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..core.database import writing
-from .tables import log_table, plain_text
-
 from ..core.errors import CelestialError
+from .tables import log_table, plain_text
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine

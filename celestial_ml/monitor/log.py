@@ -15,14 +15,13 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..core.database import database_error, database_errors
-from .tables import log_database, utc
-
 from ..core.errors import CelestialError
 from ..core.files import home
 from .buffer import Buffer, ImageRoom, find_waiting, oldest
 from .counters import Counters, counters_folder, end_process
 from .feedback import add_feedback
 from .retention import ImagePolicy, image_policy, served_policy
+from .tables import log_database, utc
 from .writer import PATIENCE, Writer
 
 if TYPE_CHECKING:

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.database import database_errors, open_database, writing
-from .tables import LOG_SCHEMA, log_database, log_table, utc
-
 from ..core.errors import CelestialError
 from .counters import counters_folder, living, settle
 from .feedback import add_feedback
 from .log import INTERVAL
+from .tables import LOG_SCHEMA, log_database, log_table, utc
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine, Select

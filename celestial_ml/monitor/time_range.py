@@ -10,11 +10,11 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from .tables import log_table
 
 from ..core.errors import CelestialError
 from ..core.intervals import share_interval
 from .records import is_correct, joined_answers, read_records
+from .tables import log_table
 
 if TYPE_CHECKING:
     import pandas as pd

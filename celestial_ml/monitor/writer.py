@@ -14,10 +14,10 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ..core.database import Database, open_database, writing
-from .tables import LOG_SCHEMA, log_table, plain_text
 
+from ..core.database import Database, open_database, writing
 from .counters import INVALID, Counters, counters_folder, settle
+from .tables import LOG_SCHEMA, log_table, plain_text
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
