@@ -113,9 +113,10 @@ def database_errors(
     "Turn the errors of a database's libraries into a `CelestialError`."
     from sqlalchemy.exc import SQLAlchemyError
 
+    kinds: tuple[type[Exception], ...] = (SQLAlchemyError, ImportError, OSError, *more)
     try:
         yield
-    except (SQLAlchemyError, ImportError, OSError, *more) as e:
+    except kinds as e:
         raise database_error(database, e) from None
 
 # %% ../../nbs/core/13_database.ipynb #make-engine

@@ -214,7 +214,7 @@ def write_batch(
         if images:
             insert_images(connection, images, days)
         connection.exec_driver_sql(move.format(mark), facts)
-    stored |= keys.keys()
+    stored.update(keys)
 
 # %% ../../nbs/monitor/06_writer.ipynb #writer
 class Writer:
