@@ -29,14 +29,13 @@ import httpx
 import numpy as np
 import pandas as pd
 import pytest
-from celestial_ml.core.database import Schema, make_engine, open_database, schema_tables, writing
-from celestial_ml.monitor.tables import LOG_SCHEMA, log_database, log_table
 from serving import neptune, running, tiny_model, until
 from sqlalchemy import Engine, create_engine, func, insert, select, text, update
 from sqlalchemy.exc import OperationalError
 from typer.testing import CliRunner
 
 from celestial_ml.cli.app import app
+from celestial_ml.core.database import Schema, make_engine, open_database, schema_tables, writing
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.monitor import export, writer
 from celestial_ml.monitor.counters import Counters, counters_folder, living, settle
@@ -44,6 +43,7 @@ from celestial_ml.monitor.export import export_days
 from celestial_ml.monitor.log import PredictionLog, open_log
 from celestial_ml.monitor.records import forget, last_answers, log_status
 from celestial_ml.monitor.retention import ImagePolicy
+from celestial_ml.monitor.tables import LOG_SCHEMA, log_database, log_table
 from celestial_ml.monitor.time_range import embeddings, live_accuracy, read_answers
 
 SECRET = "s3cret/&"
