@@ -875,7 +875,7 @@ def test_forgetting_a_picture_under_way(url: str, opened: Callable[..., Predicti
 
 @both
 def test_days_as_parquet(url: str, opened: Callable[..., PredictionLog], tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(export, "PIECE", 7)  # several pieces a day
+    monkeypatch.setattr(export, "_PIECE", 7)  # several pieces a day
     log, midnight = opened(url), datetime(2026, 3, 2, tzinfo=UTC).timestamp()
     times = [midnight - 1e-3, midnight, *(midnight + 60 * i for i in range(1, 31)), midnight + 86400]
     for i, at in enumerate(times):
@@ -918,7 +918,7 @@ def test_an_export_replaces_a_day_or_leaves_it(
     [day] = export_days(tmp_path / "out", url=url)
     before = Path(day["path"]).read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr(export, "PIECE", 5)
+        patched.setattr(export, "_PIECE", 5)
         real, done = export._piece, []
 
         def breaks(*arguments: object) -> object:
