@@ -10,6 +10,7 @@ __all__ = ['SORRY', 'are_worlds', 'named', 'counted', 'percent', 'track_record',
 import html
 from collections.abc import Iterable
 
+from ..core.errors import CelestialError
 from ..core.many_classes import MANY
 from ..package.metrics import Metrics
 from ..planets.bodies import BODIES

@@ -95,7 +95,7 @@ class Predictor(Graph):
         source: bytes | Path | str,  # the image file's bytes, or its path
         name: str = "the image",  # what to call it in an error; a path calls itself
     ) -> Prediction:
-        "The answer for one image file; `ImageError` where it can't be read."
+        "The answer for one image file; `CelestialError` where it can't be read."
         content, name = read_content(source, name)
         return as_prediction(self, self.run(decode_image(content, name)), content)
 
@@ -119,7 +119,7 @@ class Predictor(Graph):
         return Explanation(seen.prediction, Saliency(rows, columns, digits, words), shown, near)
 
     def explain(self, source: bytes | Path | str, name: str = "the image") -> Explanation:
-        "The answer of `predict`, and its reasons; `ImageError` where it can't be read."
+        "The answer of `predict`, and its reasons; `CelestialError` where it can't be read."
         return self.reasons(self.see(source, name))
 
     def self_test(self) -> int:  # pictures
