@@ -60,10 +60,11 @@ def run(
 ) -> None:
     "Run the pipeline: only the steps that something changed for."
     with words_for_mistakes():
-        from celestial_ml.flow.pipeline import _ENGINES, make_plan, run_pipeline
+        from celestial_ml.flow.dag import EXECUTORS
+        from celestial_ml.flow.pipeline import execute, make_plan
 
-        if executor not in _ENGINES:
-            raise CelestialError(f"--executor can't be {executor!r}", f"Allowed: {' or '.join(_ENGINES)}.")
+        if executor not in EXECUTORS:
+            raise CelestialError(f"--executor can't be {executor!r}", f"Allowed: {' or '.join(EXECUTORS)}.")
         root = project_root()
         os.chdir(root)
         os.environ["CELESTIAL_TERMINAL"] = "1"
@@ -72,7 +73,7 @@ def run(
             print(f"{plan.run}: {len(plan.stale) or 'nothing'} to do, of {len(plan.tasks)} steps")
             for step, why in plan.stale.items():
                 print(f"  · {step:<10}{why}")
-        run_pipeline(plan, executor, quiet=json_)  # type: ignore[arg-type]
+        execute(plan, executor, quiet=json_)  # type: ignore[arg-type]
         _print_result(plan.run, list(plan.stale), json_)
 
 # %% ../../nbs/cli/09_app.ipynb #print-result
@@ -105,11 +106,11 @@ def tune(
 ) -> None:
     "Search better parameters; the same command elsewhere joins in, or goes on later."
     with words_for_mistakes():
-        from celestial_ml.flow.pipeline import _ENGINES
+        from celestial_ml.flow.dag import EXECUTORS
         from celestial_ml.flow.tuning import tune_run
 
-        if executor not in _ENGINES:
-            raise CelestialError(f"--executor can't be {executor!r}", f"Allowed: {' or '.join(_ENGINES)}.")
+        if executor not in EXECUTORS:
+            raise CelestialError(f"--executor can't be {executor!r}", f"Allowed: {' or '.join(EXECUTORS)}.")
         root = project_root()
         os.chdir(root)
         os.environ["CELESTIAL_TERMINAL"] = "1"

@@ -20,9 +20,10 @@ from PIL import Image
 
 from ..core.files import atomic
 from ..core.progress import as_time
-from ..flow.pipeline import failed_cell
+from ..flow.dag import failed_cell
+from ..flow.figures import run_metrics
 from ..flow.steps import run_folder
-from ..flow.sweep import Outcome, run_metrics
+from ..flow.sweep import Outcome
 
 # %% auto #0
 __all__ = ['LOW', 'TALL', 'TOP', 'FOOT', 'APART', 'lower_is_better', 'Row', 'rows_of', 'columns', 'best_row',
