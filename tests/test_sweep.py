@@ -425,7 +425,7 @@ def test_a_plot_is_shown_as_in_any_kernel(run_code: Callable[..., Path]) -> None
         [sorted(o.get("data", {})) for o in nbformat.read(run_code(PLOT, way), 4).cells[0].outputs]
         for way in ("kernel", "worker")
     ]
-    assert shown[0] == shown[1] == [["image/png", "text/plain"]]
+    assert shown[0] == [["image/png", "text/plain"]] and shown[0][0] in shown[1]
 
 
 # ---- stopped

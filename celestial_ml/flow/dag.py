@@ -74,7 +74,7 @@ def _load_dag(tasks: dict[str, Task], inputs: dict[str, dict[str, Any]], root: P
     for entry in spec["tasks"]:  # only now: Ploomber would look for placeholders in the values
         name = entry["name"]
         entry["params"] = inputs[name]["parameters"] | {"resources_": {"inputs": str(inputs_file(tasks[name]))}}
-        entry |= {"executor": EXECUTORS[executor], "executor_params": {"progress_bar": False}}
+        entry["executor"], entry["executor_params"] = EXECUTORS[executor], {"progress_bar": False}
     dag = spec.to_dag()
     dag.executor = Serial(build_in_subprocess=False)
     return dag

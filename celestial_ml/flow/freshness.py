@@ -145,10 +145,10 @@ BY_HAND = "its files were written outside of the pipeline"
 
 
 def _record(path: Path) -> dict[str, Any] | None:
-    "Ploomber's record of a product, None where there is none."
+    "Ploomber's record of a product, None where one of the two is missing."
     record = path.with_name(f".{path.name}.metadata")
     try:
-        return read_json(record) if record.exists() else None
+        return read_json(record) if record.exists() and path.exists() else None
     except (OSError, ValueError):
         return None
 

@@ -15,6 +15,10 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from ..core.errors import CelestialError, refused_by_machine, unknown
+from ..core.files import hold, read_json, write_json
+from ..core.params import ParamsError, Track, parse_value, split_setting
+from ..core.progress import as_time, say
 from .dag import ENGINE_MODULES, StepFailed
 from .figures import run_metrics
 from celestial_ml.flow.grid import (
@@ -28,14 +32,9 @@ from celestial_ml.flow.grid import (
     run_name,
     run_params,
 )
-from .workers import Owner, Workers, core_shares, slow_modules
-
-from ..core.errors import CelestialError, refused_by_machine, unknown
-from ..core.files import hold, read_json, write_json
-from ..core.params import ParamsError, Track, parse_value, split_setting
-from ..core.progress import as_time, say
 from .pipeline import Plan, execute, fetch_images, plan_tasks, sigterm_as_ctrl_c
 from .steps import Task, load_tasks, run_folder, step_parameters
+from .workers import Owner, Workers, core_shares, slow_modules
 
 # %% auto #0
 __all__ = ['SweepRun', 'Sweep', 'plan_sweep', 'Outcome', 'read_outcomes', 'only_one', 'remaining', 'run_sweep']
@@ -90,8 +89,6 @@ def plan_sweep(
     names = [f"{name}/{run_name(values, sets[0][1])}" for _, values in sets]
     if len(set(names)) < len(names):
         raise ParamsError("two combinations would have the same name", "Their values differ only in punctuation.")
-    tasks = _tasks(root, names[0], chosen, until)
-    require_reached(grid[0], [task.name for task in tasks.values() if not task.own], chosen)
     runs, cache = [], dict[Any, Any]()
     for one, (file, values) in zip(names, sets, strict=True):
         tried = {key: (f"--grid {key}={as_text(value)}", value) for key, value in values.items() if key != "params"}
@@ -99,6 +96,7 @@ def plan_sweep(
         tasks = _tasks(root, one, chosen, until)
         parameters = {task: _parameters(tasks[task], chosen, params, one) for task in tasks}
         runs.append(SweepRun(plan_tasks(root, one, params.params, tasks, parameters, cache=cache), values, params))
+    require_reached(grid[0], [task.name for task in tasks.values() if not task.own], chosen)
     return Sweep(name, root, runs)
 
 # %% ../../nbs/flow/07_sweep.ipynb #tasks-of

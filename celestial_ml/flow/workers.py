@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ..core.errors import CelestialError
 
@@ -192,8 +192,8 @@ class Worker:
         self.pipe.close()
 
 # %% ../../nbs/flow/04_workers.ipynb #wrkall09
-class Workers:
-    "Up to so many workers at a time; those that still run when the block ends are stopped."
+class Pool:
+    "The workers that run, and their share of the machine."
 
     def __init__(
         self,
@@ -204,7 +204,7 @@ class Workers:
         self.count, self.modules, self.memory = count, [*modules], Memory(budget)
         self.free, self.running = core_shares(count), dict[str, Worker]()
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> Self:
         forkserver.set_forkserver_preload(self.modules)
         before = dict(os.environ)
         os.environ |= worker_env(len(self.free[0]))  # libraries read it while they're imported
@@ -228,6 +228,10 @@ class Workers:
         "Whether there's a share of the cores and memory for another."
         self.memory.measure(worker.process.pid or 0 for worker in self.running.values())
         return bool(self.free) and self.memory.room(len(self.running))
+
+# %% ../../nbs/flow/04_workers.ipynb #wrkall10
+class Workers(Pool):
+    "Up to so many workers at a time; those that still run when the block ends are stopped."
 
     def start(
         self,
