@@ -288,7 +288,7 @@ def in_turns(services: list[Serving], requests: list[bytes], clients: int, secon
     return tallies
 
 
-TURNS = 10
+TURNS = 6
 ALLOWED = 0.05  # that it may be worse than another checkout
 
 

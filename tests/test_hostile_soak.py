@@ -93,7 +93,7 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     log = service_log(serve_settings())
     app = build_app(tiny_model(tmp_path / "model"), log=log)
     Connections(app.state.service.settings, app.state.service.metrics)  # a server has them; they count themselves
-    app.state.service.metrics.ask(lambda: upload_figures(None))  # and the demo's
+    app.state.service.metrics.collect(lambda: upload_figures(None))  # and the demo's
     yield app
     app.state.service.close()
     log.close()

@@ -14,15 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .dag import Executor, build
-from .freshness import BY_HAND, folder_checksum, forget, stale_steps, step_inputs, write_inputs
-
 from ..core.errors import CelestialError, unknown
 from ..core.files import write_json
 from ..core.params import Params, load_params, params_path
 from ..core.plugins import own_file
 from ..core.progress import say
 from ..data.sources import get_source
+from .dag import Executor, build
+from .freshness import BY_HAND, folder_checksum, forget, stale_steps, step_inputs, write_inputs
 from .steps import Task, load_tasks, one_run, run_folder, step_parameters
 from ..model.networks import get_network
 from ..planets import source as rendered  # noqa: F401  # registers the source `render`

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import yaml
-from .dag import Executor, StepFailed
 
 from ..core.errors import CelestialError
 from ..core.files import atomic, read_json
 from ..core.params import Data, Model, Params, Track, Train, Tune, load_params
 from ..core.progress import say
 from ..data.sources import get_source
+from .dag import Executor, StepFailed
 from .pipeline import execute, make_plan, params_file
 from .steps import open_step
 from celestial_ml.model.tune import (
