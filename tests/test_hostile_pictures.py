@@ -24,12 +24,12 @@ from PIL import Image
 from programs import resident_mb
 from serving import chunk, encoded, neptune, running, tiny_model, until
 
+from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.params import Prepare
 from celestial_ml.data.images import (
     MAX_PARTS,
     MAX_SCANS,
     SIDE,
-    ImageError,
     Limits,
     check_polyglot,
     decode_image,
@@ -37,7 +37,6 @@ from celestial_ml.data.images import (
     read_image,
 )
 from celestial_ml.data.prepare import Preparer
-from celestial_ml.serve.error_responses import Refusal
 from celestial_ml.serve.metrics import Metrics
 from celestial_ml.serve.predictor import Predictor
 from celestial_ml.serve.scorer import Scorer
@@ -49,7 +48,7 @@ def refusal(content: bytes, **options: object) -> str:
     "The code that reading ends in; ok where it doesn't."
     try:
         decode_image(content, **options)
-    except ImageError as e:
+    except CelestialError as e:
         assert e.message and e.hint
         return e.code
     return "ok"
@@ -262,7 +261,7 @@ def test_whatever_is_wrong_with_a_picture_is_a_refusal_and_no_warning(place: str
                 content[chance.randrange(len(content))] = chance.randrange(256)
             start = chance.randrange(len(content))
             del content[start : start + chance.choice([0, 0, 1, 30, 5000])]
-            refusal(bytes(content))  # anything but an ImageError goes through
+            refusal(bytes(content))  # anything but a CelestialError goes through
 
 
 # -------------------------------------------------------------------------------------------------------- two in one
@@ -277,7 +276,7 @@ def test_chance_is_no_web_page() -> None:
         for one in words:
             check_polyglot(content[:middle] + one + content[middle + len(one) :])
             for hidden in (content + one, content + bytes(100_000) + one + bytes(100_000)):
-                with pytest.raises(ImageError) as refused:
+                with pytest.raises(CelestialError) as refused:
                     check_polyglot(hidden)
                 assert refused.value.code == "polyglot"
 
@@ -292,7 +291,7 @@ def test_text_is_sought_where_it_can_stand() -> None:
     places += [with_chunks(chunk(kind, b"a\0" + page)) for kind in (b"tEXt", b"iTXt", b"eXIf", b"abCd")]
     places += [webp, with_junk_chunks(0) + b"text" + page]
     for content in places:
-        with pytest.raises(ImageError) as refused:
+        with pytest.raises(CelestialError) as refused:
             check_polyglot(content)
         assert refused.value.code == "polyglot"
 
@@ -302,10 +301,10 @@ def test_text_is_sought_where_it_can_stand() -> None:
 
 def test_a_limit_of_memory_and_of_time() -> None:
     large = LARGE["RGBA"]()
-    with pytest.raises(ImageError) as refused:
+    with pytest.raises(CelestialError) as refused:
         read_image(large, limits=Limits(megabytes=60))
     assert refused.value.code == "too_costly"
-    with pytest.raises(ImageError) as refused:
+    with pytest.raises(CelestialError) as refused:
         read_image(large, limits=Limits(seconds=0.01))
     assert refused.value.code == "too_costly"
     assert read_image(large).width == 5000
@@ -371,7 +370,7 @@ def test_costly_pictures_hold_up_nobody_and_fill_a_few_places(tmp_path: Path) ->
 
     small = neptune()
     answers, waits = asyncio.run(both())
-    statuses = Counter(one.status_code if isinstance(one, Refusal) else 200 for one in answers)
+    statuses = Counter(one.status if isinstance(one, CelestialError) else 200 for one in answers)
     assert set(statuses) == {200, 503} and 3 <= statuses[200] <= 6
     assert len(waits) > 10 and float(np.quantile(waits, 0.9)) < 0.25
 
@@ -393,7 +392,7 @@ def test_who_waits_is_answered_when_the_time_is_over(tmp_path: Path) -> None:
         return answers, took
 
     answers, took = asyncio.run(waiting())
-    assert [(one.status_code, one.headers["Retry-After"]) for one in answers] == [(503, "1")] * 5
+    assert [(one.status, one.headers["Retry-After"]) for one in answers] == [(503, "1")] * 5
     assert took < 2
 
 

@@ -23,12 +23,11 @@ from starlette.requests import Request
 
 from ..core.errors import CelestialError
 from ..data.archives import Limits, is_zip, open_zip, read_member, zip_pictures
-from ..data.images import SUFFIXES, ImageError
+from ..data.images import SUFFIXES
 from .elements import picture_uri, sky
 from .identify import QUIET, Host, asker, drop_area
 from .uploads import Upload, Uploads, forget_uploads, read_file
-from .wording import SORRY, apology, share_text, text
-from ..serve.error_responses import Refusal
+from .wording import SORRY, share_text, text
 from ..serve.predictor import Prediction
 
 # %% ../../nbs/demo/06_bulk.ipynb #found
@@ -108,10 +107,8 @@ async def one_row(host: Host, request: Request, request_id: str, found: Found) -
         scored, _ = await host.answer(request, request_id, content)
         assert scored.picture is not None
         image = await run_in_threadpool(picture_uri, scored.picture, 72, 80)
-    except ImageError as e:
-        return Row(found.name, problem=SORRY[apology(e)])
-    except (Refusal, CelestialError) as e:
-        return Row(found.name, problem=f"{e.message[0].upper()}{e.message[1:]}.")
+    except CelestialError as e:
+        return Row(found.name, problem=SORRY.get(e.code) or f"{e.message[0].upper()}{e.message[1:]}.")
     return Row(found.name, scored.prediction, image, request_id=request_id)
 
 

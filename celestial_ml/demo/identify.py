@@ -18,11 +18,10 @@ from starlette.requests import Request
 
 from ..core.errors import CelestialError
 from ..core.many_classes import MANY, listed
-from ..data.images import ImageError, decode_image
+from ..data.images import decode_image
 from .elements import example, example_names, example_uri, foot, picture_uri, sky
 from .uploads import Uploads, forget_uploads, read_file
 from .wording import SORRY, apology, are_worlds, bars, counted, named, sentence, text
-from ..serve.error_responses import Refusal
 from ..serve.predictor import Explanation, Prediction, Predictor, Seen
 from ..serve.scorer import Scored
 
@@ -164,11 +163,10 @@ async def look(
     try:
         desk.request_id = request.state.request_id
         scored, desk.model = await host.answer(request, desk.request_id, content)
-    except (ImageError, Refusal) as e:
+    except Exception as e:
+        if apology(e) == "internal":
+            log.exception("the demo failed on a file of %s bytes", len(content))
         return View(sky(None), sorry(apology(e)), why_later(), foot(host.about), False)
-    except Exception:
-        log.exception("the demo failed on a file of %s bytes", len(content))
-        return View(sky(None), sorry("internal"), why_later(), foot(host.about), False)
     assert scored.picture is not None and desk.model is not None
     desk.seen = Seen(scored.prediction, scored.picture, scored.embedding)
     about, (alt, uri) = desk.model.about, shown
@@ -208,7 +206,7 @@ async def judge(
             label=label or None,
             comment=(comment or "").strip() or None,
         )
-    except (Refusal, CelestialError) as e:
+    except CelestialError as e:
         return f"<p class=thanks>It couldn't be written down: {text(e.message)}.</p>"
     return "<p class=thanks>Thank you. It's written down, and looked at before the next training.</p>"
 
@@ -228,7 +226,7 @@ def upload_path(
 
 
 async def read_upload(host: Host, path: str | None) -> bytes:  # none where there is no path
-    "An uploaded file's content, once: then it's deleted. `ImageError` for one that is gone or too large."
+    "An uploaded file's content, once: then it's deleted. `CelestialError` for one that is gone or too large."
     if path is None or host.uploads is None:
         return b""
     try:
@@ -305,7 +303,7 @@ async def show_upload(host: Host, request: Request, path: str | None, asked: flo
     "As `show`, for a file that was dropped."
     try:
         content = await read_upload(host, path)
-    except ImageError as e:
+    except CelestialError as e:
         desk.asked, desk.seen, desk.model = asked, None, None
         return changes(View(sky(None), sorry(apology(e)), why_later(), foot(host.about), False), desk)
     return await show(host, request, content, asked, desk)

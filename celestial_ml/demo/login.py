@@ -17,7 +17,7 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from starlette.concurrency import run_in_threadpool
 
-from ..serve.error_responses import Refusal
+from ..core.errors import CelestialError
 from ..serve.guard import rate_address
 from ..serve.scorer import busy
 from ..serve.settings import ServeSettings, is_password, password_hash
@@ -40,7 +40,7 @@ class Guesses:
         self.limiter = MovingWindowRateLimiter(MemoryStorage())
 
     def admit(self, name: str, address: str) -> None:
-        "`Refusal` with 429 for an address that was wrong too often, or wrong about a name that many are wrong about."
+        "`CelestialError` with 429 for an address that was wrong too often, or wrong about a name that many are wrong about."
         tried = self.limiter.get_window_stats(self.rate, "pair", name, address).remaining < self.rate.amount
         if not self.limiter.test(self.rate, "address", address):
             raise self.refusal(self.rate, "address", address)
@@ -53,11 +53,11 @@ class Guesses:
         self.limiter.hit(self.rate, "pair", name, address)
         self.limiter.hit(self.all, "name", name)
 
-    def refusal(self, rate: RateLimitItem, *key: str) -> Refusal:
+    def refusal(self, rate: RateLimitItem, *key: str) -> CelestialError:
         "The answer to one too many."
         wait = max(1, round(self.limiter.get_window_stats(rate, *key).reset_time - time.time()))
         message = "there were too many wrong passwords"
-        return Refusal(429, "too_many_guesses", message, f"Wait {wait} s.", {"Retry-After": str(wait)})
+        return CelestialError(message, f"Wait {wait} s.", "too_many_guesses", headers={"Retry-After": str(wait)})
 
 # %% ../../nbs/demo/08_login.ipynb #lg-logins
 class Logins:
@@ -70,11 +70,11 @@ class Logins:
         self.sessions: dict[str, tuple[str, float]] = {}  # token → name, end by the monotonic clock
 
     async def enter(self, name: str, password: str, address: str) -> str:  # a token
-        "Let somebody in; `Refusal` with 400 for a wrong name or password, 429 for too many, 503 where too many wait."
+        "Let somebody in; `CelestialError` with 400 for a wrong name or password, 429 for too many, 503 where too many wait."
         name, address = name.strip()[:64], rate_address(address)
         try:
             await try_password(self, name, password[:LONGEST], address)
-        except Refusal as e:
+        except CelestialError as e:
             log.warning("login of %a refused to %s: %s", name, address, e.code)
             raise
         log.info("login of %a from %s", name, address)
@@ -98,7 +98,7 @@ class Logins:
 
 # %% ../../nbs/demo/08_login.ipynb #lg-try
 async def try_password(logins: Logins, name: str, password: str, address: str) -> None:
-    "Look at one try after the other; `Refusal` unless it's right."
+    "Look at one try after the other; `CelestialError` unless it's right."
     logins.guesses.admit(name, address)
     if logins.waiting.total() >= WAITING or logins.waiting[address] >= EACH:
         raise busy()
@@ -110,7 +110,7 @@ async def try_password(logins: Logins, name: str, password: str, address: str) -
             right = await run_in_threadpool(is_password, password, kept) and name in logins.people
             if not right:
                 logins.guesses.count(name, address)
-                raise Refusal(400, "wrong_login", "the name or the password is wrong", "Try again.")
+                raise CelestialError("the name or the password is wrong", "Try again.", "wrong_login")
     finally:
         logins.waiting[address] -= 1
         logins.waiting += Counter()  # without those that are 0

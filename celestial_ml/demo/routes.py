@@ -28,13 +28,14 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
+from ..core.errors import CelestialError
 from .elements import static
 from .identify import Host
 from .login import Logins
 from .page import build_demo
 from .uploads import Uploads, expire_uploads, receive_uploads, upload_figures
 from ..serve.api import Feedback, Service, score_picture, store_judgement
-from ..serve.error_responses import HANDLERS, ErrorResponse, Refusal, refuse_demo
+from ..serve.error_responses import HANDLERS, ErrorResponse, refuse, refuse_demo
 from ..serve.guard import rate_address
 from ..serve.scorer import busy
 
@@ -45,27 +46,29 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def bad_call() -> Refusal:
+def bad_call() -> CelestialError:
     "The answer to a call that no page of ours makes."
-    return Refusal(422, "invalid_request", "the page asks what this server doesn't understand", "Load the page again.")
+    return CelestialError(
+        "the page asks what this server doesn't understand", "Load the page again.", "invalid_request"
+    )
 
 
 def plain_word(value: object, most: int) -> str:
-    "A text without half characters; `Refusal` for anything else."
+    "A text without half characters; `CelestialError` for anything else."
     if not isinstance(value, str) or len(value) > most or any("\ud800" <= c <= "\udfff" for c in value):
         raise bad_call()
     return value
 
 # %% ../../nbs/demo/10_routes.ipynb #ga-number
 def plain_number(value: object, low: float = -math.inf, high: float = math.inf) -> int | float:
-    "A finite number between two; `Refusal` for anything else."
+    "A finite number between two; `CelestialError` for anything else."
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e15 or not low <= value <= high:
         raise bad_call()
     return value
 
 
 def uploaded(uploads: Uploads, owner: str, value: object) -> dict[str, Any]:
-    "A file as Gradio wants it, for the name of an upload; `Refusal` where it isn't one of this person's."
+    "A file as Gradio wants it, for the name of an upload; `CelestialError` where it isn't one of this person's."
     path = value.get("path") if isinstance(value, dict) else value
     upload = uploads.of(path if isinstance(path, str) else "", owner)
     # A stream's file is left where it is; Gradio would copy any other one.
@@ -76,7 +79,7 @@ MANY = 2000  # files of one call
 
 
 def fitting(block: Any, value: object, uploads: Uploads, owner: str) -> Any:
-    "A value for one input of a call; `Refusal` for one that doesn't fit."
+    "A value for one input of a call; `CelestialError` for one that doesn't fit."
     kind = type(block).__name__
     if kind == "State":
         return None  # it stays on the server
@@ -104,7 +107,7 @@ def fitting_call(
     uploads: Uploads,
     owner: str,
 ) -> dict[str, Any]:
-    "The call that a body means; `Refusal` for one that the page doesn't make."
+    "The call that a body means; `CelestialError` for one that the page doesn't make."
     sent = body if isinstance(body, dict) else {}
     index, data = sent.get("fn_index"), sent.get("data")
     call = page.fns.get(index) if type(index) is int else None
@@ -134,25 +137,25 @@ DONE = 'data: {"msg": "done"}\n\n'  # what a page that asks how far its upload i
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    "A body of so many bytes; `Refusal` with 413 for a longer one."
+    "A body of so many bytes; `CelestialError` with 413 for a longer one."
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > most:
-            raise Refusal(413, "too_many_bytes", "the request is too long", "Load the page again.")
+            raise CelestialError("the request is too long", "Load the page again.", "too_many_bytes")
     return bytes(body)
 
 # %% ../../nbs/demo/10_routes.ipynb #ga-json
 def as_object(body: bytes) -> object:
-    "What JSON means; `Refusal` where it's none, or nested too deeply."
+    "What JSON means; `CelestialError` where it's none, or nested too deeply."
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
-        raise Refusal(400, "bad_request", "the body is not JSON", "Load the page again.") from None
+        raise CelestialError("the body is not JSON", "Load the page again.", "bad_request") from None
 
 
 async def read_login(request: Request) -> tuple[str, str]:  # name, password
-    "What somebody fills in; `Refusal` with 400 where it isn't that."
+    "What somebody fills in; `CelestialError` with 400 where it isn't that."
     body = await read_body(request, FORM)
 
     async def again() -> Message:
@@ -168,7 +171,7 @@ async def read_login(request: Request) -> tuple[str, str]:  # name, password
             raise
         name = password = None
     if not isinstance(name, str) or not isinstance(password, str):
-        raise Refusal(400, "bad_request", "there is no name or no password", "Fill in both.")
+        raise CelestialError("there is no name or no password", "Fill in both.", "bad_request")
     return name, password
 
 # %% ../../nbs/demo/10_routes.ipynb #ga-places
@@ -180,7 +183,7 @@ class Places:
 
     @contextmanager
     def one(self, address: str) -> Iterator[None]:
-        "A place while the block runs; `Refusal` with 503 where there is none."
+        "A place while the block runs; `CelestialError` with 503 where there is none."
         address = rate_address(address)
         if self.taken.total() >= self.most or self.taken[address] >= self.each:
             raise busy()
@@ -211,8 +214,8 @@ class Gate:
         request = Request(scope, receive)
         try:
             await answer(self, request, get_route_path(scope), send)
-        except Refusal as e:
-            await e.response()(scope, receive, send)
+        except CelestialError as e:
+            await (await refuse(request, e))(scope, receive, send)
 
 # %% ../../nbs/demo/10_routes.ipynb #ga-fingerprint
 def fingerprint(*words: str) -> str:
@@ -226,12 +229,12 @@ def address_of(connection: HTTPConnection) -> str:
 
 
 def person_of(gate: Gate, request: Request) -> str:
-    "Who asks; `Refusal` with 401 where a login is needed and there is none."
+    "Who asks; `CelestialError` with 401 where a login is needed and there is none."
     token = request.cookies.get(gate.cookie, "")
     if gate.logins and (name := gate.logins.get(token)):
         return f"login {name} {fingerprint(token)}"
     if gate.logins:
-        raise Refusal(401, "no_login", "this needs a login", "Load the page again.")
+        raise CelestialError("this needs a login", "Load the page again.", "no_login")
     return f"session {fingerprint(token)}" if token else f"address {address_of(request)}"
 
 # %% ../../nbs/demo/10_routes.ipynb #ga-cookie
@@ -294,7 +297,7 @@ def without_mistake(request: Request, send: Send) -> Send:
         nonlocal failed
         if message["type"] == "http.response.start" and message["status"] >= 500:
             failed = True
-            problem = ErrorResponse(500, "internal_error", "the server made a mistake", "Its log says more.")
+            problem = ErrorResponse(CelestialError("the server made a mistake", "Its log says more.", "internal_error"))
             await problem(request.scope, request.receive, send)
         elif not failed:
             await send(message)
@@ -303,10 +306,10 @@ def without_mistake(request: Request, send: Send) -> Send:
 
 # %% ../../nbs/demo/10_routes.ipynb #ga-call-routes
 async def checked_call(gate: Gate, request: Request, person: str, queued: bool) -> bytes:
-    "The body for Gradio, written anew; `Refusal` for a call that the page doesn't make."
+    "The body for Gradio, written anew; `CelestialError` for a call that the page doesn't make."
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refusal(
-            415, "bad_request", "the body is not JSON", "Load the page again."
+        raise CelestialError(
+            "the body is not JSON", "Load the page again.", "bad_request", status=415
         )  # a form of another site is none
     sent = as_object(await read_body(request, BODY))
     call = fitting_call(gate.page, sent, queued, gate.uploads, person)
@@ -351,7 +354,7 @@ async def stream(gate: Gate, request: Request, path: str, person: str, send: Sen
     changes: dict[str, Any] = {"path": f"{request.scope.get('root_path', '')}{HEARTBEAT}{session}", "raw_path": b""}
     if not is_heartbeat:
         if session not in gate.page._queue.pending_messages_per_session or gate.listening[session]:
-            raise Refusal(404, "no_session", "there is nothing to hear for this page", "Load the page again.")
+            raise CelestialError("there is nothing to hear for this page", "Load the page again.", "no_session")
         changes = {"query_string": f"session_hash={session}".encode()}
     with gate.streams.one(address_of(request)):
         gate.listening[session] += not is_heartbeat
@@ -365,7 +368,7 @@ async def stream(gate: Gate, request: Request, path: str, person: str, send: Sen
 
 # %% ../../nbs/demo/10_routes.ipynb #ga-answer
 async def answer(gate: Gate, request: Request, path: str, send: Send) -> None:
-    "Let a route of the page answer; `Refusal` for everything else."
+    "Let a route of the page answer; `CelestialError` for everything else."
     method, scope = request.method, request.scope
     is_read = method in ("GET", "HEAD")
     if is_read and OPEN.fullmatch(path) and ".." not in path:
@@ -384,7 +387,7 @@ async def answer(gate: Gate, request: Request, path: str, send: Send) -> None:
         return await stream(gate, request, path, person, send)
     if is_read and INSIDE.fullmatch(path):
         return await forward(gate, request, send)
-    raise Refusal(404, "not_found", f"there is nothing at {path[:100]}", "GET /docs shows what there is.")
+    raise CelestialError(f"there is nothing at {path[:100]}", "GET /docs shows what there is.", "not_found")
 
 # %% ../../nbs/demo/10_routes.ipynb #ga-tidy
 PATIENCE = 4  # times that a session may be met without a listener

@@ -14,12 +14,10 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 
 from ..core.errors import CelestialError
-from ..data.images import ImageError
 from .elements import example, example_names, picture_uri, sky
 from .identify import QUIET, Host, drop_area, sorry, upload_path
 from .uploads import forget_uploads, read_file
 from .wording import apology, bars, named, percent, text, track_record
-from ..serve.error_responses import Refusal
 from ..serve.predictor import Prediction, Predictor, models_folder
 from ..serve.scorer import Scored
 
@@ -78,15 +76,15 @@ def verdict(one: Prediction | None, other: Prediction | None) -> str:
 
 # %% ../../nbs/demo/04_side_by_side.ipynb #one-side
 async def one_side(host: Host, name: str | None, folder: Path | None, content: bytes) -> tuple[str, Scored | None]:
-    "A version's card and its answer; `ImageError` for a picture that can't be read."
+    "A version's card and its answer; `CelestialError` for a picture that can't be read."
     if name is None or folder is None:
         return trouble_card("", "Choose a version."), None
     try:
         model = await run_in_threadpool(open_version, folder)
         scored = await host.score(content, model)
-    except ImageError:
-        raise
-    except (CelestialError, Refusal) as e:
+    except CelestialError as e:
+        if e.status < 500:  # the picture's fault, not this version's
+            raise
         return trouble_card(name, f"This version can't answer: {e.message}."), None
     return version_card(name, scored.prediction, model.about), scored
 
@@ -100,7 +98,7 @@ async def compare(
     folders = await run_in_threadpool(choices, host.current())
     try:
         sides = [await one_side(host, name, folders.get(name or ""), content) for name in names]
-    except ImageError as e:
+    except CelestialError as e:
         return sky(None), sorry(apology(e)), "", ""
     pictures = [scored.picture for _, scored in sides if scored and scored.picture is not None]
     shown = await run_in_threadpool(picture_uri, pictures[0]) if pictures else None
@@ -153,7 +151,7 @@ def build_compare(host: Host, tab: Any) -> None:
         try:
             async with slots:
                 return await compare(host, await picture_of(source, host), (one, other))
-        except ImageError as e:
+        except CelestialError as e:
             return sky(None), sorry(apology(e)), "", ""
 
     def opened() -> list[Any]:

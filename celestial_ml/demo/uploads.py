@@ -6,7 +6,6 @@
 __all__ = ['Upload', 'Uploads', 'read_file', 'forget_uploads', 'expire_uploads', 'upload_figures', 'receive_uploads']
 
 # %% ../../nbs/demo/09_uploads.ipynb #up-imp
-import fcntl
 import os
 import secrets
 import shutil
@@ -25,26 +24,14 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
+from ..core.errors import CelestialError
+from ..core.files import take_lock
 from ..data.archives import is_zip
-from ..data.images import ImageError
-from ..serve.error_responses import Refusal
 from ..serve.settings import ServeSettings
 
 # %% ../../nbs/demo/09_uploads.ipynb #up-folder
 PREFIX = "celestial-demo-"
 NEWBORN = 60  # seconds that a folder may be without a lock
-
-
-def lock_folder(folder: Path) -> BinaryIO:  # open, and locked until it's closed
-    "Say that a folder is in use; `OSError` where somebody else says so, or where there is no lock to take."
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-    file = os.fdopen(os.open(folder / "lock", flags), "rb+", buffering=0)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise
-    return file
 
 
 def sweep_folders(parent: Path) -> None:
@@ -53,10 +40,10 @@ def sweep_folders(parent: Path) -> None:
         try:
             is_ours = stat.S_ISDIR((mode := folder.lstat()).st_mode) and mode.st_uid == os.getuid()
             if is_ours and time.time() - mode.st_mtime > (0 if (folder / "lock").exists() else NEWBORN):
-                if (folder / "lock").exists():
-                    lock_folder(folder).close()
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError:  # in use, or gone meanwhile
+                lock = take_lock(folder / "lock") if (folder / "lock").exists() else None
+                if lock or not (folder / "lock").exists():  # else it's in use
+                    shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # gone meanwhile
             continue
 
 # %% ../../nbs/demo/09_uploads.ipynb #up-upload
@@ -99,10 +86,10 @@ def is_plain(path: Path) -> bool:
         return False
 
 
-def no_upload() -> Refusal:
+def no_upload() -> CelestialError:
     "The answer to every name that isn't one of the asker's uploads."
     message = "there is no such file among those that you uploaded"
-    return Refusal(403, "no_upload", message, "It may have been deleted: drop it again.")
+    return CelestialError(message, "It may have been deleted: drop it again.", "no_upload")
 
 # %% ../../nbs/demo/09_uploads.ipynb #up-uploads
 class Uploads:
@@ -113,8 +100,7 @@ class Uploads:
         sweep_folders(parent)
         self._temporary = tempfile.TemporaryDirectory(prefix=PREFIX, dir=parent)  # for this user alone
         self.folder = Path(self._temporary.name).resolve()
-        (self.folder / "lock").touch()
-        self._lock = lock_folder(self.folder)
+        self._lock = take_lock(self.folder / "lock", timeout=5)
         self.max_bytes, self.total, self.seconds = (
             settings.max_bytes,
             settings.upload_bytes,
@@ -126,22 +112,23 @@ class Uploads:
         self.counting = threading.Lock()
 
     def of(self, path: str, owner: str) -> Upload:
-        "A person's upload; `Refusal` with 403 for anything else, whatever it is."
+        "A person's upload; `CelestialError` with 403 for anything else, whatever it is."
         upload = self.uploads.get(path.partition("/")[0])
         if upload is None or upload.owner != owner or path not in (upload.path.name, upload.reference):
             raise no_upload()
         return upload
 
     def check(self, path: str | None) -> Upload:
-        "An upload by its path; `ImageError` for a path that is none, or that is not a plain file any more."
+        "An upload by its path; `CelestialError` for a path that is none, or that is not a plain file any more."
         upload = self.uploads.get(Path(path or "").name)
         if upload is None or str(upload.path) != path or not is_plain(upload.path):
-            raise ImageError("gone", "the upload is gone", "Drop it again.")
+            raise CelestialError("the upload is gone", "Drop it again.", "gone")
         return upload
 
     def close(self) -> None:
         "Delete all."
-        self._lock.close()
+        if self._lock:
+            self._lock.release()
         self._temporary.cleanup()
 
 # %% ../../nbs/demo/09_uploads.ipynb #up-read
@@ -149,10 +136,10 @@ def read_file(
     uploads: Uploads,
     path: str | None,
 ) -> bytes:
-    "An upload's content; `ImageError` for one that is gone or too large. Browsers upload before anybody can look."
+    "An upload's content; `CelestialError` for one that is gone or too large. Browsers upload before anybody can look."
     upload = uploads.check(path)
     if max(upload.bytes, upload.sent) > uploads.max_bytes:
-        raise ImageError("too_large", f"{upload.name} has too many bytes", "Make it smaller.")
+        raise CelestialError(f"{upload.name} has too many bytes", "Make it smaller.", "too_large")
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with os.fdopen(os.open(upload.path, flags), "rb") as file:
         return file.read(uploads.max_bytes)
@@ -192,17 +179,19 @@ def upload_figures(
 
 # %% ../../nbs/demo/09_uploads.ipynb #up-quota
 def take(uploads: Uploads, upload: Upload, count: int, files: int = 0) -> None:
-    "Count bytes and files before they are written; `Refusal` with 413 or 503 where there is no room for them."
+    "Count bytes and files before they are written; `CelestialError` with 413 or 503 where there is no room for them."
     hint = "Wait until the answer is there, or send less at once."
     with uploads.counting:
         for key, most in ((upload.owner, uploads.each), (upload.address, uploads.total // 2)):
             if uploads.bytes[key] + count > most:
-                raise Refusal(413, "too_many_uploads", f"your uploads take more than {most / 1e6:g} MB", hint)
+                raise CelestialError(f"your uploads take more than {most / 1e6:g} MB", hint, "too_many_uploads")
             if uploads.files[key] + files > FILES:
-                raise Refusal(413, "too_many_uploads", f"your uploads are more than {FILES} files", hint)
+                raise CelestialError(f"your uploads are more than {FILES} files", hint, "too_many_uploads")
         if uploads.bytes[""] + count > uploads.total:
             again = {"Retry-After": "60"}
-            raise Refusal(503, "uploads_full", "the server has no room for uploads now", "Try again in 60 s.", again)
+            raise CelestialError(
+                "the server has no room for uploads now", "Try again in 60 s.", "uploads_full", headers=again
+            )
         for key in ("", upload.owner, upload.address):
             uploads.bytes[key] += count
             uploads.files[key] += files
@@ -228,9 +217,9 @@ class PartHeaders:
         self.check()
 
     def check(self) -> None:
-        "`Refusal` with 400 for a long header."
+        "`CelestialError` with 400 for a long header."
         if len(self.field) + len(self.value) > HEADERS:
-            raise Refusal(400, "bad_request", "the form has a header that is too long", "Load the page again.")
+            raise CelestialError("the form has a header that is too long", "Load the page again.", "bad_request")
 
     def on_end(self) -> None:
         "A header is complete."
@@ -254,7 +243,7 @@ class UploadForm:
         "Count it."
         self.parts += 1
         if self.parts > PARTS:
-            raise Refusal(413, "too_many_files", f"the form has more than {PARTS} parts", "Send less at once.")
+            raise CelestialError(f"the form has more than {PARTS} parts", "Send less at once.", "too_many_files")
         self.headers.disposition = self.head = b""
 
     def headers_finished(self) -> None:
@@ -308,10 +297,10 @@ async def receive_uploads(
     owner: str,
     address: str,
 ) -> list[str]:  # the names by which the page may name them
-    "Take the files of a form; `Refusal` where it's none, or where there is no room for them."
+    "Take the files of a form; `CelestialError` where it's none, or where there is no room for them."
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
-        raise Refusal(400, "bad_request", "the request is not a form", "Load the page again.")
+        raise CelestialError("the request is not a form", "Load the page again.", "bad_request")
     form = UploadForm(uploads, owner, address)
     try:
         parser = form_parser(form, options[b"boundary"])
@@ -319,13 +308,13 @@ async def receive_uploads(
             await run_in_threadpool(parser.write, chunk)
         await run_in_threadpool(parser.finalize)
         if not form.ended.is_set():
-            raise Refusal(400, "bad_request", "the form ends too early", "Send it again, the whole of it.")
+            raise CelestialError("the form ends too early", "Send it again, the whole of it.", "bad_request")
     except FormParserError as e:
         abandon(form)
-        raise Refusal(400, "bad_request", f"the form is broken: {e}", "Load the page again.") from None
+        raise CelestialError(f"the form is broken: {e}", "Load the page again.", "bad_request") from None
     except OSError:
         abandon(form)
-        raise Refusal(507, "no_room", "the upload can't be written to disk", "Try again later.") from None
+        raise CelestialError("the upload can't be written to disk", "Try again later.", "no_room") from None
     except BaseException:
         abandon(form)
         raise

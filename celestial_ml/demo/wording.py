@@ -11,6 +11,7 @@ import html
 from collections.abc import Iterable
 from typing import Any
 
+from ..core.errors import CelestialError
 from ..core.many_classes import MANY
 from ..planets.bodies import BODIES
 from ..serve.predictor import Prediction
