@@ -17,7 +17,7 @@ from typing import Any
 from ..core.errors import CelestialError, unknown
 from ..core.files import write_json
 from ..core.params import Params, load_params, params_path
-from ..core.plugins import own_file
+from ..core.plugins import plugin_file
 from ..core.progress import say
 from ..data.sources import get_source
 from .dag import Executor, build
@@ -80,7 +80,7 @@ def plan_tasks(
     images = images_checksum(params, root, cache) if "acquire" in tasks else None
     inputs = {}
     for name, task in tasks.items():
-        own = (value for value in parameters[name].values() if isinstance(value, str) and own_file(value, root))
+        own = (value for value in parameters[name].values() if isinstance(value, str) and plugin_file(value, root))
         key = (task.source, *own)  # neither the notebook nor its modules depend on other parameters
         if key not in cache:
             cache[key] = step_inputs(task, parameters[name], root, defaults=task.own)
