@@ -229,6 +229,11 @@ class Pool:
         self.memory.measure(worker.process.pid or 0 for worker in self.running.values())
         return bool(self.free) and self.memory.room(len(self.running))
 
+    def answer(self, name: str, value: Any) -> None:
+        "Answer a worker's message; one that is gone gets none."
+        with suppress(KeyError, OSError):
+            self.running[name].pipe.send(value)
+
 # %% ../../nbs/flow/04_workers.ipynb #wrkall10
 class Workers(Pool):
     "Up to so many workers at a time; those that still run when the block ends are stopped."
@@ -259,17 +264,16 @@ class Workers(Pool):
         ready = wait([*open_ends, *(worker.process.sentinel for worker in self.running.values())], seconds)
         events: list[tuple[str, Any]] = []
         for name, worker in list(self.running.items()):
-            with suppress(EOFError, OSError):
-                while not worker.pipe.closed and worker.pipe.poll():
-                    try:
-                        kind, value = worker.pipe.recv()
-                    except (EOFError, OSError):
-                        worker.pipe.close()
-                        break
-                    if kind == "message":
-                        events.append((name, value))
-                    else:
-                        setattr(worker, kind, value)
+            while not worker.pipe.closed and worker.pipe.poll():
+                try:
+                    kind, value = worker.pipe.recv()
+                except (EOFError, OSError):
+                    worker.pipe.close()
+                    break
+                if kind == "message":
+                    events.append((name, value))
+                else:
+                    setattr(worker, kind, value)
             if worker.process.sentinel in ready:
                 worker.process.join()
                 worker.pipe.close()
@@ -277,8 +281,3 @@ class Workers(Pool):
                 seconds = time.monotonic() - worker.began
                 events.append((name, Ended(worker.process.exitcode or 0, seconds, worker.result, worker.error)))
         return events
-
-    def answer(self, name: str, value: Any) -> None:
-        "Answer a worker's message; one that is gone gets none."
-        with suppress(KeyError, OSError):
-            self.running[name].pipe.send(value)
