@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,11 +50,12 @@ def make_plan(
     start: str | None = None,  # a step to rerun, with all that depend on it, changed or not
     force: bool = False,  # rerun all steps
     until: str | None = None,  # only this step and what it depends on; `tune` is one beside the chain
+    beside: Sequence[str] = (),  # steps beside the chain that run too
 ) -> Plan:
     "What a run of the pipeline would do; `CelestialError` for every mistake that can be found beforehand."
     params = load_params(params_file, settings, root / "params")
     name = run or params_path(params_file, root / "params").stem
-    tasks = load_tasks(root, name, until)
+    tasks = load_tasks(root, name, until, beside)
     if start is not None and start not in tasks:
         raise unknown("step", start, tasks)
     parameters = {task: step_parameters(task, params) | {"run": name} for task in tasks}
