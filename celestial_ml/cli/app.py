@@ -227,7 +227,6 @@ def _catalog_of(source: str | None, params: str) -> "tuple[object, object]":  # 
     from celestial_ml.core.params import load_params
     from celestial_ml.data.catalog import make_catalog, with_split
     from celestial_ml.data.sources import get_source
-    from celestial_ml.planets import source as rendered  # noqa: F401  # registers the source `render`
 
     settings = (
         [] if source is None else ["data.source=folder", f"data.folder={json.dumps(str(Path(source).resolve()))}"]

@@ -23,7 +23,6 @@ from ..data.sources import get_source
 from .state import BY_HAND, folder_checksum, forget, stale_steps, step_inputs, write_inputs
 from .steps import Task, load_tasks, one_run, run_folder, step_parameters, task_specs
 from ..model.networks import get_network
-from ..planets import source as rendered  # noqa: F401  # registers the source `render`
 
 if TYPE_CHECKING:
     from ploomber import DAG
