@@ -48,7 +48,7 @@ def example_uri(
 ) -> str | None:
     "A picture to try, for an `<img>`; None where the classes' domain has none of that name."
     content = domain_of(classes).picture(name)
-    return content and picture_uri(decode_image(content), side, 92)
+    return picture_uri(decode_image(content), side, 92) if content else None
 
 # %% ../../nbs/demo/01_elements.ipynb #sky
 def sky(

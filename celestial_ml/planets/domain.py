@@ -60,11 +60,9 @@ def write_examples(
 class Planets(Domain):
     "The ten bodies of the renderer."
 
-    classes = tuple(BODIES)
-    noun, plural = "world", "bodies"
-    question = "Which world is this?"
+    noun, plural, question = "world", "bodies", "Which world is this?"
     invitation = "Drop a picture of a planet, of Pluto or of the Moon."
-    examples = (*BODIES, TABLECLOTH)
+    classes, examples = tuple(BODIES), (*BODIES, TABLECLOTH)
     controls = (
         Control("roll", "Roll (degrees)", -180, 180, 0, 1, "rolled to {:.0f}°"),
         Control("phase", "Phase (0 is full, 90 half)", 0, 160, 20, 1, "lit at a phase of {:.0f}°"),
@@ -87,8 +85,7 @@ class Planets(Domain):
         "A portrait, in the time that a slider allows."
         roll, phase, scale, exposure, warmth = setting
         radius = (0.4 if get_body(label).rings else 0.8) * scale
-        view = View(latitude_deg=15, roll_deg=roll, phase_deg=phase, radius=radius, exposure=exposure, warmth=warmth)
-        return render(label, view, size, width=256)
+        return render(label, View(0, 15, roll, phase, 160, radius, (0, 0), exposure, warmth=warmth), size, width=256)
 
     def exemplar(self, label: str, size: int) -> np.ndarray | None:
         "The plain portrait."
@@ -99,8 +96,8 @@ class Planets(Domain):
         from celestial_ml.data.strangers import pictures_of
         from celestial_ml.planets.unknown_bodies import draw_body, draw_random_world
 
-        draws = {"bodies": draw_body, "random_worlds": draw_random_world}
-        return {name: pictures_of(draw, name) for name, draw in draws.items()}
+        draws = {"bodies": draw_body, "random_worlds": draw_random_world}.items()
+        return {name: pictures_of(draw, name) for name, draw in draws}
 
     def sources(self) -> dict[str, Any]:
         "The source `render`."
@@ -111,5 +108,6 @@ class Planets(Domain):
 
 DOMAIN = Planets()
 
+# %% ../../nbs/planets/05_domain.ipynb #planets-main
 if __name__ == "__main__" and "__file__" in globals():  # `python -m`, not a notebook
     write_examples(Path(str(files("celestial_ml.planets") / "static")))

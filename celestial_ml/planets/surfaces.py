@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Spot', 'grid_directions', 'lon_lat', 'direction', 'noise', 'smoothstep', 'ramp', 'mix', 'spot_frame', 'spots', 'warp',
            'crater_list', 'stamp_craters', 'slopes', 'mosaic_shading', 'rays', 'relief', 'paint_mercury', 'paint_moon',
-           'heart', 'paint_pluto', 'paint_mars', 'land_mask', 'paint_earth', 'shear', 'paint_venus', 'paint_jupiter',
-           'paint_red_spot', 'paint_saturn', 'paint_uranus', 'paint_neptune', 'surface_map', 'sample_map']
+           'paint_pluto', 'paint_mars', 'land_mask', 'paint_earth', 'shear', 'paint_venus', 'paint_jupiter',
+           'paint_saturn', 'paint_uranus', 'paint_neptune', 'surface_map', 'sample_map']
 
 # %% ../../nbs/planets/01_surfaces.ipynb #a6dd5076
 from collections.abc import Sequence
@@ -293,7 +293,7 @@ _PLUTO_DARK: list[Spot] = [
 ]  # fmt: skip
 
 
-def heart(
+def _heart(
     x: np.ndarray,  # flat coordinates, in which it is about 2.3 wide and high
     y: np.ndarray,
 ) -> np.ndarray:  # positive inside, about 1 at the middle
@@ -317,7 +317,7 @@ def paint_pluto(xyz: np.ndarray, seed: int) -> np.ndarray:
     x = (east * np.cos(tilt) + north * np.sin(tilt)) / size
     y = (north * np.cos(tilt) - east * np.sin(tilt)) / size
     fade = smoothstep(0.1, 0.7, x)  # the eastern lobe is frost on hills, without a sharp edge
-    inside = smoothstep(-0.10 - 0.3 * fade, 0.10 + 0.4 * fade, heart(x, y) + (0.05 + 0.12 * fade) * (rough + fine))
+    inside = smoothstep(-0.10 - 0.3 * fade, 0.10 + 0.4 * fade, _heart(x, y) + (0.05 + 0.12 * fade) * (rough + fine))
     ice = ramp(x + 0.08 * rough + 0.06 * fine, "-0.6 f4ede2  -0.1 fbf7f0  0.5 ece2d4  1 ddcfbe")
     return mix(colour, ice, inside * (np.hypot(x, y) < 1.7))
 
@@ -494,10 +494,10 @@ def paint_jupiter(xyz: np.ndarray, seed: int) -> np.ndarray:
     colour = mix(colour, "f3ecde", 0.75 * spots(xyz, ovals))
     barges = [(float(a), 15.5, 3.0, 1.1) for a in rng.uniform(-180, 180, 6)]
     colour = mix(colour, "6a3d1c", 0.6 * spots(xyz, barges))
-    return paint_red_spot(colour, xyz, seed)
+    return _paint_red_spot(colour, xyz, seed)
 
 
-def paint_red_spot(
+def _paint_red_spot(
     colour: np.ndarray,  # of the belts
     xyz: np.ndarray,  # unit vectors
     seed: int,

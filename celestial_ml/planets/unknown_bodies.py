@@ -112,44 +112,9 @@ def _paint_ceres(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mix(colour, "ffffff", salt), height
 
 
-#| exporti
 _GANYMEDE_RAYS = [(-166, -38, 17), (-7, -30, 9), (123, -14, 8), (60, 55, 9), (-80, 40, 7), (-50, -15, 7), (170, 30, 8)]
 
 
-#| exporti
-@_unknown_body(Body("Ganymede", 2631.2, 2631.2, _TILT, "lommel-seeliger"), slope=0.5)
-def _paint_ganymede(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Old dark plates between pale grooved lanes, rayed craters, frosty poles."
-    height, bright = _ground(xyz, 261, (650, 0.9, 4.5))
-    rough, fine = noise(xyz, 262, 0.8), noise(xyz, 263, 3)
-    plates: list[Spot] = [(-140, 32, 30, 22), (160, -14, 24, 14), (-12, -14, 22, 16), (78, 6, 24, 16), (35, 44, 20, 13)]
-    plates += [(-75, -8, 16, 11), (-80, 45, 15, 10), (110, -45, 20, 11), (-60, -52, 18, 9), (125, 38, 14, 10)]
-    edge = spots(warp(xyz, 264, 0.10), plates, 3) + 0.12 * rough + 0.05 * fine
-    dark = smoothstep(0.36, 0.55, edge) * (1 - 0.8 * _lines(xyz, 34, 265, 2.0, (20, 50)))
-    tone = 0.58 + 0.03 * fine + 0.12 * bright + 0.08 * mosaic_shading(height) - 0.20 * dark
-    tone += 0.05 * _lines(xyz, 50, 266, 0.6, (8, 30)) + 0.14 * smoothstep(45, 68, np.abs(lon_lat(xyz)[1]) + 4 * rough)
-    for i, (lon, lat, length) in enumerate(_GANYMEDE_RAYS):
-        tone += 0.25 * rays(xyz, lon, lat, length, i + 80)
-    return ramp(tone, "0 0c0a09  0.34 564a40  0.6 9d9286  0.8 cfc9c0  1 faf8f4"), height
-
-# %% ../../nbs/planets/04_unknown_bodies.ipynb #paint-ceres
-@_unknown_body(Body("Ceres", 482.1, 445.9, _TILT, "lommel-seeliger"))
-def _paint_ceres(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Dark grey, cratered all over, with the white spots of Occator."
-    height, bright = _ground(xyz, 201, (1100, 1.0, 9.0), also=[(-121, 20, 5.2, 0.3), (-44, -50, 9, 0.1)])
-    tone = 0.40 + 0.035 * noise(xyz, 202, 0.6) + 0.035 * noise(xyz, 203, 3) + 0.10 * bright
-    tone += 0.09 * np.clip(height, -0.5, 0.3) + 0.12 * mosaic_shading(height)
-    tone += 0.16 * rays(xyz, 11, 6, 11, 1) + 0.12 * rays(xyz, -155, -40, 9, 2)
-    salt = spots(xyz, [(-121, 19.8, 1.9, 1.7), (-117.6, 20.4, 1.5, 1.0), (-44, -10, 1.1, 1.1), (0, 42, 1.0, 1.0)])
-    colour = ramp(tone, "0 060606  0.4 6a6766  0.7 a6a29e  1 efece8")
-    return mix(colour, "ffffff", salt), height
-
-
-#| exporti
-_GANYMEDE_RAYS = [(-166, -38, 17), (-7, -30, 9), (123, -14, 8), (60, 55, 9), (-80, 40, 7), (-50, -15, 7), (170, 30, 8)]
-
-
-#| exporti
 @_unknown_body(Body("Ganymede", 2631.2, 2631.2, _TILT, "lommel-seeliger"), slope=0.5)
 def _paint_ganymede(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Old dark plates between pale grooved lanes, rayed craters, frosty poles."
@@ -172,33 +137,6 @@ _IO_RINGS: list[tuple[float, float, float, str]] = [
 ]  # fmt: skip
 
 
-#| exporti
-@_unknown_body(Body("Io", 1829.4, 1815.7, _TILT, "minnaert", 0.6), slope=0.3)
-def _paint_io(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Sulphur yellow, brown poles, black calderas, red and white rings around the plumes."
-    lat, rng = lon_lat(xyz)[1], np.random.default_rng(241)
-    rough, fine = noise(warp(xyz, 242, 0.05), 243, 0.9), noise(xyz, 244, 3)
-    tone = 0.60 + 0.10 * rough + 0.04 * fine
-    colour = ramp(tone, "0 7d5a1c  0.4 c9a23c  0.6 e6cc62  0.8 f3e79d  1 fbf6d8")
-    colour = mix(colour, "f6f2dc", 0.7 * smoothstep(0.5, 1.6, noise(warp(xyz, 245, 0.05), 246, 0.8)))
-    colour = mix(colour, ramp(fine, "-2 6b4320  2 b5793c"), 0.85 * smoothstep(42, 68, np.abs(lat) + 7 * rough))
-    for lon, north, size, code in _IO_RINGS:
-        r = np.hypot(*spot_frame(xyz, lon, north)) / size + 0.1 * fine
-        colour = mix(colour, code, 0.85 * np.exp(-6 * (r - 1) ** 2))
-    vents: list[Spot] = [(lon, north, 1.6, 1.5) for lon, north, *_ in _IO_RINGS]
-    many = (rng.uniform(-180, 180, 60), np.degrees(np.arcsin(rng.uniform(-1, 1, 60))), rng.gamma(3, 0.6, 60))
-    vents += [(lon, north, size, 0.8 * size) for lon, north, size in zip(*many, strict=True)]
-    colour = mix(colour, "cf7a2e", 0.45 * spots(xyz, [(a, b, 2.2 * c, 2.2 * d) for a, b, c, d in vents[::2]]))
-    return mix(colour, "1c140d", 0.9 * smoothstep(0.35, 0.6, spots(warp(xyz, 247, 0.012, 2), vents))), 0.1 * fine
-
-# %% ../../nbs/planets/04_unknown_bodies.ipynb #paint-io
-_IO_RINGS: list[tuple[float, float, float, str]] = [
-    (105, -18, 13, "b8401f"), (-153, -2, 7, "f4f1e4"), (51, 13, 7, "5a4a2c"), (-118, -45, 8, "c8552a"),
-    (-30, 40, 8, "d9652c"), (20, -30, 6, "f2eee0"), (-80, 10, 6, "c9602e"), (160, 25, 6, "f2ead2"),
-]  # fmt: skip
-
-
-#| exporti
 @_unknown_body(Body("Io", 1829.4, 1815.7, _TILT, "minnaert", 0.6), slope=0.3)
 def _paint_io(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Sulphur yellow, brown poles, black calderas, red and white rings around the plumes."
@@ -233,36 +171,6 @@ def _paint_europa(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mix(colour, "f3ead9", 0.7 * _lines(xyz, 12, 258, 0.35, (25, 70))), 0.1 * noise(xyz, 259, 3)
 
 
-#| exporti
-_TITAN_AIR = Atmosphere((0.66, 0.58, 0.86), height=0.016, twilight=0.10)
-
-
-@_unknown_body(Body("Titan", 2575.2, 2574.5, _TILT, "minnaert", 0.88, _TITAN_AIR), slope=0.0)
-def _paint_titan(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Orange haze, a little darker in the north, with a blue rim."
-    lat = lon_lat(xyz)[1]
-    tone = 0.58 + 0.008 * noise(xyz, 281, 0.4, stretch=4) - 0.05 * smoothstep(-10, 20, lat)
-    tone -= 0.08 * smoothstep(58, 76, lat)
-    tone += 0.02 * noise(warp(xyz, 282, 0.05), 283, 0.6)
-    return ramp(tone, "0 5c3a10  0.45 c98a35  0.6 e0a94f  0.8 efc880"), np.zeros_like(lat)
-
-# %% ../../nbs/planets/04_unknown_bodies.ipynb #paint-europa
-@_unknown_body(Body("Europa", 1562.6, 1559.5, _TILT, "minnaert", 0.6), slope=0.4)
-def _paint_europa(xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Cream ice scratched all over by red-brown lines."
-    lon, lat = lon_lat(xyz)
-    rough = noise(warp(xyz, 251, 0.06), 252, 0.9)
-    tone = 0.72 + 0.05 * noise(xyz, 253, 0.7) + 0.03 * noise(xyz, 254, 3)
-    colour = ramp(tone, "0 7b6a58  0.5 c3b299  0.75 e6dcc8  1 fbf8f0")
-    trailing = np.cos(np.radians(lon - 90)) * np.cos(np.radians(lat))  # swept by Jupiter's plasma
-    chaos = smoothstep(0.7, 1.9, rough + 0.9 * trailing + 0.25 * noise(xyz, 255, 3))
-    colour = mix(colour, ramp(rough, "-2 6f4028  2 a8703f"), 0.75 * chaos)
-    colour = mix(colour, "8a4a2c", 0.85 * _lines(xyz, 26, 256, 0.75, (25, 75)))
-    colour = mix(colour, "a26b49", 0.6 * _lines(xyz, 46, 257, 0.5, (10, 45)))
-    return mix(colour, "f3ead9", 0.7 * _lines(xyz, 12, 258, 0.35, (25, 70))), 0.1 * noise(xyz, 259, 3)
-
-
-#| exporti
 _TITAN_AIR = Atmosphere((0.66, 0.58, 0.86), height=0.016, twilight=0.10)
 
 
