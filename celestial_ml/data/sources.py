@@ -15,7 +15,7 @@ from ..core.domains import domains
 from ..core.errors import CelestialError, unknown
 from ..core.names import check_path
 from ..core.params import Data
-from ..core.plugins import find_own
+from ..core.plugins import find_plugin
 from .guide import get_guide
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def get_source(
     name: str,  # as in the parameter data.source
 ) -> Source:
     "The registered source of that name, or the project's own; `CelestialError` where there is none."
-    if own := find_own("source (data.source)", name):
+    if own := find_plugin("source (data.source)", name):
         return own
     sources = SOURCES | {key: source for domain in domains() for key, source in domain.sources().items()}
     if name not in sources:

@@ -20,7 +20,7 @@ from limits.strategies import MovingWindowRateLimiter
 from starlette.concurrency import run_in_threadpool
 
 from ..core.errors import CelestialError
-from ..serve.guard import neighbourhood
+from ..serve.guard import rate_address
 from ..serve.scorer import busy
 from ..serve.settings import ServeSettings, is_password, password_hash
 
@@ -34,7 +34,7 @@ class ConcurrencyLimit:
     @contextmanager
     def slot(self, address: str) -> Iterator[None]:
         "A slot while the block runs; `CelestialError` with 503 where there is none."
-        address = neighbourhood(address)
+        address = rate_address(address)
         if self.running.total() >= self.total or self.running[address] >= self.each:
             raise busy()
         self.running[address] += 1
@@ -92,7 +92,7 @@ class Logins:
 
     async def enter(self, name: str, password: str, address: str) -> str:  # a token
         "Let somebody in; `CelestialError` with 400 for a wrong name or password, 429 for too many, 503 where too many wait."
-        name, address = name.strip()[:64], neighbourhood(address)
+        name, address = name.strip()[:64], rate_address(address)
         try:
             await self.try_password(name, password[:_LONGEST], address)
         except CelestialError as e:

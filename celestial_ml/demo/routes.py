@@ -35,9 +35,9 @@ from .identify import Host
 from .login import ConcurrencyLimit, Logins
 from .page import build_demo
 from .uploads import Uploads, expire_uploads, receive_uploads, upload_figures
-from ..serve.api import Feedback, Service, keep_judgement, score_picture
+from ..serve.api import Feedback, Service, score_picture, store_judgement
 from ..serve.error_responses import HANDLERS, ErrorResponse, refuse, refuse_demo
-from ..serve.guard import neighbourhood
+from ..serve.guard import rate_address
 from ..serve.scorer import busy
 
 if TYPE_CHECKING:
@@ -328,7 +328,7 @@ async def _upload(gate: _Gate, request: Request, person: str, send: Send) -> Non
     token = "" if gate.logins or request.cookies.get(gate.cookie) else secrets.token_urlsafe(32)
     owner = f"session {_fingerprint(token)}" if token else person
     with gate.sending.slot(_address_of(request)):
-        names = await receive_uploads(gate.uploads, request, owner, neighbourhood(_address_of(request)))
+        names = await receive_uploads(gate.uploads, request, owner, rate_address(_address_of(request)))
     response = JSONResponse(names)
     if token:
         _set_cookie(gate, request, response, token)
@@ -449,10 +449,10 @@ def mount_demo(
 def add_demo(app: FastAPI, service: Service) -> None:
     "The demo at / of a service, with its uploads and logins."
     settings, uploads = service.settings, Uploads(service.settings)
-    service.metrics.ask(lambda: upload_figures(uploads))
+    service.metrics.collect(lambda: upload_figures(uploads))
 
     async def take_feedback(who: str, **judgement: Any) -> None:
-        await keep_judgement(service, Feedback(**judgement), who)
+        await store_judgement(service, Feedback(**judgement), who)
 
     answered, alone = partial(score_picture, service, picture=True), partial(service.scorer.score, picture=True)
     host = Host(service.models.now, answered, take_feedback, alone, uploads)

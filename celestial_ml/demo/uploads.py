@@ -6,7 +6,6 @@
 __all__ = ['HEAD', 'Upload', 'Uploads', 'read_file', 'forget_uploads', 'expire_uploads', 'upload_figures', 'receive_uploads']
 
 # %% ../../nbs/demo/09_uploads.ipynb #up-imp
-import fcntl
 import os
 import secrets
 import shutil
@@ -18,11 +17,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 from starlette.requests import Request
 
 from ..core.errors import CelestialError
+from ..core.files import take_lock
 from ..data.archives import is_zip
 from ..serve.forms import read_form
 from ..serve.settings import ServeSettings
@@ -32,28 +31,16 @@ _PREFIX = "celestial-demo-"
 _NEWBORN = 60  # seconds that a folder may be without a lock
 
 
-def _lock_folder(folder: Path) -> BinaryIO:  # open, and locked until it's closed
-    "Mark a folder as in use; `OSError` where somebody else does, or where there is no lock to take."
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-    file = os.fdopen(os.open(folder / "lock", flags), "rb+", buffering=0)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise
-    return file
-
-
 def _sweep_folders(parent: Path) -> None:
     "Delete what killed servers of this user left."
     for folder in parent.glob(f"{_PREFIX}*"):
         try:
             own = stat.S_ISDIR((mode := folder.lstat()).st_mode) and mode.st_uid == os.getuid()
             if own and time.time() - mode.st_mtime > (0 if (folder / "lock").exists() else _NEWBORN):
-                if (folder / "lock").exists():
-                    _lock_folder(folder).close()
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError:  # in use, or gone meanwhile
+                lock = take_lock(folder / "lock") if (folder / "lock").exists() else None
+                if lock or not (folder / "lock").exists():  # else it's in use
+                    shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # gone meanwhile
             continue
 
 # %% ../../nbs/demo/09_uploads.ipynb #up-keeps
@@ -104,8 +91,7 @@ class Uploads:
         _sweep_folders(parent)
         self._temporary = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent)  # for this user alone
         self.folder = Path(self._temporary.name).resolve()
-        (self.folder / "lock").touch()
-        self._lock = _lock_folder(self.folder)
+        self._lock = take_lock(self.folder / "lock", timeout=5)
         self.max_bytes, self.total = settings.max_bytes, settings.upload_bytes
         self.seconds = 60 * settings.upload_minutes
         self.each = min(5 * settings.max_bytes, self.total // 2)  # bytes of one person
@@ -130,7 +116,8 @@ class Uploads:
 
     def close(self) -> None:
         "Delete all."
-        self._lock.close()
+        if self._lock:
+            self._lock.release()
         self._temporary.cleanup()
 
 # %% ../../nbs/demo/09_uploads.ipynb #up-read
