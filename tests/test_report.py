@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -454,6 +455,13 @@ def test_there_is_one_comment_and_it_is_updated(workflow: dict[str, Any], tmp_pa
         )
     assert "… the rest is in the artifact." in body
     server.shutdown()
+
+
+def test_the_package_ships_every_template() -> None:
+    core = ROOT / "celestial_ml/core"
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    shipped = {path for pattern in patterns["celestial_ml.core"] for path in core.glob(pattern)}
+    assert {path for path in (core / "templates").rglob("*") if path.is_file()} <= shipped
 
 
 # ---------------------------------------------------------------------------------------------------- in a browser

@@ -71,7 +71,7 @@ def _summary(result: "Result", model: "Predictor", given: str, column: str | Non
 
     summary = summarise(result.where, model.about["ood_threshold"])
     if result.rate or not result.where.summary.is_file():
-        pace = {"pictures a second": f"{result.rate:,.0f}", "took": as_time(result.seconds)} if result.rate else {}
+        pace = {"images a second": f"{result.rate:,.0f}", "took": as_time(result.seconds)} if result.rate else {}
         if left := sum(result.passed_over.values()):
             pace["passed over"] = f"{left:,}"
         write_page(result.where, summary, find_source(given, column), model.version, result.bad, pace)
