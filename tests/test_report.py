@@ -294,7 +294,7 @@ def test_what_is_missing_is_said_in_words(repository: Path) -> None:
     for arguments, said in {
         ("report", "--base", "mian"): "there is no revision 'mian' here",
         ("report", "--base", "--output=x"): "there is no revision '--output=x' here",
-        ("report", "mine", "--base", "main"): "has no output/mine/metrics.json",
+        ("report", "mine", "--base", "main"): "has no results/mine/metrics.json",
         ("report", "mien"): "did you mean 'mine'",
         ("report", "--output", "x.pdf"): "ends in .md or .html",
     }.items():
