@@ -176,8 +176,8 @@ def test_images_of_the_other_source_are_asked_about_and_never_learned_from(
 UP_TO_TRAIN = """
 import sys
 from pathlib import Path
-from celestial_ml.flow.pipeline import make_plan, run_pipeline
-run_pipeline(make_plan(Path.cwd(), "smoke", ["train.epochs=5"], sys.argv[1], until="train"), quiet=True)
+from celestial_ml.flow.pipeline import make_plan, execute
+execute(make_plan(Path.cwd(), "smoke", ["train.epochs=5"], sys.argv[1], until="train"), quiet=True)
 """
 
 

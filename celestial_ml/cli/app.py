@@ -71,14 +71,14 @@ def run(
 ) -> None:
     "Run the pipeline: only the steps whose inputs changed."
     from celestial_ml.core.files import read_json
-    from celestial_ml.flow.pipeline import make_plan, run_pipeline
+    from celestial_ml.flow.pipeline import execute, make_plan
 
     plan = make_plan(enter_project(), params, set_, name, from_, force, beside=with_ or ())
     if not json_:
         print(f"{plan.run}: {len(plan.stale) or 'nothing'} to do, of {len(plan.tasks)} steps")
         for step, why in plan.stale.items():
             print(f"  · {step:<10}{why}")
-    run_pipeline(plan, executor, quiet=json_)
+    execute(plan, executor, quiet=json_)
     folder = Path("output") / plan.run
     metrics, verdict = read_json(folder / "model.json")["metrics"], read_json(folder / "register.json")
     if json_:

@@ -55,7 +55,10 @@ def _folder(data: Data, root: Path) -> Path:
             "data.source is folder, but data.folder names none",
             "Say which: --set data.folder=path/to/images",
         )
-    return (root / check_path(data.folder).expanduser()).resolve()
+    folder = (root / check_path(data.folder).expanduser()).resolve()
+    if not folder.is_dir():
+        raise CelestialError(f"{folder} is not a folder", "Name a folder that holds a folder of images for each class.")
+    return folder
 
 
 SOURCES["folder"] = Source(
