@@ -420,7 +420,7 @@ def kept_feedback(home, count):
 def test_fool(open_page):
     page = open_page()
     tab(page, "fool")
-    playwright.expect(page.locator("#fool-answer .plain")).to_contain_text("Fooled! It's the Moon.")
+    playwright.expect(page.locator("#fool-answer .plain")).to_contain_text("Fooled! It's Earth.")
     page.get_by_label("World").click()
     page.get_by_role("option", name="Mars").click()
     playwright.expect(page.locator("#fool-answer .plain")).to_contain_text("Right.")

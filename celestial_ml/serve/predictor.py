@@ -90,6 +90,11 @@ class Predictor(Graph):
         sha256 = self.files.get(EXAMPLES)  # a package may have none
         self.examples = read_examples(io.BytesIO(read_file(self.folder, EXAMPLES, sha256))) if sha256 else None
 
+    @property
+    def about(self) -> dict[str, Any]:
+        "The content of `model.json`."
+        return self.manifest.to_json()
+
     def predict(
         self,
         source: bytes | Path | str,  # the image file's bytes, or its path
