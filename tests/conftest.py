@@ -11,6 +11,7 @@ import pytest
 from filelock import FileLock
 from projects import ROOT, Celestial, copy_project
 
+from celestial_ml.core.testing import mlflow_database
 from celestial_ml.flow.pipeline import Plan, make_plan
 
 
@@ -26,8 +27,10 @@ def guide_images() -> Path:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "A copy of the project, for the tests of one file."
-    return copy_project(tmp_path_factory.mktemp("project"))
+    "A copy of the project, for the tests of one file; MLflow's database is there already."
+    folder = copy_project(tmp_path_factory.mktemp("project"))
+    mlflow_database(folder / ".celestial/mlflow.db")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,7 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     with FileLock(f"{folder}.lock"):
         if not (folder / "output/smoke/register.json").exists():
             copy_project(folder)
+            mlflow_database(folder / ".celestial/mlflow.db")
             command = [str(Path(sys.executable).with_name("celestial")), "run", "smoke", "--json"]
             env = {name: value for name, value in os.environ.items() if not name.startswith(("CELESTIAL_", "MLFLOW_"))}
             env |= {"CELESTIAL_HOME": str(folder / ".celestial"), "PYTHONPATH": str(folder)}

@@ -25,33 +25,23 @@ from celestial_ml.cli.models import models_app
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.files import read_json, sha256_of, write_json
 from celestial_ml.core.params import Register, Track
+from celestial_ml.core.testing import mlflow_database
 from celestial_ml.registry.audit import append, audit_file, read_log, verify
 from celestial_ml.registry.decisions import register_version, retire, rollback, submit
 from celestial_ml.registry.gate import judge
 from celestial_ml.registry.state import champion, recover, sync_aliases
-from celestial_ml.registry.tracking import Run, mlflow_client, open_run
+from celestial_ml.registry.tracking import Run, open_run
 from celestial_ml.registry.versions import create_version, damage, publish, published, read_version, versions
 from celestial_ml.serve.predictor import Predictor, find_model
 
 Models = Callable[..., Result]
 
 
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "A home with a database of MLflow's in it, which takes seconds to make."
-    home = tmp_path_factory.mktemp("empty")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CELESTIAL_HOME", str(home))
-        mlflow_client(Track()).search_registered_models()
-    return home
-
-
 @pytest.fixture
-def home(empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    "A home of one's own."
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    "A state folder with an empty registry."
     folder = tmp_path / "home"
-    folder.mkdir()
-    (folder / "mlflow.db").write_bytes((empty / "mlflow.db").read_bytes())
+    mlflow_database(folder / "mlflow.db")
     monkeypatch.setenv("CELESTIAL_HOME", str(folder))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return folder
