@@ -260,7 +260,7 @@ def test_the_page_has_every_run_and_why_one_failed(swept: Sweep, at_home: Path) 
     assert text.count("<tr data-run") == 4 and "2 done, 2 failed" in text
     assert re.search(r"odd, cell \d+: ZeroDivisionError: division by zero", text)
     assert "inverse_error ↓" in text and "The best is <b>x-2</b>." in text and text.count("<polyline") == 2
-    for link in re.findall(r'href="([^"#]+)"', text):
+    for link in re.findall(r'href="([^"#:]+)"', text):
         assert (at_home / "output/odd" / link).is_file(), link
     assert not re.findall(r'(?:src|href)="(?:https?:)?//', text), "a page that needs no network"
 

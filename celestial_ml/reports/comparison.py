@@ -173,13 +173,6 @@ class Report:
     base: Side | None  # None where there is nothing to compare with
     comparison: Comparison | None
 
-    def title(self) -> str:
-        "The report in a line."
-        if self.comparison is None or self.base is None:
-            return f"{self.run}: nothing to compare it with"
-        commit = f" ({self.base.commit[:7]})" if self.base.commit else ""
-        return f"{self.run} against {self.base.name}{commit}: {self.comparison.accuracy.verdict}"
-
     def to_dict(self) -> dict[str, Any]:
         "As plain JSON values."
         return {
@@ -246,7 +239,7 @@ def _drawings(report: Report) -> list[list[tuple[Any, str]]]:  # figures that st
             plt.close(figure)
     return [group for group in figures.values() if group]
 
-# %% ../../nbs/reports/02_comparison.ipynb #images
+
 def _in_both(root: Path, report: Report) -> list[str]:
     "The pictures of the run that HEAD and the reference have."
     place = f"output/{report.run}/plots/{{}}.png"
@@ -268,7 +261,7 @@ def _classes(comparison: Comparison | None) -> list[tuple[str, ...]]:  # name, F
     ]  # fmt: skip
     return sorted(rows, key=lambda row: -2 if row[3] == "–" else -abs(float(row[3])))
 
-# %% ../../nbs/reports/02_comparison.ipynb #report-page
+
 def report_page(
     root: Path,  # the project's
     reports: Sequence[Report],
