@@ -119,6 +119,7 @@ def test_what_leaves_with_which_code(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CELESTIAL_TERMINAL", "1")
+    monkeypatch.setattr("celestial_ml.batch.dask_cluster.CONNECT_SECONDS", 0.5)
     bad, empty = tmp_path / "bad", tmp_path / "empty"
     for folder in (bad, empty):
         folder.mkdir()

@@ -55,7 +55,6 @@ from celestial_ml.monitor.retention import ImagePolicy
 from celestial_ml.monitor.time_range import embeddings, live_accuracy, read_answers
 
 SECRET = PostgreSQL.password
-BOTH = ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +79,14 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return request.getfixturevalue("server").empty_database()
 
 
-both = pytest.mark.parametrize("url", BOTH, indirect=True)
+def databases(*marks: pytest.MarkDecorator) -> pytest.MarkDecorator:
+    "Once for each kind of database, on PostgreSQL with these marks."
+    kinds = ["sqlite", pytest.param("postgres", marks=[pytest.mark.postgres, *marks])]
+    return pytest.mark.parametrize("url", kinds, indirect=True)
+
+
+both = databases()
+matrix = databases(pytest.mark.slow)  # what does not depend on the dialect of SQL
 
 
 def answer(i: int = 0, **told: object) -> dict:
@@ -145,7 +151,7 @@ def test_a_row_comes_back_as_it_was_told(url: str, opened: Callable[..., Predict
     assert (status["answered"], status["written"], status["buffered"], status["lost"]) == (2, 2, 0, 0) and status["ok"]
 
 
-@both
+@matrix
 def test_threads_record_and_every_row_is_there_once(url: str, opened: Callable[..., PredictionLog]) -> None:
     log = opened(url)
 
@@ -165,7 +171,7 @@ def test_threads_record_and_every_row_is_there_once(url: str, opened: Callable[.
     assert process["ended"] >= process["started"]
 
 
-@both
+@matrix
 def test_rubbish_never_raises_and_holds_up_nobody(
     url: str, opened: Callable[..., PredictionLog], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -264,7 +270,7 @@ def heard(child: subprocess.Popen[str]) -> str:
     return line
 
 
-@both
+@matrix
 def test_killed_before_the_database_was_open(url: str, opened: Callable[..., PredictionLog]) -> None:
     child = run_child(url, "for i in range(40): log.record(answer(i))\nsay('done'); wait()", NEVER, delay=1.0)
     heard(child)
@@ -274,7 +280,7 @@ def test_killed_before_the_database_was_open(url: str, opened: Callable[..., Pre
     assert (dead["answered"], dead["written"], dead["lost"]) == (40, 0, 40) and dead["ended"]
 
 
-@both
+@matrix
 def test_killed_between_two_writes(url: str, opened: Callable[..., PredictionLog]) -> None:
     code = """
 for i in range(100): log.record(answer(i))
@@ -324,7 +330,7 @@ wait()
     assert opened(url).status()["lost_before"] == 9
 
 
-@both
+@matrix
 @pytest.mark.parametrize("moment", [0.4, 0.9, 1.7])
 def test_killed_under_load_and_the_loss_is_known(
     url: str, opened: Callable[..., PredictionLog], moment: float, tmp_path: Path
@@ -352,7 +358,7 @@ with open({str(tmp_path / "told")!r}, 'w', buffering=1) as told:
     assert len(told) > 100 and all(at > times[-1] - 1 - 2 * stalled for at in missing), "at most the last second"
 
 
-@both
+@matrix
 def test_the_dead_are_settled_for_once_and_the_living_are_left_alone(
     url: str, opened: Callable[..., PredictionLog]
 ) -> None:
@@ -560,7 +566,7 @@ def test_closing_while_it_is_down_is_bounded_and_counted(url: str) -> None:
     assert (status["lost"], status["dropped"], process["answered"], process["written"]) == (0, 8, 8, 0)
 
 
-@both
+@matrix
 def test_a_commit_that_nobody_heard_of_isnt_written_twice(
     url: str, opened: Callable[..., PredictionLog], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -667,7 +673,7 @@ def version(url: str) -> str:
     return str(found)
 
 
-@both
+@matrix
 def test_a_newer_log_is_refused_and_not_touched(url: str) -> None:
     engine = open_database(url)
     with writing(engine) as connection:
@@ -680,7 +686,7 @@ def test_a_newer_log_is_refused_and_not_touched(url: str) -> None:
         assert connection.execute(select(func.count()).select_from(log_tables().tables["processes"])).scalar() == 0
 
 
-@both
+@matrix
 def test_a_migration_that_fails_leaves_what_was_there(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     open_database(url).dispose()
 
@@ -762,7 +768,7 @@ def test_feedback_finds_every_row_while_it_moves(url: str, opened: Callable[...,
 # Images and forgetting
 
 
-@both
+@matrix
 def test_images_by_policy_and_until_their_time(url: str, opened: Callable[..., PredictionLog]) -> None:
     told = [
         answer(1, confidence=0.99, image=b"sure"),
