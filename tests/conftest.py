@@ -78,6 +78,7 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
             env |= {"CELESTIAL_HOME": str(folder / ".celestial"), "PYTHONPATH": str(folder)}
             result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
             assert result.returncode == 0, result.stderr
+            (folder / "run.err").write_text(result.stderr)
     return folder
 
 

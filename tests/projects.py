@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = (
     "pipeline.yaml",
     "pipeline.score.yaml",
+    "pipeline.stress.yaml",
     "pipeline.tune.yaml",
     "dvc.yaml",
     "params",

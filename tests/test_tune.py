@@ -230,7 +230,7 @@ def test_a_killed_workers_trial_blocks_nobody(tuned: dict, at_home: Path) -> Non
     ],
     ids=lambda value: value[0][:30] if isinstance(value, list) else "",
 )
-def test_a_mistake_is_named_before_any_trial(tuned: dict, at_home: Path, settings: list[str], words: str) -> None:
+def test_a_mistake_is_reported_before_any_trial(tuned: dict, at_home: Path, settings: list[str], words: str) -> None:
     before = dict(os.environ), len(study("tune").trials)
     usual = ["tune.tune_epochs=2", "train.augment=false", f"tune.space={SPACE}", "tune.trials=99"]
     with pytest.raises(CelestialError) as error:
@@ -241,7 +241,7 @@ def test_a_mistake_is_named_before_any_trial(tuned: dict, at_home: Path, setting
     os.environ |= before[0]
 
 
-def test_a_mistake_is_words_and_no_traceback(celestial) -> None:
+def test_a_mistake_is_an_error_without_a_traceback(celestial) -> None:
     result = celestial("tune", "smoke", "--set", "tune.storage=postgresql://anna:secret@127.0.0.1:1/x")
     assert result.returncode == 2 and "connection failed" in result.stderr
     assert "Traceback" not in result.stderr and "secret" not in result.stderr + result.stdout

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..core.errors import CelestialError
 from ..core.files import atomic, read_json, sha256_of
-from ..data.images import ImageError, decode_image
+from ..data.images import decode_image
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -190,7 +191,7 @@ def _at_hand(evidence: Evidence, rows: np.ndarray, root: Path, found: list[int])
         try:
             content = (root / str(evidence.path[i])).read_bytes()
             image = decode_image(content) if sha256_of(content) == evidence.sha256[i] else None
-        except (OSError, ImageError):
+        except (OSError, CelestialError):
             continue
         if image is not None:
             found.append(i)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core.errors import CelestialError
 from ..core.page_builder import Page, share
-from ..data.images import ImageError, decode_image
+from ..data.images import decode_image
 from ..registry.evidence import Evidence, Paired
 from ..registry.metric_comparison import Comparison, Difference, flat, make_comparison, strangers
 from ..registry.versions import damage, published, read_version
@@ -187,7 +188,7 @@ def _reader(root: Path) -> Callable[[str], np.ndarray]:  # path → uint8 (heigh
     def read(path: str) -> np.ndarray:
         try:
             return decode_image(root / path)
-        except (OSError, ImageError):
+        except (OSError, CelestialError):
             return np.full((64, 64, 3), 128, np.uint8)
 
     return read

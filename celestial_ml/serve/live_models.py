@@ -17,7 +17,6 @@ from pathlib import Path
 from ..core.errors import CelestialError
 from ..core.files import read_json
 from ..core.names import printable
-from .error_responses import Refusal
 from .metrics import Figure, Metrics
 from .predictor import ModelError, Predictor, models_folder
 
@@ -180,9 +179,9 @@ class Repeat(threading.Thread):
         self.join()
 
 # %% ../../nbs/serve/07_live_models.ipynb #no-model
-def no_model() -> Refusal:
+def no_model() -> CelestialError:
     "The error while there is no champion."
-    return Refusal(503, "no_model", "there is no model yet", "Train one with `celestial run`; it's taken up then.")
+    return CelestialError("there is no model yet", "Train one with `celestial run`; it's taken up then.", "no_model")
 
 
 def role_figures(role: Role) -> Iterable[Figure]:
@@ -233,7 +232,7 @@ class Models:
 
     @property
     def current(self) -> Predictor:
-        "The champion; `Refusal` with 503 while there is none."
+        "The champion; `CelestialError` with 503 while there is none."
         if self.champion.predictor is None:
             raise no_model()
         return self.champion.predictor

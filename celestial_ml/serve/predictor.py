@@ -220,7 +220,7 @@ class Predictor(Graph):
         source: bytes | Path | str,  # the image file's bytes, or its path
         name: str = "the image",  # what to call it in an error; a path calls itself
     ) -> Prediction:
-        "The answer for one image file; `ImageError` where it can't be read."
+        "The answer for one image file; `CelestialError` where it can't be read."
         content, image = _read_picture(source, name)
         return as_prediction(self, self.run(image), content)
 
@@ -238,7 +238,7 @@ class Predictor(Graph):
         return Explanation(seen.prediction, _as_json(values), shown, near)
 
     def explain(self, source: bytes | Path | str, name: str = "the image") -> Explanation:
-        "The answer of `predict`, and its reasons; `ImageError` where it can't be read."
+        "The answer of `predict`, and its reasons; `CelestialError` where it can't be read."
         return self.reasons(self.see(source, name))
 
     def self_test(self) -> int:  # pictures that were asked about
@@ -278,7 +278,7 @@ def _self_test(model: Predictor) -> int:
 
 # %% ../../nbs/serve/01_predictor.ipynb #read-picture
 def _read_picture(source: bytes | Path | str, name: str) -> tuple[bytes, np.ndarray]:
-    "An image file's bytes and pixels; `ImageError` where it can't be read."
+    "An image file's bytes and pixels; `CelestialError` where it can't be read."
     content, name = read_content(source, name)
     return content, decode_image(content, name)
 
