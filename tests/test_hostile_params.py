@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from celestial_ml.core.params import ParamsError, default_yaml, load_params, parse_yaml
-from celestial_ml.flow.sweep import parse_grid
+from celestial_ml.flow.grid import parse_grid
 
 
 @pytest.fixture

@@ -23,7 +23,8 @@ from sqlalchemy import create_engine, text
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.files import read_json
 from celestial_ml.core.params import Span, Tune, load_params
-from celestial_ml.flow.pipeline import Plan, StepFailed, make_plan
+from celestial_ml.flow.dag import StepFailed
+from celestial_ml.flow.pipeline import Plan, make_plan
 from celestial_ml.flow.steps import load_tasks
 from celestial_ml.flow.tuning import TuneJob, _start_worker, join_study, run_workers, tune_run
 from celestial_ml.model.tune import open_storage, open_study, run_trials, storage_url, suggest, trials_left
