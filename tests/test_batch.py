@@ -29,7 +29,7 @@ from celestial_ml.batch.parts import part_files, places
 from celestial_ml.cli.app import app
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.files import read_json
-from celestial_ml.flow.pipeline import Plan, make_plan, run_pipeline
+from celestial_ml.flow.pipeline import Plan, execute, make_plan
 from celestial_ml.planets.renderer import render
 from celestial_ml.serve.predictor import Predictor
 
@@ -158,7 +158,7 @@ def test_another_model_or_changed_pictures_are_refused(photos: Path, model: Path
 def test_the_step_beside_the_chain(smoke: Plan) -> None:
     plan = make_plan(smoke.root, "smoke", until="score")
     assert list(plan.stale) == ["score"]
-    run_pipeline(plan, quiet=True)
+    execute(plan, quiet=True)
     assert not make_plan(smoke.root, "smoke", until="score").stale
     scores, catalog = (pd.read_parquet(f"output/smoke/{name}.parquet") for name in ("scores", "catalog"))
     assert scores.path.tolist() == catalog.path.tolist() and Path("output/smoke/scores.batch/summary.html").is_file()

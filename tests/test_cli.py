@@ -153,7 +153,7 @@ def test_wrong_requests(celestial, model: Path, tmp_path: Path, pictures: Path) 
         (["serve"], "there is no model yet"),
         (["data", "get", "gide"], "can't be fetched"),
         (["data", "check", tmp_path / "empty"], "holds no class folder with images"),
-        (["data", "check", tmp_path / "nowhere"], "is no folder"),
+        (["data", "check", tmp_path / "nowhere"], "is not a folder"),
     ]:
         result = celestial(*arguments)
         assert result.returncode == 2 and words in result.stderr, (arguments, result.stderr)

@@ -149,7 +149,7 @@ def test_a_run_that_is_being_done_is_refused_with_its_process(project: Path, cel
             result = celestial(*arguments)
             assert result.returncode == 2 and f"process {os.getpid()} on" in result.stderr, result.stderr
             assert "Traceback" not in result.stderr and "busy" in result.stderr
-        swept = celestial("sweep", "smoke", "--name", "busy", "--grid", "seed=1")
+        swept = celestial("sweep", "smoke", "--run", "busy", "--grid", "seed=1")
         assert swept.returncode == 2 and f"process {os.getpid()} on" in swept.stderr
     assert sorted(path.name for path in (project / "output/busy").iterdir() if "lock" not in path.name) in (
         [],
@@ -253,7 +253,7 @@ def test_commands_end_in_words_where_a_name_is_too_long(project: Path, celestial
         ["run", "smoke", "--run", "n" * 300],
         ["data", "show", "--params", "smoke", "--out", "file/sheet.png"],
         ["new", "n" * 300],
-        ["sweep", "smoke", "--name", "n" * 300, "--grid", "seed=1"],
+        ["sweep", "smoke", "--run", "n" * 300, "--grid", "seed=1"],
         ["report", "n" * 300],
     ):
         result = celestial(*arguments)

@@ -23,7 +23,7 @@ from celestial_ml.data.catalog import image_files, make_catalog, split_folders, 
 from celestial_ml.data.checks import run_checks
 from celestial_ml.data.images import find_pictures
 from celestial_ml.data.sources import make_data_set
-from celestial_ml.flow.state import folder_checksum
+from celestial_ml.flow.freshness import folder_checksum
 from celestial_ml.flow.steps import run_folder
 from celestial_ml.registry.gate import Rule, Verdict, rules_table
 from celestial_ml.workbench.new_project import new_project, package_name
@@ -327,7 +327,7 @@ def test_one_rule_for_names(name: str, tmp_path: Path, monkeypatch: pytest.Monke
         run_folder(name)
     with pytest.raises(CelestialError):
         package_name(name)
-    for command in (("run", "smoke", f"--run={name}"), ("sweep", "smoke", "--grid", "seed=1,2", f"--name={name}"),
+    for command in (("run", "smoke", f"--run={name}"), ("sweep", "smoke", "--grid", "seed=1,2", f"--run={name}"),
                     ("report", "--", name), ("keys", "new", "--", name)):  # fmt: skip
         code, _, err = celestial(*command)
         assert code == 2 and "can't be the name of a" in err and "Traceback" not in err, command

@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 from celestial_ml.cli.app import app
 from celestial_ml.core.files import read_json, write_json
 from celestial_ml.core.params import Register
-from celestial_ml.flow.pipeline import Plan, make_plan, run_pipeline
+from celestial_ml.flow.pipeline import Plan, execute, make_plan
 from celestial_ml.registry.decisions import submit
 from celestial_ml.registry.evidence import EVIDENCE, Evidence
 from celestial_ml.registry.versions import publish, published, read_version
@@ -110,7 +110,7 @@ def test_a_run_without_a_champion_has_its_page(smoke: Plan) -> None:
 def test_a_champion_has_its_page(smoke: Plan, at_home: Path) -> None:
     plan = make_plan(at_home, "smoke", LET_PASS)
     assert list(plan.stale) == ["register"]
-    run_pipeline(plan, quiet=True)
+    execute(plan, quiet=True)
     page, text, told = page_of("smoke")
     assert read_json("output/smoke/register.json")["decision"] == "promote"
     assert told["since"] is None and "There is no champion to compare it with" in text

@@ -17,7 +17,7 @@ from ..core.errors import unknown
 from ..core.files import project_root, read_json, sha256_of
 from ..core.page_builder import html_part
 from ..core.params import Params, load_params
-from ..flow.state import BY_HAND, by_hand, inputs_file, notebook_cells, stale_steps
+from ..flow.freshness import BY_HAND, by_hand, inputs_file, notebook_cells, stale_steps
 from ..flow.steps import Task, load_tasks, run_folder, step_parameters
 
 if TYPE_CHECKING:
