@@ -497,8 +497,8 @@ def params_error(
             f"Known: {', '.join(names)}.",
         )
     if key not in keys:  # a section that isn't a mapping
-        names = ", ".join(k for k in keys if k.startswith(f"{key}."))
-        return ParamsError(f"{where}: {key} must hold parameters, not {_short(first['input'])}", f"Known: {names}.")
+        inside = ", ".join(k for k in keys if k.startswith(f"{key}."))
+        return ParamsError(f"{where}: {key} must hold parameters, not {_short(first['input'])}", f"Known: {inside}.")
     what, other = keys[key].get("description", ""), instead(first["input"], keys[key])
     hint = f"Allowed: {allowed(keys[key])} ({what})." + (f"\nWrite {other}." if other else "")
     return ParamsError(f"{where}: {key} can't be {_short(first['input'])}", hint)
