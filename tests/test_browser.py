@@ -260,7 +260,7 @@ class TestIdentify:
         playwright.expect(plain).to_contain_text("it was right on 598 of 600 pictures it had never seen")
         page.get_by_role("button", name="Neptune").click()
         headline(page, "Neptune")
-        assert "Model 7" in page.locator("#foot").inner_text()
+        assert "Model tiny/7" in page.locator("#foot").inner_text()
 
     def test_quick(self, open_page):
         "From the click to the answer, as a person feels it; with room for a busy machine."
@@ -420,7 +420,7 @@ def kept_feedback(home, count):
 def test_fool(open_page):
     page = open_page()
     tab(page, "fool")
-    playwright.expect(page.locator("#fool-answer .plain")).to_contain_text("Fooled! It's the Moon.")
+    playwright.expect(page.locator("#fool-answer .plain")).to_contain_text("Fooled! It's Earth.")
     page.get_by_label("World").click()
     page.get_by_role("option", name="Mars").click()
     playwright.expect(page.locator("#fool-answer .plain")).to_contain_text("Right.")

@@ -206,7 +206,6 @@ def _read_catalog(folder: str | None, params: str) -> "tuple[pd.DataFrame, Param
     "The catalog of a folder, or of a params file's source."
     from celestial_ml.core.params import load_params
     from celestial_ml.data.sources import make_data_set
-    from celestial_ml.planets import source as rendered  # noqa: F401  # registers the source `render`
 
     settings = [f"data.folder={json.dumps(str(Path(folder).resolve()))}", "data.source=folder"] if folder else []
     root = project_root()

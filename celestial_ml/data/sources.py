@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..core.domains import domains
 from ..core.errors import CelestialError, unknown
 from ..core.names import check_path
 from ..core.params import Data
@@ -41,9 +42,10 @@ def get_source(
     "The registered source of that name, or the project's own; `CelestialError` where there is none."
     if own := find_plugin("source (data.source)", name):
         return own
-    if name not in SOURCES:
-        raise unknown("source (data.source)", name, SOURCES)
-    return SOURCES[name]
+    sources = SOURCES | {key: source for domain in domains() for key, source in domain.sources().items()}
+    if name not in sources:
+        raise unknown("source (data.source)", name, sources)
+    return sources[name]
 
 # %% ../../nbs/data/06_sources.ipynb #folder
 def _folder(data: Data, root: Path) -> Path:

@@ -27,7 +27,12 @@ __all__ = ['Executor', 'EXECUTORS', 'ENGINE_MODULES', 'build', 'StepFailed', 'fa
 # %% ../../nbs/flow/02_dag.ipynb #bdb4f55f
 Executor = Literal["inline", "kernel"]
 EXECUTORS = {"inline": "ploomber-engine", "kernel": "papermill"}
-ENGINE_MODULES = ("ploomber.spec", "ploomber.executors", "ploomber_engine", "nbconvert")  # to be imported ahead
+ENGINE_MODULES = (
+    "ploomber.spec",
+    "ploomber.executors",
+    "ploomber_engine",
+    "celestial_ml.core.notebook_page",
+)  # to be imported ahead
 
 # %% ../../nbs/flow/02_dag.ipynb #build
 def build(
@@ -75,6 +80,8 @@ def _load_dag(tasks: dict[str, Task], inputs: dict[str, dict[str, Any]], root: P
         name = entry["name"]
         entry["params"] = inputs[name]["parameters"] | {"resources_": {"inputs": str(inputs_file(tasks[name]))}}
         entry["executor"], entry["executor_params"] = EXECUTORS[executor], {"progress_bar": False}
+        if isinstance(keys := entry.get("nb_product_key"), list) and "html" in keys:
+            entry.setdefault("nbconvert_exporter_name", {"html": "celestial_ml.core.notebook_page.NotebookPage"})
     dag = spec.to_dag()
     dag.executor = Serial(build_in_subprocess=False)
     return dag

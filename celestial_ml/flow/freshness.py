@@ -93,7 +93,12 @@ def step_modules(
     "The modules behind a step: the library's, in the project or installed, and the project's own that a parameter names."
     library = root / "celestial_ml"
     library = library if library.is_dir() else Path(str(celestial_ml.__file__)).parent
-    files = {path.relative_to(library.parent): path for path in module_closure(code, library)}
+    modules = module_closure(code, library)
+    if library / "core" / "domains.py" in modules:  # a domain is a plug-in: no step imports it by name
+        rooms = [path.parent for path in library.glob("*/domain.py")]
+        modules = module_closure(code + "".join(f"\nimport celestial_ml.{room.name}.domain" for room in rooms), library)
+        modules += [path for room in rooms for path in room.glob("static/*")]
+    files = {path.relative_to(library.parent): path for path in modules}
     for value in parameters.values():
         own = plugin_file(value, root) if isinstance(value, str) else None
         if own:

@@ -17,6 +17,7 @@ from ..core.errors import unknown
 from ..core.files import project_root, read_json, sha256_of
 from ..core.page_builder import html_part
 from ..core.params import Params, load_params
+from ..core.quiet import quiet_tensorflow
 from ..flow.freshness import BY_HAND, by_hand, inputs_file, notebook_cells, stale_steps
 from ..flow.steps import Task, load_tasks, run_folder, step_parameters
 
@@ -169,6 +170,7 @@ def where_am_i(
     from IPython.core.getipython import get_ipython
     from IPython.display import HTML
 
+    quiet_tensorflow()  # the step may import it next
     root, shell = project_root(), get_ipython()
     if values is None:
         values = shell.user_ns if shell else {}
