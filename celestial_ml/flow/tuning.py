@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
 
 # %% auto #0
-__all__ = ['Reads', 'Search', 'shared_settings', 'join_study', 'end_study_run', 'do_trials', 'tuned_yaml', 'write_tuned',
-           'tune_run', 'tuning_result']
+__all__ = ['Search', 'shared_settings', 'join_study', 'end_study_run', 'do_trials', 'tuned_yaml', 'write_tuned', 'tune_run',
+           'tuning_result']
 
 # %% ../../nbs/flow/08_tuning.ipynb #tunejob
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Search:
 # %% ../../nbs/flow/08_tuning.ipynb #join-study
 Reads = dict[str, dict[str, Path]]  # {"prepare": {"pixels": …}, …}: a step's upstream
 
-
+# %% ../../nbs/flow/08_tuning.ipynb #shared-settings
 def shared_settings(
     search: Search,
     acquired: dict[str, Any],  # the settings in `acquire.json`
@@ -158,7 +158,7 @@ def run_trial(
     return train_trial(learn, val, model, train, seed, lambda epoch, metrics: bool(owner.ask((epoch, metrics))))
 
 # %% ../../nbs/flow/08_tuning.ipynb #trials
-class Trials:
+class Running:
     "The trials of a study that run here."
 
     def __init__(self, search: Search, reads: Reads, study: Study, pool: Workers):
@@ -167,22 +167,7 @@ class Trials:
         self.data = [reads["prepare"][name].resolve() for name in ("pixels", "features")]
         self.logs = params_file(search.run).resolve().parent.parent / "logs"
         self.running: dict[str, tuple[Trial, Run]] = {}
-        self.failures: list[str] = []
-        self.beat = self.changed = time.monotonic()
-        self.progress: Any = None
-
-    def needed(self) -> bool:
-        "Whether to begin another; the last ones may run elsewhere."
-        from optuna.storages import fail_stale_trials
-
-        fail_stale_trials(self.study)
-        elsewhere = [t for t in self.study.get_trials(deepcopy=False) if t.state.name == "RUNNING"]
-        left = trials_left(self.study, self.search.tune.trials)
-        progress = [(t.number, len(t.intermediate_values)) for t in elsewhere]
-        if progress != self.progress or self.running:
-            self.progress, self.changed = progress, time.monotonic()
-        died = time.monotonic() - self.changed > 2 * SILENCE  # before the first heartbeat
-        return left > len(elsewhere) or (left > 0 and died)
+        self.beat = time.monotonic()
 
     def start(self) -> None:
         "Begin another."
@@ -196,41 +181,60 @@ class Trials:
         run.log_tags({"optuna.study": self.study.study_name, "optuna.trial": name})
         log = self.logs / f"trial-{name}.log"
         self.pool.start(name, run_trial, *self.data, model, train, p.seed, log=log)
-        self.study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]  # as `optimize` does
+        self.beat = 0.0  # its first heartbeat is due
 
-    def take(self, name: str, event: Any) -> None:
+    def end(self, name: str, state: str, status: str, loss: float | None = None) -> None:
+        "Record how a trial ended, in the study and in MLflow."
+        from optuna.trial import TrialState
+
+        trial, run = self.running.pop(name)
+        self.study.tell(trial, loss, TrialState[state])
+        run.end(status)
+
+    def beat_hearts(self) -> None:
+        "Write a heartbeat for each, every few seconds; Optuna does it only in `optimize`."
+        if time.monotonic() - self.beat > HEARTBEAT:
+            self.beat = time.monotonic()
+            for trial, _ in self.running.values():
+                self.study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
+
+# %% ../../nbs/flow/08_tuning.ipynb #trials-x
+class Trials(Running):
+    "When to begin a trial, and what becomes of it."
+
+    progress: Any = None
+    changed = 0.0
+
+    def needed(self) -> bool:
+        "Whether to begin another; the last ones may run elsewhere."
+        from optuna.storages import fail_stale_trials
+
+        fail_stale_trials(self.study)
+        everywhere = [t for t in self.study.get_trials(deepcopy=False) if t.state.name == "RUNNING"]
+        left = trials_left(self.study, self.search.tune.trials)
+        progress = [(t.number, len(t.intermediate_values)) for t in everywhere]
+        if progress != self.progress or self.running:
+            self.progress, self.changed = progress, time.monotonic()
+        died = time.monotonic() - self.changed > 2 * SILENCE  # before the first heartbeat
+        return left > len(everywhere) or (left > 0 and died)
+
+    def take(self, name: str, event: Any) -> str:  # why its worker failed, if it did
         "An epoch, or the end."
         trial, run = self.running[name]
         if not isinstance(event, Ended):
             epoch, metrics = event
             run.log_metrics(metrics, step=epoch)
             trial.report(loss := metrics["val_cross_entropy"], epoch)
-            self.pool.answer(name, np.isfinite(loss) and not trial.should_prune())
+            self.pool.answer(name, bool(np.isfinite(loss)) and not trial.should_prune())
         elif event.code or event.error:
-            self.failures.append(event.why())
             self.end(name, "FAIL", "FAILED")
+            return event.why()
         elif event.result is None:
             run.log_tags({"optuna.state": "pruned"})
             self.end(name, "PRUNED", "FINISHED")
         else:
-            self.study.tell(trial, event.result)
-            self.end(name, "", "FINISHED")
-
-    def end(self, name: str, state: str, status: str) -> None:
-        "Record how a trial ended, in the study and in MLflow."
-        from optuna.trial import TrialState
-
-        trial, run = self.running.pop(name)
-        if state:
-            self.study.tell(trial, state=TrialState[state])
-        run.end(status)
-
-    def beat_hearts(self) -> None:
-        "Write a heartbeat for each that runs, every few seconds."
-        if time.monotonic() - self.beat > HEARTBEAT:
-            self.beat = time.monotonic()
-            for trial, _ in self.running.values():
-                self.study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
+            self.end(name, "COMPLETE", "FINISHED", event.result)
+        return ""
 
 # %% ../../nbs/flow/08_tuning.ipynb #do-trials
 def do_trials(
@@ -246,23 +250,23 @@ def do_trials(
     count = min(p.workers, left)
     with warnings.catch_warnings(), sigterm_as_ctrl_c(), Workers(count, TRAINING) as pool:
         warnings.simplefilter("ignore")  # Optuna's, of heartbeats that its own loop doesn't write
-        trials = Trials(search, reads, study, pool)
+        trials, failures = Trials(search, reads, study, pool), list[str]()
         try:
-            while trials.running or (len(trials.failures) < count and trials_left(study, p.trials)):
-                while len(trials.failures) < count and pool.room() and trials.needed():
+            while trials.running or (len(failures) < count and trials_left(study, p.trials)):
+                while len(failures) < count and pool.room() and trials.needed():
                     trials.start()
                 for name, event in pool.events(0.5):
-                    trials.take(name, event)
+                    failures += filter(None, [trials.take(name, event)])
                 trials.beat_hearts()
                 _show_progress(study, shown, p.trials, quiet)
         finally:
             for name in list(trials.running):
                 trials.end(name, "FAIL", "KILLED")
     if left := trials_left(study, p.trials):
-        words, hint = trials.failures[0], f"The same command goes on where it stopped. {trials.logs} has more."
+        words, hint = failures[0], f"The same command goes on where it stopped. {trials.logs} has more."
         raise StepFailed(f"{left} trials are missing; a worker stopped: {words[:300]}", hint)
-    if trials.failures and not quiet:
-        print(f"  a worker stopped: {trials.failures[0][:300]}; others took over", flush=True)
+    if failures and not quiet:
+        print(f"  a worker stopped: {failures[0][:300]}; others took over", flush=True)
 
 # %% ../../nbs/flow/08_tuning.ipynb #tell-finished
 def _show_progress(study: Study, shown: set[int], trials: int, quiet: bool) -> None:
