@@ -77,8 +77,15 @@ class Seen:
     picture: np.ndarray  # uint8 (height, width, 3), `OVERLAY` pixels along the longer edge at most
     embedding: np.ndarray | None  # float32 (d,); None where the graph doesn't give it
 
+# %% ../../nbs/serve/01_predictor.ipynb #described
+class _Described(Graph):
+    @property
+    def about(self) -> dict[str, Any]:
+        "The content of `model.json`."
+        return self.manifest.to_json()
+
 # %% ../../nbs/serve/01_predictor.ipynb #predictor
-class Predictor(Graph):
+class Predictor(_Described):
     "Answers for pictures, by a packaged model."
 
     def __init__(
@@ -89,11 +96,6 @@ class Predictor(Graph):
         super().__init__(folder, threads)
         sha256 = self.files.get(EXAMPLES)  # a package may have none
         self.examples = read_examples(io.BytesIO(read_file(self.folder, EXAMPLES, sha256))) if sha256 else None
-
-    @property
-    def about(self) -> dict[str, Any]:
-        "The content of `model.json`."
-        return self.manifest.to_json()
 
     def predict(
         self,
