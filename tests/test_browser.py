@@ -335,7 +335,7 @@ class TestIdentify:
         page.wait_for_timeout(1000)  # a late one of Mars would have come by now
         assert near.inner_text() == "Neptune"
 
-    def test_bad_files_get_a_sentence(self, open_page):
+    def test_bad_files_get_an_error_message(self, open_page):
         page = open_page()
         frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
         drop(page, "good.png", neptune())

@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from contextlib import chdir
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -156,8 +155,12 @@ def pipeline_states(
         if task.name == name:
             parameters = {key: values.get(key, value) for key, value in parameters.items()}
         inputs[task.name] = present_inputs(task, parameters | {"run": run}, root, checksums)
-    with chdir(root):
-        return tasks, step_states(tasks, inputs)
+    absolute = {
+        key: replace(task, product={name: root / path for name, path in task.product.items()})
+        for key, task in tasks.items()
+    }
+    states = step_states(absolute, inputs)
+    return tasks, {key: replace(state, why=state.why.replace(f"{root}/", "")) for key, state in states.items()}
 
 # %% ../../nbs/workbench/01_status_panel.ipynb #where-am-i
 def where_am_i(
