@@ -4,28 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from projects import ROOT, Celestial, copy_project
 
+from celestial_ml.core.testing import mlflow_database
 from celestial_ml.flow.pipeline import Plan, make_plan
-
-ROOT = Path(__file__).resolve().parent.parent
-COPIED = (
-    "pipeline.yaml",
-    "pipeline.score.yaml",
-    "pipeline.tune.yaml",
-    "dvc.yaml",
-    "params",
-    "nbs",
-    "celestial_ml",
-    ".gitignore",
-    ".dvc/config",
-    ".dvcignore",
-    "data/raw.dvc",
-)
 
 
 @pytest.fixture(scope="session")
@@ -38,32 +25,24 @@ def guide_images() -> Path:
     pytest.skip("the guide's images are not here: celestial data get guide, or set CELESTIAL_GUIDE_DATA")
 
 
-def copy_project(folder: Path) -> Path:
-    "A copy of the project without what was made, to run and to change at will."
-    for name in COPIED:
-        source, target = ROOT / name, folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-        else:
-            shutil.copy2(source, target)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "A copy of the project, for the tests of one file."
     return copy_project(tmp_path_factory.mktemp("project"))
 
 
-Celestial = Callable[..., subprocess.CompletedProcess]
+@pytest.fixture(scope="module")
+def state(project: Path) -> Path:
+    "The state folder of the copy, with MLflow's empty database."
+    mlflow_database(project / ".celestial/mlflow.db")
+    return project / ".celestial"
 
 
 @pytest.fixture(scope="module")
-def celestial(project: Path) -> Celestial:
+def celestial(project: Path, state: Path) -> Celestial:
     "Run the command `celestial` in the copy of the project, as a person would, with a state folder of its own."
     env = {name: value for name, value in os.environ.items() if not name.startswith(("CELESTIAL_", "MLFLOW_"))}
-    env |= {"CELESTIAL_HOME": str(project / ".celestial"), "PYTHONPATH": str(project)}
+    env |= {"CELESTIAL_HOME": str(state), "PYTHONPATH": str(project)}
 
     def run(*arguments: object, cwd: Path = project, **extra: str) -> subprocess.CompletedProcess:
         command = [str(Path(sys.executable).with_name("celestial")), *map(str, arguments)]
@@ -73,10 +52,10 @@ def celestial(project: Path) -> Celestial:
 
 
 @pytest.fixture(scope="module")
-def at_home(project: Path) -> Iterator[Path]:
+def at_home(project: Path, state: Path) -> Iterator[Path]:
     "This process, at home in the copy of the project."
     before, here = dict(os.environ), Path.cwd()
-    os.environ["CELESTIAL_HOME"] = str(project / ".celestial")
+    os.environ["CELESTIAL_HOME"] = str(state)
     os.environ["CELESTIAL_TERMINAL"] = "1"
     os.chdir(project)
     yield project
@@ -93,11 +72,13 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     with FileLock(f"{folder}.lock"):
         if not (folder / "output/smoke/register.json").exists():
             copy_project(folder)
+            mlflow_database(folder / ".celestial/mlflow.db")
             command = [str(Path(sys.executable).with_name("celestial")), "run", "smoke", "--json"]
             env = {name: value for name, value in os.environ.items() if not name.startswith(("CELESTIAL_", "MLFLOW_"))}
             env |= {"CELESTIAL_HOME": str(folder / ".celestial"), "PYTHONPATH": str(folder)}
             result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
             assert result.returncode == 0, result.stderr
+            (folder / "run.err").write_text(result.stderr)
     return folder
 
 

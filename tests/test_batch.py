@@ -1,6 +1,5 @@
 "`celestial batch`: every picture once, whatever is killed; every kind of source; the same answers everywhere."
 
-import http.server
 import io
 import json
 import os
@@ -10,12 +9,10 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +20,7 @@ import pandas as pd
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
+from programs import web_server
 from serving import encoded, tiny_model
 from typer.testing import CliRunner
 
@@ -31,7 +29,7 @@ from celestial_ml.batch.parts import part_files, places
 from celestial_ml.cli.app import app
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.files import read_json
-from celestial_ml.flow.pipeline import Plan, make_plan, run_pipeline
+from celestial_ml.flow.pipeline import Plan, execute, make_plan
 from celestial_ml.planets.renderer import render
 from celestial_ml.serve.predictor import Predictor
 
@@ -116,11 +114,10 @@ def test_answers_are_those_of_predict(photos: Path, model: Path, tmp_path: Path)
     assert len(predicted) == 40 and {answer["path"]: answer for answer in predicted} == rows
 
 
-def test_what_leaves_with_which_code(
-    photos: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exit_codes(photos: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CELESTIAL_TERMINAL", "1")
+    monkeypatch.setattr("celestial_ml.batch.dask_cluster.CONNECT_SECONDS", 0.5)
     bad, empty = tmp_path / "bad", tmp_path / "empty"
     for folder in (bad, empty):
         folder.mkdir()
@@ -154,13 +151,13 @@ def test_another_model_or_changed_pictures_are_refused(photos: Path, model: Path
     with pytest.raises(CelestialError, match="isn't what it was"):
         batch(str(mine), out, Predictor(model))
     assert batch(str(mine), out, Predictor(other), restart=True).rows == 41
-    assert set(pd.read_parquet(out).model_version) == {"8"}
+    assert set(pd.read_parquet(out).model_version) == {"tiny/8"}
 
 
-def test_the_step_beside_the_chain(smoke: Plan) -> None:
+def test_the_score_step_writes_an_answer_for_each_image(smoke: Plan) -> None:
     plan = make_plan(smoke.root, "smoke", until="score")
     assert list(plan.stale) == ["score"]
-    run_pipeline(plan, quiet=True)
+    execute(plan, quiet=True)
     assert not make_plan(smoke.root, "smoke", until="score").stale
     scores, catalog = (pd.read_parquet(f"output/smoke/{name}.parquet") for name in ("scores", "catalog"))
     assert scores.path.tolist() == catalog.path.tolist() and Path("output/smoke/scores.batch/summary.html").is_file()
@@ -211,7 +208,7 @@ def test_killed_thirty_times_over_20_000_pictures(model: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_politely_it_keeps_what_is_scored(sign: signal.Signals, model: Path, tmp_path: Path) -> None:
+def test_a_stopped_job_keeps_what_is_scored(sign: signal.Signals, model: Path, tmp_path: Path) -> None:
     folder, out = many(tmp_path / "many", 6000), tmp_path / "scores"
     told = [CELESTIAL, "batch", str(folder), str(out), "--model", str(model), "--workers", "1"]
     process = subprocess.Popen(told, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -227,7 +224,7 @@ def test_stopped_politely_it_keeps_what_is_scored(sign: signal.Signals, model: P
     assert len(assert_complete(folder, out)) == 5940
 
 
-def test_two_at_once_are_one_too_many(model: Path, tmp_path: Path) -> None:
+def test_a_second_job_on_the_same_output_is_refused(model: Path, tmp_path: Path) -> None:
     folder, out = many(tmp_path / "many", 3000), tmp_path / "scores"
     told = [CELESTIAL, "batch", str(folder), str(out), "--model", str(model), "--workers", "1"]
     first = subprocess.Popen(told, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -237,7 +234,7 @@ def test_two_at_once_are_one_too_many(model: Path, tmp_path: Path) -> None:
     first.send_signal(signal.SIGSTOP)
     second = command(folder, out, "--model", model)
     first.send_signal(signal.SIGCONT)
-    assert second.returncode == 2 and "another process" in second.stderr
+    assert second.returncode == 2 and "is being written, by process" in second.stderr
     assert first.wait(120) == 0
     assert_complete(folder, out)
 
@@ -256,17 +253,6 @@ def shard(photos: Path, path: Path, mode: str = "w") -> Path:
     return path
 
 
-@contextmanager
-def web(folder: Path) -> Iterator[str]:
-    "A web server on this machine."
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    handler.log_message = lambda *a: None  # type: ignore[attr-defined]
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-
-
 def test_every_kind_of_source_gives_the_same_answers(photos: Path, model: Path, tmp_path: Path) -> None:
     files = sorted(photos.rglob("*.*"))
     (tmp_path / "list.txt").write_text("\n".join(map(str, files)))
@@ -280,7 +266,7 @@ def test_every_kind_of_source_gives_the_same_answers(photos: Path, model: Path, 
     expected = (
         pd.read_parquet(tmp_path / "out").drop(columns=["path", "row"]).sort_values("sha256").reset_index(drop=True)
     )
-    with web(tmp_path) as url:
+    with web_server(tmp_path) as url:
         local = ["list.txt", "photos.zip", "paths.parquet", "bytes.parquet", "a.tar", "b.tar.gz", "*.tar"]
         given = [f"{tmp_path}/{name}" for name in local] + [f"file://{photos}", f"file://{tmp_path}/a.tar"]
         given += [f"{url}/{name}" for name in ("photos.zip", "b.tar.gz", "bytes.parquet")]
@@ -313,7 +299,7 @@ def test_a_shard_that_ends_too_early(photos: Path, model: Path, tmp_path: Path) 
 # -- light, and flat ----------------------------------------------------------------------------------------------
 
 
-def test_it_imports_nothing_heavy(photos: Path, model: Path, tmp_path: Path) -> None:
+def test_batch_imports_nothing_heavy(photos: Path, model: Path, tmp_path: Path) -> None:
     heavy = ("tensorflow", "keras", "mlflow", "pandas", "matplotlib", "sklearn", "distributed", "fastapi", "gradio")
     code = (
         "import sys; from celestial_ml.cli.app import app; "

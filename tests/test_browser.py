@@ -19,33 +19,19 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from programs import chromium
 from serving import encoded, neptune, running, tiny_model
 
 from celestial_ml.core.files import read_json, sha256_of, write_json
-from celestial_ml.model.answer_examples import write_performance
+from celestial_ml.package.answer_examples import write_performance
+from celestial_ml.package.published import find_model, models_folder
 from celestial_ml.planets.bodies import BODIES
 from celestial_ml.planets.renderer import render
-from celestial_ml.serve.predictor import find_model, models_folder
 from celestial_ml.serve.settings import password_hash
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--use-fake-device-for-media-stream",
-    "--use-fake-ui-for-media-stream",
-]
-FLAGS.append("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")  # the network is cut off
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine"),
-]
+pytestmark = pytest.mark.browser
 
 SCREENSHOTS = Path(__file__).parents[1] / "nbs" / "images" if os.environ.get("CELESTIAL_SCREENSHOTS") else None
 SERVE = (
@@ -146,11 +132,8 @@ def url(home):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright.expect.set_options(timeout=20_000)
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -277,7 +260,7 @@ class TestIdentify:
         playwright.expect(plain).to_contain_text("it was right on 598 of 600 pictures it had never seen")
         page.get_by_role("button", name="Neptune").click()
         headline(page, "Neptune")
-        assert "Model 7" in page.locator("#foot").inner_text()
+        assert "Model tiny/7" in page.locator("#foot").inner_text()
 
     def test_quick(self, open_page):
         "From the click to the answer, as a person feels it; with room for a busy machine."
@@ -352,7 +335,7 @@ class TestIdentify:
         page.wait_for_timeout(1000)  # a late one of Mars would have come by now
         assert near.inner_text() == "Neptune"
 
-    def test_bad_files_get_a_sentence(self, open_page):
+    def test_bad_files_get_an_error_message(self, open_page):
         page = open_page()
         frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
         drop(page, "good.png", neptune())
@@ -437,7 +420,7 @@ def kept_feedback(home, count):
 def test_fool(open_page):
     page = open_page()
     tab(page, "fool")
-    playwright.expect(page.locator("#fool-answer .plain")).to_contain_text("Fooled! It's the Moon.")
+    playwright.expect(page.locator("#fool-answer .plain")).to_contain_text("Fooled! It's Earth.")
     page.get_by_label("World").click()
     page.get_by_role("option", name="Mars").click()
     playwright.expect(page.locator("#fool-answer .plain")).to_contain_text("Right.")
@@ -545,10 +528,10 @@ def test_another_champion_is_named(open_page, home):
         for _ in range(50):
             page.get_by_role("button", name="Mars").click()
             page.wait_for_timeout(100)
-            if "Model 8" in page.locator("#foot").inner_text():
+            if "Model tiny/8" in page.locator("#foot").inner_text():
                 break
-        playwright.expect(page.locator("#right .fine").last).to_have_text("Answered by model 8")
+        playwright.expect(page.locator("#right .fine").last).to_have_text("Answered by model tiny/8")
         page.reload()
-        playwright.expect(page.locator("#foot")).to_contain_text("Model 8")
+        playwright.expect(page.locator("#foot")).to_contain_text("Model tiny/8")
     finally:
         write_json(home / "models" / "champion.json", {"model": "tiny/7"})

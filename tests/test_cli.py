@@ -119,7 +119,7 @@ def bad_files(folder: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
-def test_a_bad_image_gets_a_sentence_and_the_others_an_answer(celestial, model: Path, tmp_path: Path) -> None:
+def test_a_bad_image_gets_an_error_and_the_others_an_answer(celestial, model: Path, tmp_path: Path) -> None:
     said = bad_files(tmp_path)
     result = celestial("predict", tmp_path, "--model", model, "--json")
     assert result.returncode == 2 and "Traceback" not in result.stderr
@@ -153,7 +153,7 @@ def test_wrong_requests(celestial, model: Path, tmp_path: Path, pictures: Path) 
         (["serve"], "there is no model yet"),
         (["data", "get", "gide"], "can't be fetched"),
         (["data", "check", tmp_path / "empty"], "holds no class folder with images"),
-        (["data", "check", tmp_path / "nowhere"], "is no folder"),
+        (["data", "check", tmp_path / "nowhere"], "is not a folder"),
     ]:
         result = celestial(*arguments)
         assert result.returncode == 2 and words in result.stderr, (arguments, result.stderr)
@@ -186,7 +186,7 @@ def test_data_check_and_show(celestial, tmp_path: Path) -> None:
 
 def test_dvc_compares_two_revisions(project: Path) -> None:
     "`dvc metrics|params|plots diff` between a commit and what lies there now."
-    run = project / "output/default"
+    run = project / "results/default"
     (run / "plots").mkdir(parents=True)
 
     def leave(accuracy: float, brightness: int) -> None:
@@ -204,7 +204,7 @@ def test_dvc_compares_two_revisions(project: Path) -> None:
     leave(0.5, 0)
     call("git", "init", "-q")
     call("git", "add", "-A")
-    assert "output/default/metrics.json" in call("git", "ls-files")
+    assert "results/default/metrics.json" in call("git", "ls-files")
     call("git", "commit", "-qm", "one")
     leave(0.75, 255)
     params = project / "params/default.yaml"
@@ -214,5 +214,5 @@ def test_dvc_compares_two_revisions(project: Path) -> None:
     assert '"new": 50' in call(*dvc, "params", "diff", "--json")
     call(*dvc, "plots", "diff", "--out", "compared")
     pictures = {path.name for path in (project / "compared/static").iterdir()}
-    assert {f"{rev}_output_default_plots_preview.png" for rev in ("HEAD", "workspace")} <= pictures
+    assert {f"{rev}_results_default_plots_preview.png" for rev in ("HEAD", "workspace")} <= pictures
     assert "val_accuracy" in (project / "compared/index.html").read_text()

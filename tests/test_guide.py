@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from programs import git
 
 from celestial_ml.core.files import read_json
 from celestial_ml.core.params import Data
@@ -18,11 +19,6 @@ from celestial_ml.planets.renderer import render
 
 ROOT = Path(__file__).resolve().parent.parent
 DVC = [sys.executable, "-m", "dvc"]
-
-
-def git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *arguments]
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def test_pointer_is_the_guides() -> None:
@@ -46,7 +42,7 @@ def test_a_copy_is_verified_and_taken(guide_images: Path, tmp_path: Path) -> Non
     assert len(list(folder.rglob("*.jpg"))) == 1500
 
 
-def test_the_guides_split_is_keras_own(guide_images: Path) -> None:
+def test_the_guides_split_is_that_of_keras(guide_images: Path) -> None:
     import keras
 
     catalog = make_catalog(guide_images)
@@ -109,7 +105,7 @@ def test_dvc_fetches_what_the_pointer_points_to(
     assert dvc_checksum(folder) == dvc_checksum(upstream / "raw")
 
 
-def test_offline_and_without_a_copy_both_ways_are_said(celestial, project: Path, tmp_path: Path) -> None:
+def test_offline_and_without_a_copy_the_error_names_both_ways(celestial, project: Path, tmp_path: Path) -> None:
     git(project, "init", "-q")
     nowhere = instead_of(tmp_path / "home", "https://github.com/", "file:///nowhere/")
     result = celestial("data", "get", "guide", HOME=str(nowhere))
@@ -119,7 +115,7 @@ def test_offline_and_without_a_copy_both_ways_are_said(celestial, project: Path,
     assert not (project / "data/raw").exists()
 
 
-def test_another_folder_is_not_taken_for_it(celestial, project: Path, tmp_path: Path) -> None:
+def test_another_folder_is_not_accepted_as_the_guides(celestial, project: Path, tmp_path: Path) -> None:
     (tmp_path / "Mars").mkdir()
     (tmp_path / "Mars/a.jpg").write_bytes(b"")
     result = celestial("data", "get", "guide", "--from", tmp_path)

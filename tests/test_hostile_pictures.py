@@ -21,14 +21,15 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from serving import encoded, neptune, running, tiny_model, until
+from programs import resident_mb
+from serving import chunk, encoded, neptune, running, tiny_model, until
 
+from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.params import Prepare
 from celestial_ml.data.images import (
     MAX_PARTS,
     MAX_SCANS,
     SIDE,
-    ImageError,
     Limits,
     check_polyglot,
     decode_image,
@@ -36,7 +37,6 @@ from celestial_ml.data.images import (
     read_image,
 )
 from celestial_ml.data.prepare import Preparer
-from celestial_ml.serve.error_responses import Refusal
 from celestial_ml.serve.metrics import Metrics
 from celestial_ml.serve.predictor import Predictor
 from celestial_ml.serve.scorer import Scorer
@@ -48,18 +48,13 @@ def refusal(content: bytes, **options: object) -> str:
     "The code that reading ends in; ok where it doesn't."
     try:
         decode_image(content, **options)
-    except ImageError as e:
+    except CelestialError as e:
         assert e.message and e.hint
         return e.code
     return "ok"
 
 
 # ---------------------------------------------------------------------------------------------------------- the inputs
-
-
-def chunk(kind: bytes, data: bytes = b"") -> bytes:
-    "A chunk of a PNG."
-    return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
 
 
 def segment(marker: int, data: bytes = b"") -> bytes:
@@ -146,7 +141,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_it_takes_little_time_and_no_memory_here(kind: str) -> None:
+def test_hostile_pictures_take_little_time_and_memory(kind: str) -> None:
     make, code = HOSTILE[kind]
     content = make()
     decode_image(encoded(np.zeros((2049, 2049, 3), np.uint8)))  # the process is there
@@ -155,11 +150,6 @@ def test_it_takes_little_time_and_no_memory_here(kind: str) -> None:
     assert time.process_time() - busy < 0.5, "of this process"
     assert time.monotonic() - began < 3
     assert resident_mb() - before < 60
-
-
-def resident_mb(pid: int | str = "self") -> float:
-    "Megabytes that a process takes."
-    return int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1000
 
 
 LARGE = {
@@ -238,7 +228,7 @@ EXIF = {
 
 @pytest.mark.parametrize("kind", EXIF)
 @pytest.mark.parametrize("place", ["JPEG", "PNG", "WEBP"])
-def test_nonsense_in_exif_costs_nobody_a_picture(kind: str, place: str) -> None:
+def test_nonsense_in_exif_does_not_lose_a_picture(kind: str, place: str) -> None:
     exif, sideways = EXIF[kind]
     content = encoded(Image.new("RGB", (60, 40), "red"), place)
     if place == "JPEG":
@@ -253,13 +243,13 @@ def test_nonsense_in_exif_costs_nobody_a_picture(kind: str, place: str) -> None:
 
 
 @pytest.mark.skipif(not FAULTS.is_dir(), reason="the pictures that failed are not here")
-def test_pictures_that_took_down_a_batch() -> None:
+def test_pictures_that_crashed_a_batch_once() -> None:
     for path in sorted(FAULTS.glob("exif_*.img")):
         assert decode_image(path).shape == (60, 40, 3)
 
 
 @pytest.mark.parametrize("place", ["JPEG", "PNG", "WEBP"])
-def test_whatever_is_wrong_with_a_picture_is_a_refusal_and_no_warning(place: str) -> None:
+def test_a_wrong_picture_is_an_error_and_never_a_warning(place: str) -> None:
     chance = random.Random(place)
     exif = ifd(SIDEWAYS, (0x011A, 2, 4, b"abc\0"))[6:]
     whole = encoded(Image.effect_noise((40, 30), 60).convert("P" if place == "PNG" else "RGB"), place, exif=exif)
@@ -271,13 +261,13 @@ def test_whatever_is_wrong_with_a_picture_is_a_refusal_and_no_warning(place: str
                 content[chance.randrange(len(content))] = chance.randrange(256)
             start = chance.randrange(len(content))
             del content[start : start + chance.choice([0, 0, 1, 30, 5000])]
-            refusal(bytes(content))  # anything but an ImageError goes through
+            refusal(bytes(content))  # anything but a CelestialError goes through
 
 
 # -------------------------------------------------------------------------------------------------------- two in one
 
 
-def test_chance_is_no_web_page() -> None:
+def test_random_bytes_are_not_taken_for_a_web_page() -> None:
     words = [b"<svg ", b"<SCRIPT>", b"<html>", b"<?php "]
     pixels = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
     for kind, options in (("JPEG", {}), ("PNG", {}), ("WEBP", {"lossless": True})):
@@ -286,12 +276,12 @@ def test_chance_is_no_web_page() -> None:
         for one in words:
             check_polyglot(content[:middle] + one + content[middle + len(one) :])
             for hidden in (content + one, content + bytes(100_000) + one + bytes(100_000)):
-                with pytest.raises(ImageError) as refused:
+                with pytest.raises(CelestialError) as refused:
                     check_polyglot(hidden)
                 assert refused.value.code == "polyglot"
 
 
-def test_text_is_sought_where_it_can_stand() -> None:
+def test_text_is_searched_only_where_it_can_be() -> None:
     page = b"<svg onload=alert(1)>"
     progressive = encoded(Image.effect_noise((64, 64), 60), "JPEG", progressive=True)
     scan = progressive.rindex(b"\xff\xda")
@@ -301,7 +291,7 @@ def test_text_is_sought_where_it_can_stand() -> None:
     places += [with_chunks(chunk(kind, b"a\0" + page)) for kind in (b"tEXt", b"iTXt", b"eXIf", b"abCd")]
     places += [webp, with_junk_chunks(0) + b"text" + page]
     for content in places:
-        with pytest.raises(ImageError) as refused:
+        with pytest.raises(CelestialError) as refused:
             check_polyglot(content)
         assert refused.value.code == "polyglot"
 
@@ -311,10 +301,10 @@ def test_text_is_sought_where_it_can_stand() -> None:
 
 def test_a_limit_of_memory_and_of_time() -> None:
     large = LARGE["RGBA"]()
-    with pytest.raises(ImageError) as refused:
+    with pytest.raises(CelestialError) as refused:
         read_image(large, limits=Limits(megabytes=60))
     assert refused.value.code == "too_costly"
-    with pytest.raises(ImageError) as refused:
+    with pytest.raises(CelestialError) as refused:
         read_image(large, limits=Limits(seconds=0.01))
     assert refused.value.code == "too_costly"
     assert read_image(large).width == 5000
@@ -361,7 +351,7 @@ def test_threads_share_the_processes_and_a_fork_has_its_own() -> None:
 # ------------------------------------------------------------------------------------------------------------ the scorer
 
 
-def test_costly_pictures_hold_up_nobody_and_fill_a_few_places(tmp_path: Path) -> None:
+def test_costly_pictures_fill_few_places_and_do_not_delay_others(tmp_path: Path) -> None:
     model = Predictor(tiny_model(tmp_path / "model"))
     costly = encoded(Image.effect_noise((4000, 4000), 60), "JPEG", quality=90)
 
@@ -380,12 +370,12 @@ def test_costly_pictures_hold_up_nobody_and_fill_a_few_places(tmp_path: Path) ->
 
     small = neptune()
     answers, waits = asyncio.run(both())
-    statuses = Counter(one.status_code if isinstance(one, Refusal) else 200 for one in answers)
+    statuses = Counter(one.status if isinstance(one, CelestialError) else 200 for one in answers)
     assert set(statuses) == {200, 503} and 3 <= statuses[200] <= 6
     assert len(waits) > 10 and float(np.quantile(waits, 0.9)) < 0.25
 
 
-def test_who_waits_is_answered_when_the_time_is_over(tmp_path: Path) -> None:
+def test_a_waiting_request_is_answered_when_its_time_is_over(tmp_path: Path) -> None:
     model = Predictor(tiny_model(tmp_path / "model"))
     stuck = threading.Event()
 
@@ -402,7 +392,7 @@ def test_who_waits_is_answered_when_the_time_is_over(tmp_path: Path) -> None:
         return answers, took
 
     answers, took = asyncio.run(waiting())
-    assert [(one.status_code, one.headers["Retry-After"]) for one in answers] == [(503, "1")] * 5
+    assert [(one.status, one.headers["Retry-After"]) for one in answers] == [(503, "1")] * 5
     assert took < 2
 
 
@@ -444,7 +434,7 @@ def test_a_request_of_many_large_pictures_is_answered(tmp_path: Path) -> None:
         assert answer.status_code == 200 and all("label" in one for one in answer.json()["answers"])
 
 
-def test_explain_heeds_the_limit_of_pixels(tmp_path: Path) -> None:
+def test_explain_obeys_the_limit_of_pixels(tmp_path: Path) -> None:
     with running(tiny_model(tmp_path / "model"), tmp_path / "log", demo=False, max_pixels=10_000) as url:
         for path in ("/predict", "/explain"):
             answer = httpx.post(f"{url}{path}", files={"image": neptune()}, timeout=30)

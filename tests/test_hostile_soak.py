@@ -1,5 +1,6 @@
 "The service under mixed attack, for a minute; and the page that says each limit, held against the code."
 
+import ast
 import re
 import sys
 from collections import Counter
@@ -13,11 +14,11 @@ sys.path.insert(0, str(ROOT))
 
 from bench.attacks import Answer  # noqa: E402
 from bench.soak import LARGE, Attack, Sample, Soak, Wait, soak  # noqa: E402
+from celestial_ml.core.errors import STATUS  # noqa: E402
 from celestial_ml.demo.uploads import upload_figures  # noqa: E402
 from celestial_ml.monitor.log import service_log  # noqa: E402
 from celestial_ml.serve.api import build_app  # noqa: E402
 from celestial_ml.serve.connections import Connections  # noqa: E402
-from celestial_ml.serve.error_responses import IMAGE_STATUS  # noqa: E402
 from celestial_ml.serve.settings import ServeSettings, serve_settings  # noqa: E402
 
 OPERATIONS = (ROOT / "nbs/operations.md").read_text()
@@ -49,14 +50,14 @@ SETTINGS = {row[0].strip("`").lower(): row for row in table("Settings")}
 
 
 @pytest.mark.parametrize("name", ServeSettings.model_fields)
-def test_a_setting_stands_on_the_page_with_its_default(name: str) -> None:
+def test_the_page_lists_each_setting_with_its_default(name: str) -> None:
     assert name in SETTINGS, f"nbs/operations.md has no row `{name.upper()}` under Settings"
     default = ServeSettings.model_fields[name].get_default(call_default_factory=True)
     assert is_default(SETTINGS[name][1], default), f"its default is {default!r}"
     assert SETTINGS[name][2]
 
 
-def test_the_page_has_no_setting_that_is_gone() -> None:
+def test_the_page_lists_no_removed_setting() -> None:
     assert set(SETTINGS) == set(ServeSettings.model_fields)
     named = {name.lower() for row in table("Limits") for name in re.findall(r"`([A-Z_]+)`", " ".join(row))}
     assert named <= set(ServeSettings.model_fields)
@@ -66,14 +67,23 @@ def test_the_page_has_no_setting_that_is_gone() -> None:
 
 
 LIMITS = {408, 413, 414, 429, 431, 503, 507}  # statuses that say: too much, too slow, too many
-NO_LIMITS = {"no_model", "no_log", "log_unavailable"}  # 503 for another reason
+NO_LIMITS = {"no_model", "no_log", "log_unavailable", "database_unavailable", "newer_schema"}  # 503 for another reason
 
 
 def refusals() -> set[tuple[int, str]]:
-    'Status and code of all that the service refuses, as the code says them: `Refusal(413, "too_large", …)`.'
-    sources = "\n".join(path.read_text() for path in (ROOT / "celestial_ml").rglob("*.py"))
-    pairs = {(int(status), code) for status, code in re.findall(r"\b([45]\d\d), \"([a-z_]+)\"", sources)}
-    return pairs | {(status, code) for code, status in IMAGE_STATUS.items()}
+    'Status and code of all errors that the code makes for a client: `CelestialError(message, hint, "too_large")`.'
+    calls = [
+        node
+        for path in (ROOT / "celestial_ml").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("CelestialError", "self.stop")
+    ]
+    values = [
+        value for call in calls for value in (*call.args[2:3], *(k.value for k in call.keywords if k.arg == "code"))
+    ]
+    codes = {value.value for value in values if isinstance(value, ast.Constant)}
+    assert codes - {"internal_error"} <= STATUS.keys(), "the status of these isn't in the table"
+    return {(STATUS[code], code) for code in codes & STATUS.keys()}
 
 
 def documented(app) -> set[tuple[int, str]]:
@@ -99,7 +109,7 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     log.close()
 
 
-def test_every_limit_stands_on_the_page(app) -> None:
+def test_the_page_lists_every_limit(app) -> None:
     rows = table("Limits")
     listed = {(int(status), code) for row in rows for status, code in re.findall(r"(\d{3}) `(\w+)`", row[3])}
     raised = refusals()
@@ -109,7 +119,7 @@ def test_every_limit_stands_on_the_page(app) -> None:
     assert listed - raised - documented(app) == set(), "nobody answers these any more"
 
 
-def test_every_metric_of_the_page_is_there(app) -> None:
+def test_every_metric_of_the_page_exists(app) -> None:
     page = app.state.service.metrics.page().decode()
     measured = set(re.findall(r"^# TYPE (\w+)", page, re.MULTILINE))
     named = set(re.findall(r"`(celestial_\w+)", OPERATIONS))

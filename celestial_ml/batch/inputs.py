@@ -39,7 +39,7 @@ from celestial_ml.data.archives import (
     tar_problem,
     zip_pictures,
 )
-from ..data.images import MAX_BYTES, SUFFIXES, ImageError, find_pictures, is_picture
+from ..data.images import MAX_BYTES, SUFFIXES, find_pictures, is_picture
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -75,10 +75,10 @@ def none(place: int, name: str) -> bool:
     return False
 
 # %% ../../nbs/batch/00_inputs.ipynb #too-long
-def too_long(name: str, size: float) -> ImageError:
+def too_long(name: str, size: float) -> CelestialError:
     "The error for a file that no picture is as long as."
     allowed = f"{LIMITS.file_bytes / 1e6:,.0f} MB allowed"
-    return ImageError("too_large", f"{name[:200]} has {size / 1e6:,.0f} MB, of {allowed}", "Make it smaller.")
+    return CelestialError(f"{name[:200]} has {size / 1e6:,.0f} MB, of {allowed}", "Make it smaller.", "too_large")
 
 # %% ../../nbs/batch/00_inputs.ipynb #is-url
 def is_url(name: str) -> bool:
@@ -318,7 +318,9 @@ def _in_tar(name: str, wanted: Wanted, first: int, passed: PassedOver | None = N
                 path = f"tar://{member.name}::{name}"
                 content: bytes | Exception | None = None
                 if problem := tar_problem(member, LIMITS):
-                    content = ImageError("unreadable", f"{path} isn't read: it {problem}", "Pack the pictures alone.")
+                    content = CelestialError(
+                        f"{path} isn't read: it {problem}", "Pack the pictures alone.", "unreadable"
+                    )
                 elif wanted(place, path):
                     content = tar.extractfile(member).read()  # type: ignore[union-attr]
                 yield Item(path, mark, content)
@@ -420,7 +422,7 @@ def _in_parquet(name: str, wanted: Wanted, first: int, column: str | None) -> It
             if problem:
                 numbers = range(place, place + rows)
                 yield from (
-                    Item(f"{name}#{row}", mark, ImageError("too_large", f"{name}#{row} {problem}", ""))
+                    Item(f"{name}#{row}", mark, CelestialError(f"{name}#{row} {problem}", "", "too_large"))
                     for row in numbers
                 )
                 place += rows

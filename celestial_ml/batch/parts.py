@@ -19,7 +19,7 @@ import numpy as np
 from .inputs import Item, require_parquet
 from .scoring import Answers, Bad
 from ..core.errors import CelestialError
-from ..core.files import atomic, read_json, write_json
+from ..core.files import atomic, hold, read_json, write_json
 from ..core.folders import PassedOver
 
 if TYPE_CHECKING:
@@ -286,17 +286,7 @@ def locked(
     where: Places,
 ) -> Iterator[None]:
     "Have the job for oneself; `CelestialError` where another process has it."
-    where.notes.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with (where.notes / "lock").open("w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CelestialError(f"another process is writing {where.out}", "Wait for it, or stop it.") from None
+    with hold(where.notes / "lock", f"{where.out} is being written", "Wait for it, or stop it."):
         yield
 
 # %% ../../nbs/batch/02_parts.ipynb #check-out

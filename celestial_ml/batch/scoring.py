@@ -17,7 +17,7 @@ import numpy as np
 from .inputs import Item, read_items
 from ..core.errors import CelestialError
 from ..core.files import sha256_of
-from ..data.images import ImageError, decode_image
+from ..data.images import decode_image
 from ..serve.predictor import Predictor
 
 # %% auto #0
@@ -29,7 +29,7 @@ class Bad:
     "A picture without an answer."
 
     path: str
-    code: str  # unreadable, failed (the network did), crashed (a worker did), or that of an `ImageError`
+    code: str  # unreadable, failed (the network did), crashed (a worker did), or that of a `CelestialError`
     reason: str
     row: int = 0  # its place in the source
 
@@ -105,7 +105,7 @@ def score_unit(
     answers.bad.sort(key=lambda bad: bad.row)
     answers.probabilities = np.array([p for p, _ in numbers], np.float32).reshape(-1, len(model.classes))
     answers.ood_score = np.array([score for _, score in numbers], np.float32)
-    answers.known = answers.ood_score <= model.about["ood_threshold"]
+    answers.known = answers.ood_score <= model.ood_threshold
     return answers
 
 # %% ../../nbs/batch/01_scoring.ipynb #decode
@@ -117,7 +117,7 @@ def _decode(item: Item, content: bytes | Exception, bad: list[Bad]) -> np.ndarra
             code = "unreadable"
             raise content
         return decode_image(content, name)
-    except ImageError as e:
+    except CelestialError as e:
         bad.append(Bad(name, e.code, e.message, item.row))
     except MemoryError:
         bad.append(Bad(name, "too_large", f"{name} doesn't fit into memory", item.row))

@@ -24,7 +24,7 @@ from ..core.folders import PassedOver, look_into
 from ..core.names import check_class, printable
 from ..core.params import Data
 from ..core.progress import progress
-from .images import SUFFIXES, ImageError, find_pictures, is_picture, read_content, read_image
+from .images import SUFFIXES, find_pictures, is_picture, read_content, read_image
 
 # %% ../../nbs/data/04_catalog.ipynb #class-folders
 def _class_folders(folder: Path, passed: PassedOver) -> list[Path]:
@@ -105,7 +105,7 @@ def _row(path: Path, label: str, shown: str) -> dict[str, Any]:
         row["sha256"] = sha256_of(content)
         image = read_image(content)
         return row | {"width": image.width, "height": image.height, "format": image.format}
-    except ImageError as e:
+    except CelestialError as e:
         return row | {"error": e.code}
     except UnicodeEncodeError:  # no table takes the path, and nobody could find the file by another
         return row | {"error": "bad_name"}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'SUFFIXES', 'MIN_SIDE', 'MAX_RATIO', 'MAX_PIXELS', 'MAX_BYTES', 'SIDE', 'CHEAP', 'MAX_PARTS', 'MAX_SCANS',
-           'LIMITS', 'ImageError', 'is_picture', 'find_pictures', 'Head', 'read_content', 'open_image', 'decode_opened',
-           'Limits', 'Picture', 'read_costly', 'read_image', 'decode_image', 'check_polyglot']
+           'LIMITS', 'is_picture', 'find_pictures', 'Head', 'read_content', 'open_image', 'decode_opened', 'Limits',
+           'Picture', 'read_costly', 'read_image', 'decode_image', 'check_polyglot']
 
 # %% ../../nbs/data/03_images.ipynb #1d3fd01d
 import atexit
@@ -35,18 +35,6 @@ MAX_RATIO = 50  # of the longer side to the shorter; a panorama all around has 1
 MAX_PIXELS = 50_000_000  # a 50-megapixel camera
 MAX_BYTES = 200_000_000  # of a file; 50 megapixels that don't shrink at all have 150
 SIDE = 2048  # pixels along the longer side; what has more is reduced while it's decoded
-
-
-class ImageError(CelestialError):
-    """An image that can't be read.
-
-    `code` is one of empty, not_an_image, damaged, animated, too_small, too_narrow, too_large, too_costly, polyglot; or
-    busy, which isn't the image's fault.
-    """
-
-    def __init__(self, code: str, message: str, hint: str):
-        self.code = code
-        super().__init__(message, hint)
 
 # %% ../../nbs/data/03_images.ipynb #find-pictures
 def is_picture(
@@ -274,12 +262,12 @@ def read_content(
     source: bytes | Path | str,  # the file's bytes, or its path
     name: str = "the image",  # what to call it in an error; a path calls itself
 ) -> tuple[bytes, str]:  # the bytes, and what to call them
-    "What is in an image file; `ImageError` for more than `MAX_BYTES`, none of which is read."
+    "What is in an image file; `CelestialError` for more than `MAX_BYTES`, none of which is read."
     if isinstance(source, bytes):
         return source, name
     if (size := Path(source).stat().st_size) > MAX_BYTES:
         allowed = f"{MAX_BYTES / 1e6:,.0f} MB allowed"
-        raise ImageError("too_large", f"{source} has {size / 1e6:,.0f} MB, of {allowed}", "Make it smaller.")
+        raise CelestialError(f"{source} has {size / 1e6:,.0f} MB, of {allowed}", "Make it smaller.", "too_large")
     return Path(source).read_bytes(), str(source)
 
 # %% ../../nbs/data/03_images.ipynb #open-image
@@ -291,10 +279,10 @@ def open_image(
     name: str = "the image",  # what to call it in an error; a path calls itself
     max_pixels: int = MAX_PIXELS,
 ) -> Head:  # not decoded yet
-    "Take an image file apart and check what it says of itself; `ImageError` says what is wrong with it."
+    "Take an image file apart and check what it says of itself; `CelestialError` says what is wrong with it."
     content, name = read_content(source, name)
     if not content:
-        raise ImageError("empty", f"{name} is empty", "Send the file again, or leave it out.")
+        raise CelestialError(f"{name} is empty", "Send the file again, or leave it out.", "empty")
     read = next((read for magic, read in _READERS.items() if content.startswith(magic)), None)
     if read is None or (read is _read_webp and content[8:12] != b"WEBP"):
         raise _not_an_image(name)
@@ -304,7 +292,7 @@ def open_image(
 
 # %% ../../nbs/data/03_images.ipynb #check-head
 def _check(head: Head, name: str, max_pixels: int) -> None:
-    "`ImageError` for a picture that wouldn't be decoded, or not in time."
+    "`CelestialError` for a picture that wouldn't be decoded, or not in time."
     width, height = head.width, head.height
     size, longer, shorter = f"{width} × {height}", max(width, height), min(width, height)
     if head.parts > MAX_PARTS or head.scans > MAX_SCANS:
@@ -313,24 +301,26 @@ def _check(head: Head, name: str, max_pixels: int) -> None:
         raise _not_an_image(name)
     if width * height > max_pixels:
         limit = f"{max_pixels / 1e6:.0f} million"
-        raise ImageError("too_large", f"{name} has {size} pixels, of {limit} allowed", "Make it smaller, or crop it.")
+        raise CelestialError(
+            f"{name} has {size} pixels, of {limit} allowed", "Make it smaller, or crop it.", "too_large"
+        )
     if shorter < MIN_SIDE:
-        raise ImageError("too_small", f"{name} has {size} pixels", f"Use one of at least {MIN_SIDE} × {MIN_SIDE}.")
+        raise CelestialError(f"{name} has {size} pixels", f"Use one of at least {MIN_SIDE} × {MIN_SIDE}.", "too_small")
     if longer > MAX_RATIO * shorter:
-        raise ImageError("too_narrow", f"{name} has {size} pixels, more than {MAX_RATIO} to 1", "Crop it.")
+        raise CelestialError(f"{name} has {size} pixels, more than {MAX_RATIO} to 1", "Crop it.", "too_narrow")
     # A JPEG with more than one picture is a photograph with its preview or depth map; the first is the photograph.
     if head.frames > 1:
-        raise ImageError("animated", f"{name} is animated, with {head.frames} frames", "Send a single frame.")
+        raise CelestialError(f"{name} is animated, with {head.frames} frames", "Send a single frame.", "animated")
 
 
-def _not_an_image(name: str) -> ImageError:
+def _not_an_image(name: str) -> CelestialError:
     "The error for anything else."
-    return ImageError("not_an_image", f"{name} is no JPEG, PNG or WebP image", "Save it as one of these.")
+    return CelestialError(f"{name} is no JPEG, PNG or WebP image", "Save it as one of these.", "not_an_image")
 
 
-def _too_costly(name: str, why: str) -> ImageError:
+def _too_costly(name: str, why: str) -> CelestialError:
     "The error for a picture that would keep the machine busy."
-    return ImageError("too_costly", f"{name} {why}", "Save the picture anew, as an ordinary JPEG.")
+    return CelestialError(f"{name} {why}", "Save the picture anew, as an ordinary JPEG.", "too_costly")
 
 # %% ../../nbs/data/03_images.ipynb #to-rgb
 _WAYS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
@@ -371,7 +361,7 @@ def decode_opened(
     head: Head,  # of `open_image`
     name: str = "the image",  # what to call it in an error
 ) -> np.ndarray:  # uint8 (height, width, 3)
-    "The pixels, decoded here and now. Whatever a decoder raises is an `ImageError`."
+    "The pixels, decoded here and now. Whatever a decoder raises is a `CelestialError`."
     try:
         image = Image.open(io.BytesIO(head.picture), formats=(head.format,))
     except MemoryError:
@@ -385,7 +375,7 @@ def decode_opened(
     except MemoryError:
         raise _too_costly(name, "takes more memory than a picture may") from None
     except Exception as e:
-        raise ImageError("damaged", f"{name} is damaged: {e}", "Fetch the file again from where it came.") from None
+        raise CelestialError(f"{name} is damaged: {e}", "Fetch the file again from where it came.", "damaged") from None
 
 # %% ../../nbs/data/03_images.ipynb #limits
 @dataclass(frozen=True)
@@ -422,11 +412,11 @@ def _answer(about: dict[str, Any], content: bytes) -> tuple[dict[str, Any], byte
             raise _too_costly(name, f"takes more than {about['megabytes']} MB to decode")
         pixels = decode_opened(head, name)
         return {"shape": pixels.shape, "head": [head.width, head.height, head.format]}, pixels.tobytes()
-    except ImageError as e:
+    except CelestialError as e:
         error = e
     except MemoryError:
         error = _too_costly(name, "takes more memory than a picture may")
-    return {"error": [error.code, error.message, error.hint]}, b""
+    return {"error": [error.message, error.hint, error.code]}, b""
 
 
 @cache
@@ -444,7 +434,7 @@ def read_costly(
     limits: Limits = LIMITS,
     alone: bool = False,  # whether to refuse what is something else as well, as `check_polyglot` does
 ) -> Picture:
-    "Read an image in a process of its own; `ImageError` says what is wrong with it."
+    "Read an image in a process of its own; `CelestialError` says what is wrong with it."
     about = {"name": name, "alone": alone, "max_pixels": limits.max_pixels, "megabytes": limits.megabytes}
     try:
         answer, pixels = _processes(os.getpid(), limits.megabytes)(about, content, limits.seconds)
@@ -452,9 +442,11 @@ def read_costly(
         most = f"{limits.seconds:g} s or {limits.megabytes} MB"
         raise _too_costly(name, f"takes more than {most} to decode") from None
     except OSError as e:
-        raise ImageError("busy", f"there is no process to decode {name} in: {e.strerror or e}", "Try again.") from None
+        raise CelestialError(
+            f"there is no process to decode {name} in: {e.strerror or e}", "Try again.", "busy"
+        ) from None
     if "error" in answer:
-        raise ImageError(*answer["error"])
+        raise CelestialError(*answer["error"])
     return Picture(np.frombuffer(pixels, np.uint8).reshape(answer["shape"]), *answer["head"])
 
 # %% ../../nbs/data/03_images.ipynb #read-image
@@ -463,7 +455,7 @@ def read_image(
     name: str = "the image",  # what to call it in an error; a path calls itself
     limits: Limits = LIMITS,
 ) -> Picture:
-    "Read an image of any accepted format; `ImageError` says what is wrong with it."
+    "Read an image of any accepted format; `CelestialError` says what is wrong with it."
     content, name = read_content(source, name)
     if len(content) <= CHEAP:
         head = open_image(content, name, limits.max_pixels)
@@ -488,13 +480,13 @@ def check_polyglot(
     picture: Head | bytes,  # of `open_image`, or an image file
     name: str = "the image",
 ) -> None:
-    "`ImageError` for a file that is something else as well: a ZIP archive, a PDF document, a web page, a script."
+    "`CelestialError` for a file that is something else as well: a ZIP archive, a PDF document, a web page, a script."
     head = open_image(picture, name) if isinstance(picture, bytes) else picture
     archive = head.content.find(b"PK\x05\x06", -65_557) >= 0 and b"PK\x03\x04" in head.content
     document = b"%PDF-" in head.content[:1024]
     kinds = {"an archive": archive, "a PDF document": document, "a web page": bool(_SCRIPT.search(head.text))}
     for kind, is_one in kinds.items():
         if is_one:
-            raise ImageError(
-                "polyglot", f"{name} is {kind} as well", "Save the picture anew, without what hides in it."
+            raise CelestialError(
+                f"{name} is {kind} as well", "Save the picture anew, without what hides in it.", "polyglot"
             )

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..core.domains import domains
 from ..core.errors import CelestialError, unknown
 from ..core.names import check_path
 from ..core.params import Data
-from ..core.plugins import find_own
+from ..core.plugins import find_plugin
 from .guide import get_guide
 
 if TYPE_CHECKING:
@@ -39,11 +40,12 @@ def get_source(
     name: str,  # as in the parameter data.source
 ) -> Source:
     "The registered source of that name, or the project's own; `CelestialError` where there is none."
-    if own := find_own("source (data.source)", name):
+    if own := find_plugin("source (data.source)", name):
         return own
-    if name not in SOURCES:
-        raise unknown("source (data.source)", name, SOURCES)
-    return SOURCES[name]
+    sources = SOURCES | {key: source for domain in domains() for key, source in domain.sources().items()}
+    if name not in sources:
+        raise unknown("source (data.source)", name, sources)
+    return sources[name]
 
 # %% ../../nbs/data/06_sources.ipynb #folder
 def _folder(data: Data, root: Path) -> Path:
@@ -53,7 +55,10 @@ def _folder(data: Data, root: Path) -> Path:
             "data.source is folder, but data.folder names none",
             "Say which: --set data.folder=path/to/images",
         )
-    return (root / check_path(data.folder).expanduser()).resolve()
+    folder = (root / check_path(data.folder).expanduser()).resolve()
+    if not folder.is_dir():
+        raise CelestialError(f"{folder} is not a folder", "Name a folder that holds a folder of images for each class.")
+    return folder
 
 
 SOURCES["folder"] = Source(

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['log', 'TheService', 'TheModel', 'api', 'NO_MODEL', 'NO_KEY', 'BUSY', 'FORM', 'BAD_FORM', 'BAD_IMAGE', 'FOR_PICTURES',
-           'Log', 'Service', 'score_silently', 'cut_form', 'metrics', 'build_app']
+           'Log', 'Service', 'score_silently', 'metrics', 'build_app']
 
 # %% ../../nbs/serve/20_api.ipynb #979f28ab
 import asyncio
+import io
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse, Response
@@ -25,8 +26,6 @@ from limits import parse
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from pydantic import BaseModel, ConfigDict, Field
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette._utils import get_route_path
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse
@@ -35,8 +34,9 @@ from starlette.types import Receive, Scope, Send
 from .. import __version__
 from ..core.errors import CelestialError
 from ..core.files import without_folders
-from ..data.images import ImageError, Limits
-from .error_responses import HANDLERS, Refusal, errors, refuse_http, refuse_image
+from ..data.images import Limits
+from .error_responses import HANDLERS, errors, refuse
+from .forms import read_form
 from .guard import Door, Guard, Proxies
 from .live_models import Models
 from .metrics import Metrics
@@ -51,7 +51,7 @@ EXAMPLE: dict[str, Any] = {
     "known": True,
     "ood_score": 1.7,
     "probabilities": {"Saturn": 0.98, "Jupiter": 0.02},
-    "model_version": "3",
+    "model_version": "celestial/3",
     "sha256": "5e884898da28047151d0e56f8dc6292773603d0d6aabbd62a11ef721d1542d8d",
     "request_id": "0f8fad5bd9cb469fa16570867728950e",
 }
@@ -292,112 +292,40 @@ async def score_silently(
     service.metrics.shadow.labels("true" if agrees else "false").inc()
 
 # %% ../../nbs/serve/20_api.ipynb #read-files
+class _InMemory(io.BytesIO):
+    "A file of a form that can be read when it is complete."
+
+    def close(self) -> None:
+        "Keep the content."
+
+
 async def read_files(
     request: Request,
     field: str,  # name of the form's field
     most: int,  # files
 ) -> list[tuple[str, bytes]]:  # (file name, content), in order
-    "The files of a form; `Refusal` for none, for too many, and for a body that is not a form."
-    kind, options = parse_options_header(request.headers.get("content-type", ""))
-    chunks, files = request.stream(), []
+    "The files of a form; `CelestialError` for none, for too many and for what is no form."
+    chunks, files = request.stream(), list[tuple[str, _InMemory]]()
+
+    def open_part(name: str, file: str) -> _InMemory | None:
+        if name != field:
+            return None
+        if len(files) == most:
+            message = f"the request has more than {most} files in its form field '{field}'"
+            raise CelestialError(message, "Send several requests.", "too_many_files")
+        files.append((file, _InMemory()))
+        return files[-1][1]
+
     try:
-        if kind == b"multipart/form-data":
-            boundary = options.get(b"boundary")
-            if not boundary:
-                raise Refusal(400, "bad_request", "the form has no boundary", "GET /docs shows what is expected.")
-            files = await cut_form(chunks, boundary, field, most)
+        await read_form(request.headers.get("content-type", ""), chunks, open_part, most + 32)
         if not files:
             message = f"the request has no file in its form field '{field}'"
-            raise Refusal(422, "no_image", message, f"Send one: curl -F {field}=@saturn.jpg {request.url}")
-    except Refusal:
+            raise CelestialError(message, f"Send one: curl -F {field}=@saturn.jpg {request.url}", "no_image")
+    except CelestialError:
         async for _ in chunks:  # or a client that is still sending would not get the answer
             pass
         raise
-    return files
-
-# %% ../../nbs/serve/20_api.ipynb #form-x
-class _Parts:
-    "Collects the parts of a form."
-
-    def __init__(self, field: str, most: int):
-        self.field, self.most, self.parts, self.complete = field, most, 0, False
-        self.header, self.value, self.headers = bytearray(), bytearray(), dict[bytes, bytes]()
-        self.files: list[tuple[str, bytes]] = []
-        self.name: str | None = None  # of the file that is being received; None: this part is dropped
-        self.content: list[bytes] = []
-
-    def begin_part(self) -> None:
-        "Count the part; a form may have some fields beside the files."
-        self.headers.clear()
-        self.parts += 1
-        if self.parts > self.most + 32:
-            message = f"the form has more than {self.most + 32} parts"
-            raise Refusal(413, "too_many_parts", message, "Send several requests.")
-
-    def end_header(self) -> None:
-        "Store a header of the part."
-        self.headers[bytes(self.header).lower()] = bytes(self.value)
-        self.header.clear()
-        self.value.clear()
-
-    def end_headers(self) -> None:
-        "Decide whether the part is a file of the field; a part without file name or image type is text."
-        _, options = parse_options_header(self.headers.get(b"content-disposition", b""))
-        name, file = (options.get(key, b"").decode("utf-8", "replace") for key in (b"name", b"filename"))
-        is_file = b"filename" in options or self.headers.get(b"content-type", b"").startswith(b"image/")
-        self.name = file if is_file and name == self.field else None
-        if self.name is not None and len(self.files) == self.most:
-            message = f"the request has more than {self.most} files in its form field '{self.field}'"
-            raise Refusal(413, "too_many_files", message, "Send several requests.")
-
-    def add(self, data: bytes, start: int, end: int) -> None:
-        "Store a piece of a file."
-        if self.name is not None:
-            self.content.append(data[start:end])
-
-    def end_part(self) -> None:
-        "Store the file."
-        if self.name is not None:
-            self.files.append((self.name, b"".join(self.content)))
-        self.content.clear()
-
-# %% ../../nbs/serve/20_api.ipynb #form-callbacks
-class _Form(_Parts):
-    "The callbacks of the parser."
-
-    def callbacks(self) -> Any:
-        "For the parser."
-        return {
-            "on_part_begin": self.begin_part,
-            "on_header_field": lambda data, start, end: self.header.extend(data[start:end]),
-            "on_header_value": lambda data, start, end: self.value.extend(data[start:end]),
-            "on_header_end": self.end_header,
-            "on_headers_finished": self.end_headers,
-            "on_part_data": self.add,
-            "on_part_end": self.end_part,
-            "on_end": lambda: setattr(self, "complete", True),
-        }
-
-# %% ../../nbs/serve/20_api.ipynb #cut-form
-async def cut_form(
-    chunks: AsyncIterator[bytes],  # of a form's body
-    boundary: bytes,
-    field: str,
-    most: int,  # files of this field
-) -> list[tuple[str, bytes]]:  # (file name, content), in order
-    "The files of a form's field. `Refusal` with 400 where the form is broken, with 413 where it has too many parts."
-    form, empty = _Form(field, most), True
-    try:
-        parser = MultipartParser(boundary, form.callbacks())
-        async for chunk in chunks:
-            empty = empty and not chunk
-            parser.write(chunk)
-        parser.finalize()
-    except FormParserError as e:
-        raise Refusal(400, "bad_request", f"the form is broken: {e}", "GET /docs shows what is expected.") from None
-    if not (empty or form.complete):
-        raise Refusal(400, "bad_request", "the form ends too early", "Send it again, the whole of it.")
-    return form.files
+    return [(name, file.getvalue()) for name, file in files]
 
 # %% ../../nbs/serve/20_api.ipynb #the-service
 async def the_service(request: Request) -> Service:
@@ -417,28 +345,28 @@ TheModel = Annotated[Predictor, Depends(the_model)]
 
 api = APIRouter(tags=["celestial"])
 
-NO_MODEL = errors(no_model=(503, "there is no model yet"))
-NO_KEY = errors(no_key=(401, "this needs an API key"), too_many_requests=(429, "more than 600 requests a minute"))
-BUSY = errors(no_model=(503, "there is no model yet"), busy=(503, "the server has as much to do as it can"))
+NO_MODEL = errors(no_model="there is no model yet")
+NO_KEY = errors(no_key="this needs an API key", too_many_requests="more than 600 requests a minute")
+BUSY = errors(no_model="there is no model yet", busy="the server has as much to do as it can")
 FORM = {
-    "bad_request": (400, "the form is broken"),
-    "too_slow": (408, "the request took longer than 30 s to come in"),
-    "too_many_bytes": (413, "the request has more than the 20 MB that are allowed"),
-    "too_many_parts": (413, "the form has more than 33 parts"),
-    "no_image": (422, "the request has no file in its form field 'image'"),
+    "bad_request": "the form is broken",
+    "too_slow": "the request took longer than 30 s to come in",
+    "too_many_bytes": "the request has more than the 20 MB that are allowed",
+    "too_many_parts": "the form has more than 33 parts",
+    "no_image": "the request has no file in its form field 'image'",
 }
 BAD_FORM = errors(**FORM)
 BAD_IMAGE = errors(
     **FORM,
-    empty=(400, "the image is empty"),
-    damaged=(400, "the image is damaged"),
-    animated=(400, "the image is animated, with 2 frames"),
-    too_small=(400, "the image has 1 × 1 pixels"),
-    too_narrow=(400, "the image has 30000 × 500 pixels, more than 50 to 1"),
-    too_costly=(413, "the image takes more than 4 s or 500 MB to decode"),
-    too_large=(413, "the image has 20000 × 20000 pixels, of 50 million allowed"),
-    not_an_image=(415, "the image is no JPEG, PNG or WebP image"),
-    polyglot=(415, "the image is an archive as well"),
+    empty="the image is empty",
+    damaged="the image is damaged",
+    animated="the image is animated, with 2 frames",
+    too_small="the image has 1 × 1 pixels",
+    too_narrow="the image has 30000 × 500 pixels, more than 50 to 1",
+    too_costly="the image takes more than 4 s or 500 MB to decode",
+    too_large="the image has 20000 × 20000 pixels, of 50 million allowed",
+    not_an_image="the image is no JPEG, PNG or WebP image",
+    polyglot="the image is an archive as well",
 )
 FOR_PICTURES = BAD_IMAGE | BUSY | NO_KEY
 
@@ -493,7 +421,9 @@ async def _one_of_several(service: Service, request: Request, number: str, file:
     "The answer for one picture, or its error."
     try:
         return {"file": file} | await answer_picture(service, request, number, content)
-    except ImageError as e:
+    except CelestialError as e:
+        if e.status >= 500:  # the service's fault, not the picture's
+            raise
         service.metrics.refusals.labels(e.code).inc()
         return {"file": file, "error": {"code": e.code, "message": e.message, "hint": e.hint}}
 
@@ -514,16 +444,16 @@ async def explain(request: Request, service: TheService, model: TheModel) -> Res
     return as_json(why.to_dict() | {"request_id": request.state.request_id})
 
 # %% ../../nbs/serve/20_api.ipynb #feedback
-NO_LOG = errors(no_log=(503, "this service keeps no prediction log"), log_unavailable=(503, "the log can't be reached"))
+NO_LOG = errors(no_log="this service keeps no prediction log", log_unavailable="the log can't be reached")
 BAD_FEEDBACK = errors(
-    bad_request=(400, "the body is not JSON"),
-    too_slow=(408, "the request took longer than 30 s to come in"),
-    too_many_bytes=(413, "the request has more than the 16 kB that are allowed"),
-    unknown_request=(404, "no request of that id was answered"),
-    unknown_label=(409, "the model knows no 'Satrun'"),
-    invalid_request=(422, "body request_id: Field required"),
-    too_many_judgements=(429, "20 people have judged this answer, and no more count"),
-    contradictory_feedback=(422, "the answer was Mars, so 'Saturn' can't be right"),
+    bad_request="the body is not JSON",
+    too_slow="the request took longer than 30 s to come in",
+    too_many_bytes="the request has more than the 16 kB that are allowed",
+    unknown_request="no request of that id was answered",
+    unknown_label="the model knows no 'Satrun'",
+    invalid_request="body request_id: Field required",
+    too_many_judgements="20 people have judged this answer, and no more count",
+    contradictory_feedback="the answer was Mars, so 'Saturn' can't be right",
 )
 
 # %% ../../nbs/serve/20_api.ipynb #keep-judgement
@@ -534,26 +464,23 @@ async def store_judgement(
 ) -> Thanks:
     "Store a judgement of an answer; the last one of each person counts."
     if service.log is None:
-        raise Refusal(
-            503, "no_log", "this service keeps no prediction log", "Start it with one: CELESTIAL_SERVE_LOG_URL."
-        )
+        raise CelestialError("this service keeps no prediction log", "Start it with one: CELESTIAL_LOG_URL.", "no_log")
     predictor = service.models.champion.predictor
     if judgement.label is not None and predictor and judgement.label not in (*predictor.classes, "unknown"):
         hint = f"Allowed: {', '.join(predictor.classes)} and unknown."
-        raise Refusal(409, "unknown_label", f"the model knows no {judgement.label!r}", hint)
+        raise CelestialError(f"the model knows no {judgement.label!r}", hint, "unknown_label")
     if not service.limiter.hit(service.feedback_rate, who):
         wait = max(1, round(service.limiter.get_window_stats(service.feedback_rate, who).reset_time - time.time()))
         message = f"more than {service.feedback_rate.amount} judgements a {service.feedback_rate.GRANULARITY.name}"
-        raise Refusal(429, "too_many_requests", message, f"Wait {wait} s.", {"Retry-After": str(wait)})
+        raise CelestialError(message, f"Wait {wait} s.", "too_many_requests", headers={"Retry-After": str(wait)})
     try:
         fields = (judgement.request_id, judgement.correct, judgement.label, judgement.comment)
         await run_in_threadpool(service.log.feedback, *fields, who)
     except CelestialError as e:
-        status, code = getattr(e, "status", 503), getattr(e, "code", "log_unavailable")
-        if status >= 500:  # the address of the log is for the server's own log only
-            log.error("a judgement was not stored: %s", e.message)
-            raise Refusal(status, code, "the prediction log can't be reached", "Try again later.") from None
-        raise Refusal(status, code, e.message, e.hint or "Try again later.") from None
+        if e.status < 500:
+            raise
+        log.error("a judgement was not stored: %s", e.message)  # the address of the log isn't for clients
+        raise CelestialError("the prediction log can't be reached", "Try again later.", "log_unavailable") from None
     return Thanks(request_id=judgement.request_id)
 
 # %% ../../nbs/serve/20_api.ipynb #feedback-x-x
@@ -583,11 +510,12 @@ async def ready(service: TheService, model: TheModel) -> Status:
 async def model_info(model: TheModel) -> ModelInfo:
     "Which model answers, what it knows, how good it is and where it came from."
     card = "/model/card" if (model.folder / "model_card.html").is_file() else None
-    lineage = without_folders(model.about.get("lineage", {}))  # paths on the training machine are private
-    return ModelInfo(**model.about | {"lineage": lineage, "card": card})
+    content = model.manifest.to_json()
+    lineage = without_folders(content.get("lineage", {}))  # paths on the training machine are private
+    return ModelInfo(**content | {"lineage": lineage, "card": card})
 
 
-NO_CARD = errors(no_card=(404, "this model came without a card"))
+NO_CARD = errors(no_card="this model came without a card")
 
 # %% ../../nbs/serve/20_api.ipynb #model-card
 @api.get("/model/card", response_class=HTMLResponse, responses=NO_CARD | NO_MODEL | NO_KEY)
@@ -595,7 +523,7 @@ async def model_card(model: TheModel) -> Response:
     "The model card: what it is for, how well it does where, and where it fails."
     card = model.folder / "model_card.html"
     if not card.is_file():
-        raise Refusal(404, "no_card", "this model came without a card", "Package and register it again.")
+        raise CelestialError("this model came without a card", "Package and register it again.", "no_card")
     # No scripts and nothing from other sites: the card contains its pictures and styles.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; frame-ancestors 'self'"
     return FileResponse(card, media_type="text/html", headers={"Content-Security-Policy": policy})
@@ -643,10 +571,8 @@ async def predict_directly(scope: Scope, receive: Receive, send: Send) -> None:
     request = Request(scope, receive)
     try:
         response = await predict(request)
-    except ImageError as e:
-        response = await refuse_image(request, e)
-    except HTTPException as e:
-        response = await refuse_http(request, e)
+    except CelestialError as e:
+        response = await refuse(request, e)
     await response(scope, receive, send)
 
 # %% ../../nbs/serve/20_api.ipynb #build-app

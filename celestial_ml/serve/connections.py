@@ -21,7 +21,8 @@ import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from .error_responses import Refusal
+from ..core.errors import CelestialError
+from .error_responses import ErrorResponse
 from .guard import FOR_PROGRAMS, Proxies, rate_address
 from .metrics import Metrics
 from .settings import ServeSettings
@@ -52,21 +53,21 @@ def connection_limit(most: int) -> int:
 # %% ../../nbs/serve/19_connections.ipynb #constants
 URL = 8192  # bytes
 PIPELINED = 8  # requests that a client may send before the first answer
-BAD = Refusal(400, "bad_request", "this is not HTTP/1.1", "GET /docs shows what is expected.")
+BAD = CelestialError("this is not HTTP/1.1", "GET /docs shows what is expected.", "bad_request")
 
 # %% ../../nbs/serve/19_connections.ipynb #measured
 class _Measured(HttpToolsProtocol):
     "Uvicorn's connection, with a parser that counts and stops above the limits."
 
     s: ServeSettings
-    problem: Refusal | None = None  # raised in a callback of the parser
+    problem: CelestialError | None = None  # raised in a callback of the parser
     in_head = True
     raw = size = lines = body_bytes = 0  # of the request that is being received
     active: RequestResponseCycle | None = None  # the request that is being answered
 
-    def stop(self, status: int, code: str, message: str, hint: str) -> NoReturn:
+    def stop(self, message: str, hint: str, code: str) -> NoReturn:
         "Abort the parser with an error."
-        self.problem = Refusal(status, code, message, hint)
+        self.problem = CelestialError(message, hint, code)
         raise self.problem
 
     def on_message_begin(self) -> None:
@@ -79,7 +80,7 @@ class _Measured(HttpToolsProtocol):
         super().on_url(url)
         self.size += len(url)
         if len(self.url) > URL:
-            self.stop(414, "url_too_long", f"the address has more than {URL} bytes", "Send what it holds as a body.")
+            self.stop(f"the address has more than {URL} bytes", "Send what it holds as a body.", "url_too_long")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         "A header, of the head or after the body."
@@ -93,7 +94,7 @@ class _Measured(HttpToolsProtocol):
     def large_head(self) -> NoReturn:
         "The head is too large."
         allowed = f"{self.s.head_bytes} bytes or {self.s.head_lines} headers"
-        self.stop(431, "head_too_large", f"the request's head has more than {allowed}", "Send fewer, or shorter ones.")
+        self.stop(f"the request's head has more than {allowed}", "Send fewer, or shorter ones.", "head_too_large")
 
     def on_headers_complete(self) -> None:
         "The head is complete, and the app starts."
@@ -102,7 +103,7 @@ class _Measured(HttpToolsProtocol):
         if self.parser.should_upgrade():
             self.cycle.keep_alive = False
         if len(self.pipeline) > PIPELINED:
-            self.stop(400, "bad_request", "too many requests at once", "Wait for the answers.")
+            self.stop("too many requests at once", "Wait for the answers.", "bad_request")
 
 # %% ../../nbs/serve/19_connections.ipynb #measured-x
 class _Counted(_Measured):
@@ -119,7 +120,7 @@ class _Counted(_Measured):
         self.body_bytes += len(body)
         super().on_body(body)
         if self.cycle is not self.active and len(self.cycle.body) > HIGH_WATER_LIMIT:
-            self.stop(400, "bad_request", "a large request before the answer to the last one", "Wait for the answer.")
+            self.stop("a large request before the answer to the last one", "Wait for the answer.", "bad_request")
 
     def on_message_complete(self) -> None:
         "Another head may follow."
@@ -127,7 +128,7 @@ class _Counted(_Measured):
         self.in_head, self.raw = True, 0
 
     def data_received(self, data: bytes) -> None:
-        "Count and parse; `Refusal` above a limit."
+        "Count and parse; `CelestialError` above a limit."
         self._unset_keepalive_if_required()
         self.raw += len(data)
         self.problem = None
@@ -140,7 +141,7 @@ class _Counted(_Measured):
         if self.in_head and self.raw > self.s.head_bytes:
             self.large_head()
         if not self.in_head and self.raw - self.body_bytes > 2 * self.s.head_bytes + self.body_bytes // 8:
-            self.stop(400, "bad_request", "the pieces of the body are too small", "Send larger ones.")
+            self.stop("the pieces of the body are too small", "Send larger ones.", "bad_request")
 
 # %% ../../nbs/serve/19_connections.ipynb #c-host
 Stage = dict[Any, float]  # connection → time at which it entered, the oldest first
@@ -168,11 +169,11 @@ def connection_to_close(others: "Iterable[Connection]", new: "Connection", stage
 access = logging.getLogger("celestial_ml.access")
 
 
-def as_bytes(problem: Refusal) -> bytes:
+def as_bytes(problem: CelestialError) -> bytes:
     "An error as bytes, for a connection without a request."
-    answer, extra = problem.response(), [(b"x-request-id", uuid.uuid4().hex.encode()), (b"connection", b"close")]
+    answer, extra = ErrorResponse(problem), [(b"x-request-id", uuid.uuid4().hex.encode()), (b"connection", b"close")]
     lines = [b"%b: %b\r\n" % header for header in (*answer.raw_headers, *extra, *FOR_PROGRAMS)]
-    return STATUS_LINE[problem.status_code] + b"".join(lines) + b"\r\n" + bytes(answer.body)
+    return STATUS_LINE[problem.status] + b"".join(lines) + b"\r\n" + bytes(answer.body)
 
 
 class _Refusals:
@@ -197,10 +198,10 @@ class _Refusals:
         self.unwritten.clear()
 
 
-CROWDED = Refusal(
-    503, "too_many_connections", "too many connections are open", "Try again in a second.", {"Retry-After": "1"}
+CROWDED = CelestialError(
+    "too many connections are open", "Try again in a second.", "too_many_connections", headers={"Retry-After": "1"}
 )
-SLOW = Refusal(408, "head_too_slow", "the request's head took too long to come in", "Send it at once.")
+SLOW = CelestialError("the request's head took too long to come in", "Send it at once.", "head_too_slow")
 
 # %% ../../nbs/serve/19_connections.ipynb #connections
 class Connections:
@@ -291,7 +292,7 @@ class _Ended(_Placed):
         super().on_response_complete()
         self.update_stage()
 
-    def refuse(self, problem: Refusal) -> None:
+    def refuse(self, problem: CelestialError) -> None:
         "Answer with an error and wait for the client to leave; where no answer is possible, close."
         self.all.refusals.add(problem.code, self.host)
         active, self.refused = self.active, True
@@ -357,7 +358,7 @@ class Connection(_Ended):
         try:
             super().data_received(data)
             self.update_stage()
-        except Refusal as e:
+        except CelestialError as e:
             self.refuse(e)
 
     def pause_writing(self) -> None:

@@ -26,7 +26,8 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .error_responses import Refusal, our_mistake
+from ..core.errors import CelestialError
+from .error_responses import ErrorResponse, our_mistake
 from .metrics import Metrics
 from .settings import ServeSettings, is_clean_path, key_owner, new_key
 
@@ -56,12 +57,12 @@ class Bodies:
         self.incoming: dict[BoundedBody, None] = {}  # the oldest first
 
     def take(self, body: "BoundedBody", count: int) -> None:
-        "Reserve more bytes, or raise `Refusal` with 503."
+        "Reserve more bytes, or raise `CelestialError` with 503."
         while self.used + count > self.most:
             oldest = next(iter(self.incoming), None)
             if oldest is None or oldest is body or time.monotonic() - oldest.began < GRACE:
                 message, hint = "the server has as many pictures in its memory as it can", "Try again in a second."
-                raise Refusal(503, "busy", message, hint, CLOSE | {"Retry-After": "1"})
+                raise CelestialError(message, hint, "busy", headers=CLOSE | {"Retry-After": "1"})
             self.leave(oldest)
             oldest.abandon()
         self.used += count
@@ -93,8 +94,8 @@ class _Body:
                 return await self.receive()
         except TimeoutError:
             message = f"the request took longer than {time.monotonic() - self.began:.0f} s to come in"
-            raise Refusal(
-                408, "too_slow", message, "Make the picture smaller, or use a faster connection.", CLOSE
+            raise CelestialError(
+                message, "Make the picture smaller, or use a faster connection.", "too_slow", headers=CLOSE
             ) from None
         finally:
             self.clock = None
@@ -111,11 +112,11 @@ class _Body:
             message = await self.in_time()
             self.count += len(message.get("body", b""))
 
-    def too_much(self) -> Refusal:
+    def too_much(self) -> CelestialError:
         "The error for a body that is too large."
         allowed = f"{self.limit / 1e6:g} MB" if self.limit >= 1e6 else f"{self.limit / 1e3:g} kB"
         message = f"the request has more than the {allowed} that are allowed"
-        return Refusal(413, "too_many_bytes", message, "Make the picture smaller, or save it as JPEG.", CLOSE)
+        return CelestialError(message, "Make the picture smaller, or save it as JPEG.", "too_many_bytes", headers=CLOSE)
 
 # %% ../../nbs/serve/06_guard.ipynb #boundedbody-keep
 class BoundedBody(_Body):
@@ -144,7 +145,7 @@ class BoundedBody(_Body):
         "Reserve memory for a part, or refuse it."
         try:
             bodies.take(self, len(message.get("body", b"")))
-        except Refusal:
+        except CelestialError:
             bodies.leave(self)
             await self.drain(message)
             raise
@@ -212,7 +213,7 @@ class Door:
         headers: Headers,
         address: str,  # of the client
     ) -> str:  # whom the request is counted for: the name of a key, else the address or its network
-        "`Refusal` with 401 without a key."
+        "`CelestialError` with 401 without a key."
         if not (self.keys and needs_key(path)):
             return rate_address(address)
         owner = key_owner(presented_key(path, headers), self.keys)
@@ -220,15 +221,15 @@ class Door:
             message, hint = "this needs an API key", "Send one: Authorization: Bearer KEY, or X-API-Key: KEY."
             basic = 'Basic realm="the documentation: any name, and an API key as the password"'
             way = basic if path.startswith(DOCS) else "Bearer"
-            raise Refusal(401, "no_key", message, hint, {"WWW-Authenticate": way})
+            raise CelestialError(message, hint, "no_key", headers={"WWW-Authenticate": way})
         return owner
 
     def count(self, path: str, who: str) -> None:
-        "`Refusal` with 429 above the rate."
+        "`CelestialError` with 429 above the rate."
         if self.rate and path.startswith(RATED) and not self.limiter.hit(self.rate, who):
             wait = max(1, round(self.limiter.get_window_stats(self.rate, who).reset_time - time.time()))
             message = f"more than {self.rate.amount} requests a {self.rate.GRANULARITY.name}"
-            raise Refusal(429, "too_many_requests", message, f"Wait {wait} s.", {"Retry-After": str(wait)})
+            raise CelestialError(message, f"Wait {wait} s.", "too_many_requests", headers={"Retry-After": str(wait)})
 
 # %% ../../nbs/serve/06_guard.ipynb #claims
 CLAIMS = {b"x-forwarded-for": "for", b"x-forwarded-proto": "proto", b"x-forwarded-host": "host"}
@@ -346,9 +347,9 @@ CLIENT_CLOSED = 499  # nginx' status for a client that disconnected before the a
 
 
 def refuse_control(path: str) -> None:
-    "`Refusal` with 400 for a path with a control character: no route has one, and some functions fail at it."
+    "`CelestialError` with 400 for a path with a control character: no route has one, and some functions fail at it."
     if re.search(r"[\x00-\x1f\x7f]", path):
-        raise Refusal(400, "bad_request", "the path has a control character", "Leave it out.")
+        raise CelestialError("the path has a control character", "Leave it out.", "bad_request")
 
 # %% ../../nbs/serve/06_guard.ipynb #guard-x
 class Guard:
@@ -378,11 +379,11 @@ class Guard:
             who = exchange.state["who"] = self.door.identify(path, headers, exchange.address)
             self.door.count(path, who)
             await self.app(scope, body, exchange.send)
-        except Refusal as e:
-            await e.response()(scope, receive, exchange.send)
         except ClientDisconnect:
             exchange.status = CLIENT_CLOSED  # for the metrics and the log
-        except Exception:
+        except Exception as e:
+            if isinstance(e, CelestialError) and e.status != 500:
+                return await ErrorResponse(e)(scope, receive, exchange.send)
             if exchange.complete:
                 return  # the answer is out, and the error is in the log
             log.exception("%s %s failed, request %s", scope["method"], scope["path"], exchange.id)
@@ -399,7 +400,7 @@ class Guard:
         self.metrics.seconds.labels(exchange.route).observe(took)
         if code := exchange.state.get("say", {}).get("error"):
             self.metrics.refusals.labels(code).inc()
-        if access.isEnabledFor(logging.INFO):
+        if access.isEnabledFor(logging.INFO) and not exchange.is_page_file():
             access.info("request", extra=exchange.line(took))
 
 # %% ../../nbs/serve/06_guard.ipynb #exchange
@@ -423,6 +424,11 @@ class _Exchange:
             message["headers"] = [*message["headers"], (b"x-request-id", self.id.encode()), *own]
         self.complete = message["type"] == "http.response.body" and not message.get("more_body", False)
         await self.forward(message)
+
+    def is_page_file(self) -> bool:
+        "Whether it was a style sheet, script or font of the demo, of which a page needs dozens."
+        name = self.path.rpartition("/")[2]
+        return self.route == "demo" and self.status < 400 and "." in name and "/gradio_api/" not in self.path
 
     def line(self, took: float) -> dict[str, Any]:
         "The line of the access log."

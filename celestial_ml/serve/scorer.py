@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..core.errors import CelestialError
 from ..data.features import image_statistics
 from celestial_ml.data.images import (
     CHEAP,
     LIMITS,
     Head,
-    ImageError,
     Limits,
     Picture,
     check_polyglot,
@@ -27,8 +27,7 @@ from celestial_ml.data.images import (
     open_image,
     read_costly,
 )
-from .error_responses import Refusal
-from .explanation import shrink
+from ..data.thumbnails import shrink
 from .metrics import Metrics
 from .predictor import OVERLAY, Prediction, Predictor, as_prediction
 
@@ -74,10 +73,10 @@ class _Job:
         return self.future.done() or time.monotonic() > self.until
 
 # %% ../../nbs/serve/08_scorer.ipynb #busy
-def busy(seconds: int = 1) -> Refusal:
+def busy(seconds: int = 1) -> CelestialError:
     "The error for one picture too many."
     message, hint = "the server has as much to do as it can", f"Try again in {seconds} s."
-    return Refusal(503, "busy", message, hint, {"Retry-After": str(seconds)})
+    return CelestialError(message, hint, "busy", headers={"Retry-After": str(seconds)})
 
 # %% ../../nbs/serve/08_scorer.ipynb #lane
 class Lane:
@@ -148,7 +147,7 @@ class Scorer:
         )
 
     async def score(self, content: bytes, model: Predictor, picture: bool = False) -> Scored:
-        "Score an image file; `ImageError` for a bad one, `Refusal` with 503 where too many wait or it took too long."
+        "Score an image file; `CelestialError` for a bad one, and with 503 where too many wait or it took too long."
         if self.under_way >= self.waiting:
             raise busy()
         loop = asyncio.get_running_loop()
@@ -225,7 +224,7 @@ def _attempt(
             if not job.is_over:
                 step(job)
                 good.append(job)
-        except (ImageError, Refusal) as e:
+        except CelestialError as e:
             errors[job] = e.with_traceback(None)  # a traceback would keep the pictures of these jobs alive
         except BaseException as e:
             errors[job] = e
@@ -250,7 +249,7 @@ def _read(job: _Job, limits: Limits) -> None:
     seconds = min(limits.seconds, job.until - time.monotonic() + 0.5)
     try:
         job.decoded = read_costly(job.content, limits=replace(limits, seconds=seconds), alone=True)
-    except ImageError as e:
+    except CelestialError as e:
         raise busy() if e.code == "busy" else e from None
 
 # %% ../../nbs/serve/08_scorer.ipynb #alike

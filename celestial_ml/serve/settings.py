@@ -118,12 +118,11 @@ class ServeSettings(_DemoSettings):
     cors_origins: Several = Field((), description="origins of other sites that may call the API: https://…")
     trusted_proxies: Networks = Field((), description="addresses or networks whose X-Forwarded-* headers are trusted")
     root_path: RootPath = Field("", description="path that the service has behind a proxy: /planets")
-    log_url: str | None = Field(None, description="the prediction log, an SQLAlchemy URL; off: none is kept")
     log_images: Literal["none", "sample", "uncertain", "all"] = Field("none", description="which pictures to store")
     log_sample: float = Field(0.01, ge=0, le=1, description="share of the pictures that `sample` stores")
     log_uncertain: float = Field(0.8, ge=0, le=1, description="`uncertain` stores the pictures below this confidence")
     log_days: int = Field(30, ge=1, description="days until a stored picture is deleted")
-    access_log: bool = Field(True, description="a line of JSON for every request, where the log isn't a terminal")
+    access_log: bool = Field(True, description="a line of JSON a request, but for the demo's files; none on a terminal")
 
     @property
     def challenged(self) -> tuple[str, float]:  # off, shadow or canary, and the share of the traffic
@@ -138,6 +137,7 @@ def serve_settings(**overrides: Any) -> ServeSettings:  # by name; they win over
     for name in os.environ:
         if name.startswith(PREFIX) and name not in allowed:
             near = difflib.get_close_matches(name, allowed, 1, 0)
+            near = ["CELESTIAL_LOG_URL"] if name == f"{PREFIX}LOG_URL" else near
             raise CelestialError(f"there is no setting {name}", f"Did you mean {near[0]}?")
     try:
         return ServeSettings(**{name: value for name, value in overrides.items() if value is not None})
