@@ -128,7 +128,7 @@ def dask_cluster(
         except TimeoutError:
             hint = "Start some: dask worker ADDRESS, with celestial-ml installed."
             raise CelestialError(f"the scheduler {scheduler} has no worker", hint) from None
-        yield Dask(client, ModelOnWorker(model.folder, model.about["sha256"]), model)
+        yield Dask(client, ModelOnWorker(model.folder, model.manifest.sha256), model)
 
 # %% ../../nbs/batch/04_dask_cluster.ipynb #client
 CONNECT_SECONDS = 10.0  # until a scheduler answers
