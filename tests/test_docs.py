@@ -216,7 +216,7 @@ def test_a_notebook_is_shown_as_its_run_has_left_it(tmp_path: Path) -> None:
     assert hook._executed(tmp_path, Path("steps/04_train.ipynb")) is None
 
 
-def test_links_of_a_run_to_its_own_folder_are_words_on_the_site() -> None:
+def test_links_of_a_run_to_its_own_folder_are_plain_text_on_the_site() -> None:
     hook = the_hook()
     config = SimpleNamespace(docs_dir=str(NBS))
     page = SimpleNamespace(file=SimpleNamespace(src_uri="steps/08_register.ipynb"))
@@ -362,7 +362,7 @@ def served(site: Path):
 
 
 @pytest.mark.slow
-def test_linkchecker_is_content(served: str) -> None:
+def test_linkchecker_reports_nothing(served: str) -> None:
     command = [Path(sys.executable).parent / "linkchecker", "--no-status", "--no-warnings"]
     done = subprocess.run([*command, f"{served}index.html"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

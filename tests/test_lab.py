@@ -155,7 +155,7 @@ def test_git_merges_by_nbdev_and_compares_by_nbdime(lab: Lab, desk: Path) -> Non
     assert git(desk, "status", "--short") == "", "setting up changes no file of the project"
 
 
-def test_an_unpacked_archive_will_do(tmp_path: Path) -> None:
+def test_the_lab_starts_without_git(tmp_path: Path) -> None:
     copy_project(tmp_path / "project")
     env = environment(tmp_path / "project") | {"GIT_CEILING_DIRECTORIES": str(tmp_path)}
     said = command(sys.executable, "-m", "celestial_ml.workbench.lab", "--version", cwd=tmp_path / "project", **env)

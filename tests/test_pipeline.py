@@ -168,7 +168,7 @@ def test_images_are_fetched_when_the_plan_is_executed(
     assert make_plan(at_home, "smoke", ["data.source=elsewhere"], run="fetched", until="acquire").stale == {}
 
 
-def test_values_in_the_parameters_cell_are_no_change(unspoilt: Path) -> None:
+def test_values_in_the_parameters_cell_do_not_make_a_step_stale(unspoilt: Path) -> None:
     path = unspoilt / "nbs/steps/06_explain.ipynb"
     before = path.read_text()
     path.write_text(re.sub(r"stride = \d+", "stride = 5", before))
@@ -249,7 +249,7 @@ def test_a_typo_in_a_params_file_names_the_file(celestial, project: Path) -> Non
     (project / "params/typo.yaml").unlink()
 
 
-def test_a_class_with_one_image_is_a_no_with_the_notebook_to_look_at(celestial, project: Path, smoke: Plan) -> None:
+def test_a_class_with_one_image_fails_the_check_and_names_the_notebook(celestial, project: Path, smoke: Plan) -> None:
     few = project / "few"
     shutil.copytree("output/smoke/images", few, ignore=shutil.ignore_patterns("metadata.csv"))
     for path in sorted((few / "Moon").iterdir())[1:]:
@@ -262,7 +262,7 @@ def test_a_class_with_one_image_is_a_no_with_the_notebook_to_look_at(celestial, 
 
 
 @pytest.mark.parametrize("executor", ["inline", pytest.param("kernel", marks=pytest.mark.slow)])
-def test_a_broken_step_says_step_cell_message_and_notebook(celestial, unspoilt: Path, executor: str) -> None:
+def test_a_failed_step_names_step_cell_error_and_notebook(celestial, unspoilt: Path, executor: str) -> None:
     path = unspoilt / "nbs/steps/06_explain.ipynb"
     path.write_text(path.read_text().replace('\\"confidence\\", \\"path\\"]]', '\\"confidnce\\", \\"path\\"]]'))
     result = celestial("run", "smoke", "--executor", executor)
@@ -271,7 +271,7 @@ def test_a_broken_step_says_step_cell_message_and_notebook(celestial, unspoilt: 
     assert "output/smoke/explain.ipynb" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_step_whose_upstream_is_missing_says_so(at_home: Path) -> None:
+def test_a_step_without_its_upstream_is_an_error(at_home: Path) -> None:
     with pytest.raises(papermill.PapermillExecutionError, match="Run acquire first"):
         papermill.execute_notebook(
             "nbs/steps/02_check.ipynb", str(at_home / "x.ipynb"), {"run": "nothing-yet"}, progress_bar=False

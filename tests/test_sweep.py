@@ -71,7 +71,7 @@ def printed(path: Path) -> str:
         (["smoke", "--run", "../out"], "can't be the name of a run"),
     ],
 )
-def test_a_mistake_is_told_before_a_kernel_starts(at_home: Path, arguments: list[str], words: str) -> None:
+def test_a_mistake_is_reported_before_a_kernel_starts(at_home: Path, arguments: list[str], words: str) -> None:
     (at_home / "elsewhere.yaml").write_text("train: {epochs: ten}\n")
     write_notebook(at_home / "sum.ipynb", "a = 1")
     result = CliRunner().invoke(sweep_app, ["sweep", *arguments])
@@ -79,7 +79,7 @@ def test_a_mistake_is_told_before_a_kernel_starts(at_home: Path, arguments: list
     assert not (at_home / "output").exists()
 
 
-def test_a_network_that_is_not_there_is_told_beforehand(at_home: Path) -> None:
+def test_an_unknown_network_is_reported_before_a_kernel_starts(at_home: Path) -> None:
     with pytest.raises(CelestialError, match="compact"):
         plan_sweep(at_home, ["smoke"], ["model.network=compct,guide"])
 
@@ -190,7 +190,7 @@ def test_each_run_has_its_share_of_the_cores(swept: Sweep, at_home: Path) -> Non
     assert seen == f"{{'OMP_NUM_THREADS': '{share}', 'TF_NUM_INTRAOP_THREADS': '{share}'}} {share}"
 
 
-def test_what_fails_is_tried_again_and_keeps_nobody_from_going_on(swept: Sweep) -> None:
+def test_a_failed_run_is_retried_and_does_not_stop_the_others(swept: Sweep) -> None:
     assert (outcome(swept, "x-1").status, outcome(swept, "x-1").tries) == ("done", 2)
     assert (outcome(swept, "x-2").status, outcome(swept, "x-2").tries) == ("done", 1)
     failed = outcome(swept, "x-0")
@@ -426,7 +426,7 @@ def test_a_plot_is_shown_as_in_any_kernel(run_code: Callable[..., Path]) -> None
     [signal.SIGINT, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGKILL))],
     ids=["Ctrl-C", "SIGTERM", "kill -9"],
 )
-def test_stopped_it_leaves_no_process_and_goes_on_later(project: Path, at_home: Path, number: int) -> None:
+def test_a_stopped_sweep_leaves_no_process_and_resumes(project: Path, at_home: Path, number: int) -> None:
     name = f"stopped-{number}"
     code = "import os, time\nfrom pathlib import Path\ntry:\n    Path(f'{name}-{i}.pid').write_text(str(os.getpid()))\n"
     code += "    time.sleep(0 if Path('go-on').exists() else 120)\nfinally:\n    Path(f'{name}-{i}.tidy').touch()"

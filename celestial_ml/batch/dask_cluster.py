@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from distributed import Worker
 
 # %% auto #0
-__all__ = ['ModelOnWorker', 'Dask', 'dask_cluster']
+__all__ = ['CONNECT_SECONDS', 'ModelOnWorker', 'Dask', 'dask_cluster']
 
 # %% ../../nbs/batch/04_dask_cluster.ipynb #modelonworker
 class ModelOnWorker(WorkerPlugin):
@@ -128,9 +128,12 @@ def dask_cluster(
         except TimeoutError:
             hint = "Start some: dask worker ADDRESS, with celestial-ml installed."
             raise CelestialError(f"the scheduler {scheduler} has no worker", hint) from None
-        yield Dask(client, ModelOnWorker(model.folder, model.about["sha256"]), model)
+        yield Dask(client, ModelOnWorker(model.folder, model.manifest.sha256), model)
 
 # %% ../../nbs/batch/04_dask_cluster.ipynb #client
+CONNECT_SECONDS = 10.0  # until a scheduler answers
+
+
 @contextmanager
 def _client(scheduler: str | None, workers: int | None) -> Iterator[Client]:
     "A connection to a scheduler, or to one of our own."
@@ -140,7 +143,7 @@ def _client(scheduler: str | None, workers: int | None) -> Iterator[Client]:
             yield client
         return
     try:
-        client = Client(scheduler, timeout=10)
+        client = Client(scheduler, timeout=CONNECT_SECONDS)
     except (OSError, ValueError, TimeoutError) as e:
         hint = "Start one with `dask scheduler`, and check the address: tcp://HOST:8786"
         raise CelestialError(f"there is no Dask scheduler at {scheduler} ({type(e).__name__})", hint) from None

@@ -296,8 +296,8 @@ def batch(
             restart = True
     where, source = places(out), find_source(given, column)
     check_out(where)
-    about, passed = model.about, PassedOver()
-    asked = Job(given, column, model.version, about["sha256"], about["ood_threshold"], columns=COLUMNS)
+    manifest, passed = model.manifest, PassedOver()
+    asked = Job(given, column, model.version, manifest.sha256, manifest.ood_threshold, columns=COLUMNS)
     with locked(where):
         job = open_job(where, asked, restart)
         parts = known_parts(where)

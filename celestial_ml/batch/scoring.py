@@ -105,7 +105,7 @@ def score_unit(
     answers.bad.sort(key=lambda bad: bad.row)
     answers.probabilities = np.array([p for p, _ in numbers], np.float32).reshape(-1, len(model.classes))
     answers.ood_score = np.array([score for _, score in numbers], np.float32)
-    answers.known = answers.ood_score <= model.about["ood_threshold"]
+    answers.known = answers.ood_score <= model.ood_threshold
     return answers
 
 # %% ../../nbs/batch/01_scoring.ipynb #decode

@@ -51,7 +51,8 @@ def batch(
     os.environ["CELESTIAL_TERMINAL"] = "1"
     from celestial_ml.batch.job import batch as score
     from celestial_ml.batch.job import engine_named
-    from celestial_ml.serve.predictor import Predictor, find_model
+    from celestial_ml.package.published import find_model
+    from celestial_ml.serve.predictor import Predictor
 
     predictor = Predictor(find_model(model))
     result = score(images, out, predictor, engine_named(engine, predictor, scheduler, workers), column, restart)
@@ -66,7 +67,7 @@ def _summary(result: "Result", model: "Predictor", images: str, column: str | No
     from celestial_ml.batch.summary import summarise, write_page
     from celestial_ml.core.progress import as_time
 
-    summary = summarise(result.where, model.about["ood_threshold"])
+    summary = summarise(result.where, model.ood_threshold)
     if result.rate or not result.where.summary.is_file():
         pace = {"images a second": f"{result.rate:,.0f}", "took": as_time(result.seconds)} if result.rate else {}
         if left := sum(result.passed_over.values()):
