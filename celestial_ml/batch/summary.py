@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .inputs import Source, read_again, require_parquet
+from .inputs import Inputs, read_again, require_parquet
 from .parts import Places, answer_files
 from ..core.errors import CelestialError
 from ..core.files import atomic
@@ -182,7 +182,7 @@ def confidence_chart(
 
 # %% ../../nbs/batch/03_summary.ipynb #thumbnails
 def thumbnails(
-    source: Source,
+    source: Inputs,
     doubts: Sequence[Doubt],
     side: int = 128,  # pixels along the longer edge
 ) -> dict[int, np.ndarray]:  # row → uint8 (height, width, 3); none for what isn't there any more
@@ -286,7 +286,7 @@ def _sections(where: Places, summary: Summary, images: dict[int, np.ndarray], ba
 def write_page(
     where: Places,
     summary: Summary,
-    source: Source,
+    source: Inputs,
     model_version: str,
     bad: int,  # pictures that couldn't be read
     more: dict[str, str],  # further figures to show at the top, by name

@@ -51,11 +51,11 @@ def batch(
     os.environ["CELESTIAL_TERMINAL"] = "1"
     with words_for_mistakes():
         from celestial_ml.batch.job import batch as score
-        from celestial_ml.batch.job import engine_named
+        from celestial_ml.batch.job import choose_engine
         from celestial_ml.serve.predictor import Predictor, find_model
 
         predictor = Predictor(find_model(model))
-        where = engine_named(engine, predictor, scheduler, workers)
+        where = choose_engine(engine, predictor, scheduler, workers)
         result = score(given, out, predictor, where, column, restart)
         summary = _summary(result, predictor, given, column)
         _print_result(result, summary, json_)
@@ -65,7 +65,7 @@ def batch(
 # %% ../../nbs/cli/04_batch.ipynb #summary
 def _summary(result: "Result", model: "Predictor", given: str, column: str | None) -> "Summary":
     "Count the answers, and write the page."
-    from celestial_ml.batch.inputs import find_source
+    from celestial_ml.batch.inputs import find_inputs
     from celestial_ml.batch.summary import summarise, write_page
     from celestial_ml.core.progress import as_time
 
@@ -74,7 +74,7 @@ def _summary(result: "Result", model: "Predictor", given: str, column: str | Non
         pace = {"pictures a second": f"{result.rate:,.0f}", "took": as_time(result.seconds)} if result.rate else {}
         if left := sum(result.passed_over.values()):
             pace["passed over"] = f"{left:,}"
-        write_page(result.where, summary, find_source(given, column), model.version, result.bad, pace)
+        write_page(result.where, summary, find_inputs(given, column), model.version, result.bad, pace)
     return summary
 
 

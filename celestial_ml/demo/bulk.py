@@ -11,10 +11,10 @@ import base64
 import csv
 import io
 import time
-import zipfile
 from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
@@ -22,64 +22,41 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from ..core.errors import CelestialError
-from ..data.archives import Limits, is_zip, open_zip, read_member, zip_pictures
+from ..core.folders import PassedOver
+from ..data.archives import ArchiveLimits, Member, is_zip, zip_pictures
 from ..data.images import SUFFIXES
 from .elements import picture_uri, sky
 from .identify import QUIET, Host, asker, drop_area
-from .uploads import Upload, Uploads, forget_uploads, read_file
+from .uploads import Uploads, forget_uploads, read_file
 from .wording import SORRY, share_text, text
 from ..serve.predictor import Prediction
 
 # %% ../../nbs/demo/06_bulk.ipynb #found
 MOST = 500  # pictures at once; `celestial batch` takes any number
 
-
-@dataclass(frozen=True)
-class Found:
-    "A picture that is still in its file."
-
-    name: str
-    read: Any  # () → bytes; may raise `CelestialError`
-
-# %% ../../nbs/demo/06_bulk.ipynb #limits
-def limits(uploads: Uploads) -> Limits:
-    "What a ZIP may hold."
-    return Limits(files=2 * MOST, total_bytes=10 * uploads.max_bytes, file_bytes=uploads.max_bytes)
-
-# %% ../../nbs/demo/06_bulk.ipynb #open-upload
-def open_upload(upload: Upload, limits: Limits) -> zipfile.ZipFile:
-    "As `open_zip`, and an error calls it as the person does."
-    try:
-        return open_zip(upload.path, limits)
-    except CelestialError as e:
-        raise CelestialError(e.message.replace(upload.path.name, upload.name), e.hint) from None
-
 # %% ../../nbs/demo/06_bulk.ipynb #find-pictures
 def find_pictures(
     paths: Sequence[str],  # of uploaded files
     uploads: Uploads,
     stack: ExitStack,  # closes the ZIPs
-) -> tuple[list[Found], int]:  # pictures, and how many files were left out
-    "The pictures among the files and in the ZIPs; `CelestialError` for a ZIP that isn't opened, and for too many."
-    found: list[Found] = []
-    left_out = 0
+) -> tuple[list[Member], int]:  # pictures, and how many files were left out
+    "The pictures among the files and in the ZIPs; `CelestialError` for a ZIP that is refused, and for too many."
+    pictures: list[Member] = []
+    limits = ArchiveLimits(files=2 * MOST, total_bytes=10 * uploads.max_bytes, file_bytes=uploads.max_bytes)
+    passed = PassedOver()
     for path in paths:
         upload = uploads.check(path)
-        with upload.path.open("rb") as file:
-            packed = is_zip(file.read(4))
-        if packed:
-            archive = stack.enter_context(closing(open_upload(upload, limits(uploads))))
-            members = zip_pictures(archive)
-            found += [Found(info.filename, lambda a=archive, i=info: read_member(a, i)) for info in members]
-            left_out += sum(not info.is_dir() for info in archive.infolist()) - len(members)
+        file = stack.enter_context(upload.path.open("rb"))
+        if is_zip(file.read(4)):
+            pictures += zip_pictures(file, limits, upload.name, passed)
         elif PurePath(upload.name).suffix.lower() in SUFFIXES:
-            found.append(Found(upload.name, lambda p=path: read_file(uploads, p)))
+            pictures.append(Member(upload.name, partial(read_file, uploads, path)))
         else:
-            left_out += 1
-    if len(found) > MOST:
-        message = f"there are {len(found):,} pictures, of {MOST} that this page takes at once"
+            passed.add("other", upload.name)
+    if len(pictures) > MOST:
+        message = f"there are {len(pictures):,} pictures, of {MOST} that this page takes at once"
         raise CelestialError(message, "celestial batch takes any number.")
-    return found, left_out
+    return pictures, passed.counts.total()
 
 # %% ../../nbs/demo/06_bulk.ipynb #row
 @dataclass(frozen=True)
@@ -100,7 +77,7 @@ class Row:
         return 1 - self.said.confidence + (0 if self.said.known else 1)
 
 # %% ../../nbs/demo/06_bulk.ipynb #one-row
-async def one_row(host: Host, request: Request, request_id: str, found: Found) -> Row:
+async def one_row(host: Host, request: Request, request_id: str, found: Member) -> Row:
     "Answer one picture."
     try:
         content = await run_in_threadpool(found.read)
@@ -115,7 +92,7 @@ async def one_row(host: Host, request: Request, request_id: str, found: Found) -
 TOGETHER = 4  # pictures under way for one person
 
 # %% ../../nbs/demo/06_bulk.ipynb #answer-all
-async def answer_all(host: Host, request: Request, found: Sequence[Found]) -> AsyncIterator[list[Row]]:
+async def answer_all(host: Host, request: Request, found: Sequence[Member]) -> AsyncIterator[list[Row]]:
     "The rows, some at a time."
     for start in range(0, len(found), TOGETHER):
         some = enumerate(found[start : start + TOGETHER], start)
