@@ -114,7 +114,7 @@ def bad_files(folder: Path) -> dict[str, str]:
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
     frames[0].save(folder / "animated.webp", save_all=True, append_images=frames[1:])
     return {
-        "truncated.jpg": "is damaged", "zero.jpg": "is empty", "letter.jpg": "no JPEG, PNG or WebP",
+        "truncated.jpg": "is damaged", "zero.jpg": "is empty", "letter.jpg": "not a JPEG, PNG or WebP",
         "one.png": "1 × 1 pixels", "huge.png": "of 50 million allowed", "animated.webp": "is animated",
     }  # fmt: skip
 
@@ -153,7 +153,7 @@ def test_wrong_requests(celestial, model: Path, tmp_path: Path, pictures: Path) 
         (["serve"], "there is no model yet"),
         (["data", "get", "gide"], "can't be fetched"),
         (["data", "check", tmp_path / "empty"], "holds no class folder with images"),
-        (["data", "check", tmp_path / "nowhere"], "is no folder"),
+        (["data", "check", tmp_path / "nowhere"], "is not a folder"),
     ]:
         result = celestial(*arguments)
         assert result.returncode == 2 and words in result.stderr, (arguments, result.stderr)

@@ -219,12 +219,12 @@ def _in_folder(name: str, passed: PassedOver | None = None) -> Iterator[_Entry]:
             yield path, mark_of(path), None
         return
     fs, top = file_system(name)
-    for here, folders, inside in fs.walk(top, maxdepth=_DEPTH, detail=True):
-        if isinstance(folders, dict):  # fsspec walks in its order: here that of the names
+    for at, folders, inside in fs.walk(top, maxdepth=_DEPTH, detail=True):
+        if isinstance(folders, dict):  # fsspec walks in its order, which becomes that of the names
             for sub in sorted(folders):
                 folders[sub] = folders.pop(sub)
         for sub, info in sorted(inside.items()):
-            if is_picture(f"{here[len(top) :]}/{sub}", passed):
+            if is_picture(f"{at[len(top) :]}/{sub}", passed):
                 yield fs.unstrip_protocol(info["name"]), _mark(info), None
 
 # %% ../../nbs/batch/00_inputs.ipynb #lines

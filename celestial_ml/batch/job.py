@@ -12,12 +12,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from .inputs import Item, count_items, find_inputs, items, require_parquet
 from celestial_ml.batch.parts import (
@@ -41,12 +43,11 @@ from .scoring import Answers, Engine, threads
 from ..core.errors import CelestialError
 from ..core.files import hold
 from ..core.folders import PassedOver
-from ..core.progress import as_time, say
 from ..data.images import SUFFIXES
 from ..serve.predictor import Predictor
 
 # %% auto #0
-__all__ = ['UNIT_BYTES', 'IN_PROGRESS', 'BAD', 'VALUES', 'units', 'scored', 'Writer', 'pass_over', 'Meter', 'tell', 'stoppable',
+__all__ = ['UNIT_BYTES', 'IN_PROGRESS', 'BAD', 'VALUES', 'units', 'scored', 'Writer', 'pass_over', 'picture_bar', 'stoppable',
            'Result', 'batch', 'choose_engine']
 
 # %% ../../nbs/batch/05_job.ipynb #units
@@ -151,49 +152,23 @@ def pass_over(
             raise changed
 
 # %% ../../nbs/batch/05_job.ipynb #meter
-class Meter:
-    "How many pictures are done, how fast, and how long the rest will take."
+def picture_bar(
+    done: int,  # pictures that were scored before
+    count: Callable[[], int | None],  # how many there are; called in a thread
+) -> tqdm[Any]:
+    "A bar of progress; `update` it with the pictures that are done, and `close` it."
+    is_terminal = sys.stderr.isatty()
+    seconds, end = (0.3, "") if is_terminal else (15, "\n")
+    words = "{n_fmt} of {total_fmt} pictures, {rate_noinv_fmt}, {remaining} left" + end
+    options = {"file": sys.stderr, "bar_format": words, "leave": False, "delay": seconds, "dynamic_ncols": is_terminal}
+    bar = tqdm(initial=done, mininterval=seconds, unit=" pictures", **options)
 
-    def __init__(
-        self,
-        done: int,  # pictures that were scored before
-        count: Callable[[], int | None],  # how many there are; called in a thread
-    ):
-        self.done = done
-        self.total: int | None = None
-        self.began = time.monotonic()
-        self.samples = deque([(self.began, done)], 50)
-        self.every = 0.3 if sys.stderr.isatty() else 15.0
-        threading.Thread(target=self._count, args=[count], daemon=True).start()
+    def set_total() -> None:
+        with suppress(Exception):  # the job itself raises it
+            bar.total = count()
 
-    def _count(self, count: Callable[[], int | None]) -> None:
-        try:
-            self.total = count()
-        except Exception:  # the job itself raises it
-            self.total = None
-
-    def add(self, pictures: int) -> None:
-        "So many more are done."
-        self.done += pictures
-        if time.monotonic() > self.samples[-1][0] + self.every:
-            self.samples.append((time.monotonic(), self.done))
-            tell(str(self))
-
-    def __str__(self) -> str:
-        (since, before), now = self.samples[0], time.monotonic()
-        rate = (self.done - before) / max(now - since, 1e-9)
-        if self.total is None or not rate:
-            return f"{self.done:,} pictures, {rate:,.0f} a second"
-        left = as_time(max(0, self.total - self.done) / rate)
-        return f"{self.done:,} of {self.total:,} pictures, {rate:,.0f} a second, {left} left"
-
-
-def tell(line: str) -> None:
-    "Print a line of progress."
-    if sys.stderr.isatty():
-        say(line)
-    else:
-        print(line, file=sys.stderr, flush=True)
+    threading.Thread(target=set_total, daemon=True).start()
+    return bar
 
 # %% ../../nbs/batch/05_job.ipynb #stoppable
 @contextmanager
@@ -268,32 +243,32 @@ def batch(
             hint = "Put it back as it was, name another OUT, or remove the old answers: --restart"
             changed = OtherJob(f"{name} changed since {where.out} was begun: files came, went or changed", hint)
             pass_over(stream, parts, changed)
-            meter = Meter(before, lambda: count_items(inputs))
+            began = time.monotonic()
             if not job.finished and not is_written:
-                _score(engine or threads(model), stream, Writer(where, parts, **writing), meter)
+                bar = picture_bar(before, lambda: count_items(inputs))
+                _score(engine or threads(model), stream, Writer(where, parts, **writing), bar)
             elif next(stream, None) is not None:
                 raise changed
         if not parts:
             left = f" Passed over: {passed}." if passed.counts else ""
             raise CelestialError(f"there is no picture in {name}", f"Pictures end in {', '.join(SUFFIXES)}.{left}")
-        seconds = time.monotonic() - meter.began
+        seconds = time.monotonic() - began
         count = (job if job.finished else finish(where, job, parts, passed)).finished or {}
         return Result(where, **count, before=before, seconds=seconds)
 
 
-def _score(engine: AbstractContextManager[Engine], stream: Iterator[Item], writer: Writer, meter: Meter) -> None:
+def _score(engine: AbstractContextManager[Engine], stream: Iterator[Item], writer: Writer, bar: tqdm[Any]) -> None:
     "Score the pictures; what was scored is written, however it ends."
     with stoppable() as check:
         try:
             with engine as ready:
                 for unit, answers in scored(ready, stream):
                     writer.add(unit, answers)
-                    meter.add(len(unit))
+                    bar.update(len(unit))
                     check()
         finally:
             writer.flush()
-            if sys.stderr.isatty():
-                tell("")
+            bar.close()
 
 # %% ../../nbs/batch/05_job.ipynb #engine-named
 def choose_engine(

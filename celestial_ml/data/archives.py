@@ -156,6 +156,7 @@ class _Tar:
 # %% ../../nbs/data/13_archives.ipynb #tar-records
 _LONG = 1 << 16  # bytes of a name or of the records before a member
 _RECORDS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
+_RECORD = re.compile(rb"(\d{1,6}) ([^=]+)=")
 _SIZES = ("size", "GNU.sparse.realsize", "GNU.sparse.size")
 
 
@@ -166,7 +167,7 @@ def _text(content: bytes) -> str:
 def _records(content: bytes) -> dict[str, str]:
     "PAX records, each as its length, a space, a key, an equals sign, a value and a line's end."
     records, at = {}, 0
-    while (match := re.compile(rb"(\d{1,6}) ([^=]+)=").match(content, at)) and int(match[1]):
+    while (match := _RECORD.match(content, at)) and int(match[1]):
         at += int(match[1])
         records[_text(match[2])] = _text(content[match.end() : at - 1])
     if content[at:].strip(b"\0"):
@@ -188,7 +189,7 @@ def tar_pictures(
         if not block.strip(b"\0"):
             zeros += 1
             if zeros > _ZEROS:
-                raise tarfile.ReadError("its end doesn't end")
+                raise tarfile.ReadError("zeros without end follow it")
             continue
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
