@@ -9,6 +9,7 @@ __all__ = ['neighbourhood', 'Door', 'Proxies', 'Guard']
 import asyncio
 import base64
 import binascii
+import functools
 import ipaddress
 import logging
 import re
@@ -178,6 +179,7 @@ def presented_key(path: str, headers: Headers) -> str:
     return headers.get("x-api-key", "") or token
 
 # %% ../../nbs/serve/06_guard.ipynb #neighbourhood
+@functools.lru_cache(4_096)
 def neighbourhood(
     address: str,  # of a client
 ) -> str:

@@ -129,6 +129,7 @@ class Scorer:
         self.small = Lane(lambda jobs: _answer(self, jobs), threads, batch)
         self.large = Lane(lambda jobs: _answer_costly(self, jobs), 1, 1)  # these hold up nobody but each other
         self.under_way = 0  # pictures that were taken and not answered yet; of the event loop alone
+        self.arrived: list[_Job] = []  # in this turn of the event loop
         metrics.ask(lambda: [("gauge", "celestial_waiting", "Pictures taken and not answered", {}, self.under_way)])
 
     async def score(self, content: bytes, model: Predictor, picture: bool = False) -> Scored:
@@ -138,16 +139,23 @@ class Scorer:
         loop = asyncio.get_running_loop()
         job = _Job(content, model, loop, loop.create_future(), time.monotonic() + self.patience, picture)
         self.under_way += 1
+        timer = loop.call_later(self.patience, _give_up, job.future)  # a third of the cost of `asyncio.timeout`
         try:
-            async with asyncio.timeout(self.patience):
-                self.small.queue.put(job)
-                return await job.future
-        except TimeoutError:
-            raise busy() from None
+            if not self.arrived:  # those that arrive in the same turn of the loop are scored together
+                loop.call_soon(self._hand_over)
+            self.arrived.append(job)
+            return await job.future
         finally:
+            timer.cancel()
             self.under_way -= 1
             job.content = b""  # it may stand in a queue for a while yet
             del job, content  # or an error would keep itself and the picture alive, by way of the job's future
+
+    def _hand_over(self) -> None:
+        "Give the threads what arrived."
+        for job in self.arrived:
+            self.small.queue.put(job)
+        self.arrived.clear()
 
     def close(self) -> None:
         "Finish what was taken, then stop."
@@ -291,3 +299,9 @@ def _deliver(results: list[tuple[_Job, Scored | BaseException]]) -> None:
             job.future.set_exception(result)
         else:
             job.future.set_result(result)
+
+
+def _give_up(future: asyncio.Future[Scored]) -> None:
+    "In the event loop: its time is over."
+    if not future.done():
+        future.set_exception(busy())
