@@ -464,7 +464,7 @@ def _find(name: str) -> tuple[str, list[str]]:
         raise CelestialError(f"nothing matches {name}", "Check the pattern; quote it, or the shell reads it.")
     first, kind, status = files[0], _kind(files[0]), _status(files[0])
     if not status:
-        raise CelestialError(f"there is no {first}", _HINT)
+        raise CelestialError(f"there is no {first[:200]}", _HINT)
     if status == "folder" and kind == "parquet":
         parts = _matching(f"{glob.escape(first.rstrip('/'))}/*.parquet")
         files = [part for part in parts if not part.rpartition("/")[2].startswith((".", "_"))]
