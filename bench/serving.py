@@ -121,7 +121,9 @@ def serving(command: list[str], ready: str, **env: str) -> Iterator[Serving]:
 
 def ours(model: Path | None, home: Path, *options: str, **settings: str) -> object:
     "`celestial serve`, with its prediction log and its access log, as anybody starts it."
-    env = {"CELESTIAL_HOME": str(home)} | {f"CELESTIAL_SERVE_{name.upper()}": value for name, value in settings.items()}
+    env = {"CELESTIAL_HOME": str(home)} | {
+        f"CELESTIAL_{'' if name == 'log_url' else 'SERVE_'}{name.upper()}": value for name, value in settings.items()
+    }
     command = [CELESTIAL, "serve", *(["--model", str(model)] if model else []), *(options or ["--no-demo"])]
     return serving(command, "/ready", **env)
 
@@ -288,7 +290,7 @@ def in_turns(services: list[Serving], requests: list[bytes], clients: int, secon
     return tallies
 
 
-TURNS = 10
+TURNS = 6
 ALLOWED = 0.05  # that it may be worse than another checkout
 
 

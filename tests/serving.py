@@ -106,7 +106,10 @@ def running(
             f"uvicorn.Server(uvicorn.Config(build_app(None, add_demo if {demo} else None), log_level='warning')).run(sockets=[s])"
         )
     env = os.environ | {"CELESTIAL_HOME": str(log.parent / "home")}
-    env |= {f"CELESTIAL_SERVE_{name.upper()}": str(value) for name, value in settings.items()}
+    env |= {
+        f"CELESTIAL_{'' if name == 'log_url' else 'SERVE_'}{name.upper()}": str(value)
+        for name, value in settings.items()
+    }
     with log.open("w") as out:
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=out, text=True, env=env)
         try:

@@ -238,7 +238,7 @@ def test_two_at_once_are_one_too_many(model: Path, tmp_path: Path) -> None:
     first.send_signal(signal.SIGSTOP)
     second = command(folder, out, "--model", model)
     first.send_signal(signal.SIGCONT)
-    assert second.returncode == 2 and "another process" in second.stderr
+    assert second.returncode == 2 and "is being written, by process" in second.stderr
     assert first.wait(120) == 0
     assert_complete(folder, out)
 

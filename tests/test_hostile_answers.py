@@ -143,7 +143,7 @@ def test_a_pointer_to_no_name_is_refused_and_the_next_one_taken(champion: tuple[
     assert (models.champion.reason or "").encode()  # it can be sent
     write_json(pointer, {"model": "tiny/7"})
     until(lambda: models.champion.reason is None, 10)
-    assert models.watching and models.watching.is_alive()
+    assert models.watcher and models.watcher.is_alive()
 
 
 @pytest.mark.parametrize(

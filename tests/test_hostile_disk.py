@@ -383,12 +383,12 @@ def test_a_model_is_taken_up_once_a_fault_has_passed(tmp_path: Path, monkeypatch
     pointer = (tmp_path / "models/champion.json").read_bytes()
     (tmp_path / "models/champion.json").unlink()
     (tmp_path / "models/champion.json").mkdir()
-    models.look()
+    models.refresh()
     assert models.champion.refused and figure(models).endswith(" 1.0")
     assert str(tmp_path) not in str(models.champion.reason)
     (tmp_path / "models/champion.json").rmdir()
     (tmp_path / "models/champion.json").write_bytes(pointer)
-    models.look()
+    models.refresh()
     assert models.now() and models.champion.refused is None and figure(models).endswith(" 0.0")
 
     # The model is short for a moment, at the start: it is taken up once it is whole, though folder and name are the same.
@@ -397,18 +397,18 @@ def test_a_model_is_taken_up_once_a_fault_has_passed(tmp_path: Path, monkeypatch
     late = Models(Metrics())
     assert late.now() is None and late.champion.refused
     (folder / "model.onnx").write_bytes(whole)
-    late.look()
+    late.refresh()
     assert late.now() and late.champion.refused is None
 
     # A fault that changes no file is looked at again, later and later.
     now = [0.0]
-    late.champion.tries.clock = lambda: now[0]
+    late.champion.backoff.clock = lambda: now[0]
     loads = []
     monkeypatch.setattr(late.champion, "take", lambda folder: loads.append(now[0]) or 1 / 0)
     os.utime(folder / "model.json", ns=(1, 1))
     for second in range(300):
         now[0] = float(second)
-        late.look()
+        late.refresh()
     assert loads == [0, 1, 3, 7, 15, 31, 63, 123, 183, 243]
 
 

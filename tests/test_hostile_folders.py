@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from celestial_ml.cli.app import app
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.names import check_class, check_name, printable
-from celestial_ml.core.page_builder import Table, block_markdown
+from celestial_ml.core.page_builder import Page
 from celestial_ml.core.params import Check, Data
 from celestial_ml.data.catalog import image_files, make_catalog, split_folders, with_split
 from celestial_ml.data.checks import run_checks
@@ -358,7 +358,9 @@ def test_a_class_is_text_in_cards_and_in_the_gates_table() -> None:
     rule = Rule("worst class", "floor", 0.1, 0.7, False, "worst class (<b>, 'x') F1 is below")
     html = rules_table(Verdict("celestial/1", "refuse", False, (), (rule,), None, None)).to_html()
     assert "<b>" not in html and "&lt;b&gt;" in html
-    assert r"\<b>" in block_markdown(Table(("class",), [("<b>, 'x'",)]))
+    data = {"title": "a class", "note": "", "remarks": [], "rows": [("<b>, 'x'", 1.0)], "plots": {}, "pictures": []}
+    page = Page("example", data)
+    assert r"\<b>, 'x'" in page.markdown() and "<b>, " not in page.html() and "&lt;b&gt;, " in page.html()
 
 
 @pytest.mark.slow

@@ -401,7 +401,7 @@ def test_who_waits_is_answered_when_the_time_is_over(tmp_path: Path) -> None:
         return answers, took
 
     answers, took = asyncio.run(waiting())
-    assert [(one.status_code, one.headers["Retry-After"]) for one in answers] == [(503, "1")] * 5
+    assert [(one.status, one.headers["Retry-After"]) for one in answers] == [(503, "1")] * 5
     assert took < 2
 
 

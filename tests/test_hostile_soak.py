@@ -67,7 +67,7 @@ def test_the_page_has_no_setting_that_is_gone() -> None:
 
 
 LIMITS = {408, 413, 414, 429, 431, 503, 507}  # statuses that say: too much, too slow, too many
-NO_LIMITS = {"no_model", "no_log", "log_unavailable"}  # 503 for another reason
+NO_LIMITS = {"no_model", "no_log", "log_unavailable", "database_unavailable", "newer_schema"}  # 503 for another reason
 
 
 def refusals() -> set[tuple[int, str]]:
@@ -103,7 +103,7 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     log = service_log(serve_settings())
     app = build_app(tiny_model(tmp_path / "model"), log=log)
     Connections(app.state.service.settings, app.state.service.metrics)  # a server has them; they count themselves
-    app.state.service.metrics.ask(lambda: upload_figures(None))  # and the demo's
+    app.state.service.metrics.collect(lambda: upload_figures(None))  # and the demo's
     yield app
     app.state.service.close()
     log.close()

@@ -30,27 +30,20 @@ import numpy as np
 import pandas as pd
 import pytest
 from serving import neptune, running, tiny_model, until
-from sqlalchemy import create_engine, func, insert, select, text, update
+from sqlalchemy import Engine, create_engine, func, insert, select, text, update
 from sqlalchemy.exc import OperationalError
 from typer.testing import CliRunner
 
 from celestial_ml.cli.app import app
+from celestial_ml.core.database import Schema, make_engine, open_database, schema_tables, writing
 from celestial_ml.core.errors import CelestialError
-from celestial_ml.monitor import export, migrations, writer
-from celestial_ml.monitor.cost import measure_log
+from celestial_ml.monitor import export, writer
 from celestial_ml.monitor.counters import Counters, counters_folder, living, settle
-from celestial_ml.monitor.database import (
-    hide_password,
-    log_tables,
-    log_url,
-    make_engine,
-    open_database,
-    writing,
-)
 from celestial_ml.monitor.export import export_days
 from celestial_ml.monitor.log import PredictionLog, open_log
 from celestial_ml.monitor.records import forget, last_answers, log_status
 from celestial_ml.monitor.retention import ImagePolicy
+from celestial_ml.monitor.tables import LOG_SCHEMA, log_database, log_table
 from celestial_ml.monitor.time_range import embeddings, live_accuracy, read_answers
 
 SECRET = "s3cret/&"
@@ -89,7 +82,7 @@ class Server:
 
     def empty_database(self) -> str:
         "The URL of one without a table, and without anybody in it."
-        engine = create_engine(log_url(self.url("postgres")))
+        engine = create_engine(log_database(self.url("postgres")).url)
         with engine.begin() as connection:
             others = "FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
             connection.execute(text(f"SELECT pg_terminate_backend(pid) {others}"))
@@ -117,8 +110,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def at_home_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "A state folder for each test."
-    for name in ("CELESTIAL_LOG_URL", "CELESTIAL_SERVE_LOG_URL"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("CELESTIAL_LOG_URL", raising=False)
     monkeypatch.setenv("CELESTIAL_HOME", str(tmp_path / "home"))
 
 
@@ -145,11 +137,16 @@ def answer(i: int = 0, **told: object) -> dict:
     return row | told
 
 
+def open_log_database(url: str) -> Engine:
+    "The log's database."
+    return open_database(log_database(url), LOG_SCHEMA)
+
+
 def rows_of(url: str, table: str = "predictions") -> list[dict]:
     "What is in a table."
-    engine = make_engine(log_url(url))
+    engine = make_engine(log_database(url))
     with engine.connect() as connection:
-        found = [dict(row) for row in connection.execute(select(log_tables().tables[table])).mappings()]
+        found = [dict(row) for row in connection.execute(select(log_table(table))).mappings()]
     engine.dispose()
     return found
 
@@ -248,7 +245,7 @@ def test_after_close_nothing_raises(opened: Callable[..., PredictionLog], url: s
     assert status["state"] == "closed" and status["written"] == 1 and status["dropped"]["closing"] == 1
     with pytest.raises(CelestialError) as refused:
         log.feedback("r1", True)
-    assert refused.value.code == "log_unavailable"
+    assert refused.value.code == "database_unavailable"
 
 
 def test_import_is_light_and_an_open_log_needs_no_migrations(tmp_path: Path) -> None:
@@ -270,11 +267,6 @@ def test_a_process_that_just_ends_has_written_everything(url: str) -> None:
     run_child(url, "for i in range(500): log.record(answer(i))", wait=60.0).wait(90)
     assert len(rows_of(url)) == 500 and rows_of(url, "processes")[0]["lost"] == 0
     assert not list(counters_folder().iterdir())
-
-
-def test_measuring_measures() -> None:
-    figures = measure_log(rows=300)
-    assert figures["rows"] == 300 and all(value > 0 for value in figures.values())
 
 
 # Killed
@@ -413,13 +405,13 @@ def test_the_dead_are_settled_for_once_and_the_living_are_left_alone(
     assert first.status()["lost_before"] == 0 and len(living(counters_folder())) == 2
     kill(child)
     assert len(living(counters_folder())) == 1
-    database = hide_password(log_url(url))
+    database = log_database(url)
     with ThreadPoolExecutor(4) as pool:  # whoever comes first
-        engines = [open_database(url) for _ in range(4)]
+        engines = [open_log_database(url) for _ in range(4)]
         found = list(pool.map(lambda engine: settle(engine, database, counters_folder()), engines))
     for engine in engines:
         engine.dispose()
-    assert sum(found) == 5 and settle(open_database(url), database, counters_folder()) == 0
+    assert sum(found) == 5 and settle(open_log_database(url), database, counters_folder()) == 0
     assert opened(url).status()["lost_before"] == 5 and log_status(url)["lost"] == 5
     states = {row["pid"]: row["state"] for row in log_status(url)["processes"]}
     assert states[child.pid] == "ended" and states[os.getpid()] == "running"
@@ -441,17 +433,17 @@ def test_a_state_folder_that_cant_be_written_to_stops_nobody(
     log = opened(url)
     log.record(answer())
     assert log.flush(30) and not log.status()["counted"] and log.status()["written"] == 1
-    assert "exists" in str(log.counters.problem)
+    assert log.counters.problem
 
 
-def test_a_count_file_is_found_only_when_it_is_whole(tmp_path: Path) -> None:
-    counters = Counters(tmp_path, "here")
-    [path] = tmp_path.iterdir()
-    assert path == counters.path and path.stat().st_size == 4096 and path.stat().st_blocks * 512 >= 4096
-    (tmp_path / ".killed.part").write_bytes(b"")  # left by one that was killed while it made its own
-    engine = open_database(f"sqlite:///{tmp_path}/x.db")
-    assert settle(engine, "here", tmp_path) == 0
-    assert {p.name for p in tmp_path.glob("*") if "x.db" not in p.name} == {path.name}
+def test_a_count_file_that_isnt_whole_is_of_nobody(tmp_path: Path) -> None:
+    counters, database = Counters(tmp_path, "here"), log_database(f"sqlite:///{tmp_path}/x.db")
+    assert {path.suffix for path in tmp_path.iterdir()} == {".count", ".lock"}
+    assert counters.path.stat().st_size == 4096 and counters.path.stat().st_blocks * 512 >= 4096
+    (tmp_path / "killed.count").write_bytes(b"")  # its process was killed while it made it
+    (tmp_path / "earlier.lock").write_bytes(b"")  # or before
+    assert settle(open_database(database, LOG_SCHEMA), database, tmp_path) == 0
+    assert {p.stem for p in tmp_path.glob("*") if "x.db" not in p.name} == {counters.id}
 
 
 # Locked, full, gone
@@ -477,7 +469,7 @@ def test_a_locked_database_is_waited_for(
         assert status["buffered"] == 50 and status["behind"] > 0 and status["lost"] == 0
         with pytest.raises(CelestialError) as refused:
             log.feedback("r1", True)
-        assert refused.value.code == "log_unavailable"
+        assert refused.value.code == "database_unavailable"
         assert not log.flush(3), "it can't be written, through several attempts"
         assert len(lines(caplog)) == 1 and "50 answers wait" in lines(caplog)[0]
     assert log.flush(30)
@@ -607,7 +599,7 @@ def test_closing_while_it_is_down_is_bounded_and_counted(url: str) -> None:
             log.record(answer(i))
         log.close(0.5)
         assert log.status()["state"] == "closed" and log.status()["dropped"]["closing"] == 8
-    assert len(list(counters_folder().iterdir())) == 1
+    assert len(list(counters_folder().glob("*.count"))) == 1
     status = log_status(url)
     [process] = status["processes"]
     assert (status["lost"], status["dropped"], process["answered"], process["written"]) == (0, 8, 8, 0)
@@ -650,7 +642,7 @@ def test_postgresql_stops_and_starts_again(
         until(lambda: not log.status()["ok"])
         with pytest.raises(CelestialError) as refused:
             log.feedback("r1", True)
-        assert refused.value.code == "log_unavailable"
+        assert refused.value.code == "database_unavailable"
         assert not log.flush(2)
         late = opened(url, wait=20)  # a server that starts meanwhile runs without its log
         late.record(answer(1000))
@@ -673,7 +665,7 @@ def test_postgresql_cuts_the_connection(server: Server, opened: Callable[..., Pr
     for i in range(400):
         log.record(answer(i))
         if i % 100 == 50:
-            engine = create_engine(log_url(server.url("postgres")))
+            engine = create_engine(log_database(server.url("postgres")).url)
             with engine.connect() as connection:
                 cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
                 connection.execute(text(cut + " AND backend_type = 'client backend'"))
@@ -691,16 +683,16 @@ def test_the_revisions_lead_to_the_tables_that_the_code_has(url: str) -> None:
     from alembic.autogenerate import compare_metadata
     from alembic.runtime.migration import MigrationContext
 
-    options = {"version_table": migrations.VERSION_TABLE, "compare_type": True}
-    with open_database(url).connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection, opts=options), log_tables()) == []
+    options = {"version_table": LOG_SCHEMA.version_table, "compare_type": True}
+    with open_log_database(url).connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection, opts=options), schema_tables(LOG_SCHEMA)) == []
 
 
 @both
 def test_an_old_log_is_brought_up_to_date_and_keeps_its_rows(url: str, opened: Callable[..., PredictionLog]) -> None:
-    engine, rows = make_engine(log_url(url)), log_tables().tables["predictions"]
+    engine, rows = make_engine(log_database(url)), log_table("predictions")
     with writing(engine) as connection:
-        migrations.migrate(connection, to="1")
+        LOG_SCHEMA.migrate(connection, to=1)
         old = {"process": "old", "sequence": 1, "request_id": "before", "time": 1.0, "label": "Mars", "known": True}
         connection.execute(insert(rows).values(old))
     with engine.connect() as connection:
@@ -710,49 +702,47 @@ def test_an_old_log_is_brought_up_to_date_and_keeps_its_rows(url: str, opened: C
     log.record(answer(1, image=b"x"))
     assert log.flush(30) and {row["request_id"] for row in rows_of(url)} == {"before", "r1"}
     log.feedback("before", True)
-    assert len(rows_of(url, "images")) == 1 and version(url) == "3"
+    assert len(rows_of(url, "images")) == 1 and version(url) == 3
 
 
-def version(url: str) -> str:
-    engine = make_engine(log_url(url))
+def version(url: str) -> int:
+    engine = make_engine(log_database(url))
     with engine.connect() as connection:
-        found = migrations.schema_version(connection)
+        number = LOG_SCHEMA.version(connection)
     engine.dispose()
-    return str(found)
+    return number
 
 
 @both
 def test_a_newer_log_is_refused_and_not_touched(url: str) -> None:
-    engine = open_database(url)
+    engine = open_log_database(url)
     with writing(engine) as connection:
         connection.execute(text("UPDATE celestial_version SET version_num = '99'"))
     for use in (open_log, log_status, lambda u: forget(64 * "0", u), lambda u: export_days("nowhere", url=u)):
-        with pytest.raises(CelestialError, match=r"schema 99.*none after 3") as refused:
+        with pytest.raises(CelestialError, match=r"version 99.*none after 3") as refused:
             use(url)
         assert "update celestial-ml" in refused.value.hint and refused.value.exit_code == 2
     with engine.connect() as connection:
-        assert connection.execute(select(func.count()).select_from(log_tables().tables["processes"])).scalar() == 0
+        assert connection.execute(select(func.count()).select_from(log_table("processes"))).scalar() == 0
 
 
 @both
-def test_a_migration_that_fails_leaves_what_was_there(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    open_database(url).dispose()
+def test_a_migration_that_fails_leaves_what_was_there(url: str) -> None:
+    open_log_database(url).dispose()
 
     def upgrade(op: object) -> None:
         op.execute("CREATE TABLE half (id INTEGER)")
         op.execute("DROP TABLE feedback")
         raise RuntimeError("the power is gone")
 
-    fourth = type("Fourth", (), {"revision": "4", "down_revision": "3", "upgrade": staticmethod(upgrade)})
-    with monkeypatch.context() as patched:
-        patched.setattr(migrations, "REVISIONS", (*migrations.REVISIONS, fourth))
-        engine = make_engine(log_url(url))
-        with pytest.raises(RuntimeError), writing(engine) as connection:
-            migrations.migrate(connection)
-        with engine.connect() as connection:
-            assert not engine.dialect.has_table(connection, "half")
-        engine.dispose()
-    assert version(url) == "3" and rows_of(url, "feedback") == []
+    broken = Schema(LOG_SCHEMA.version_table, (*LOG_SCHEMA.revisions, upgrade))
+    with pytest.raises(RuntimeError):
+        open_database(log_database(url), broken)
+    engine = make_engine(log_database(url))
+    with engine.connect() as connection:
+        assert not engine.dialect.has_table(connection, "half")
+    engine.dispose()
+    assert version(url) == 3 and rows_of(url, "feedback") == []
 
 
 @both
@@ -761,7 +751,7 @@ def test_many_open_a_new_database_at_once(url: str) -> None:
     children = [run_child(url, code, wait=60.0) for _ in range(3)]
     said = [child.communicate(timeout=120)[0].strip() for child in children]
     assert said == ["True None"] * 3
-    assert len(rows_of(url)) == 3 and len(rows_of(url, "processes")) == 3 and version(url) == "3"
+    assert len(rows_of(url)) == 3 and len(rows_of(url, "processes")) == 3 and version(url) == 3
 
 
 # Feedback
@@ -833,9 +823,9 @@ def test_images_by_policy_and_until_their_time(url: str, opened: Callable[..., P
             log.record(row)  # the same picture again is kept once
         log.close()
         assert {bytes(row["content"]) for row in rows_of(url, "images")} == kept, policy
-        engine = open_database(url)
+        engine = open_log_database(url)
         with writing(engine) as connection:
-            connection.execute(update(log_tables().tables["images"]).values(kept_until=time.time() - 1))
+            connection.execute(update(log_table("images")).values(kept_until=time.time() - 1))
         engine.dispose()
     log = opened(url, images=ImagePolicy("all", days=3))
     assert rows_of(url, "images") == [], "what is over goes"
@@ -863,8 +853,8 @@ def test_forgetting_a_picture_under_way(url: str, opened: Callable[..., Predicti
     assert log.flush(30)
     for i in range(10):
         log.feedback(f"r{i}", False, "Neptune")
-    with writing(open_database(url)) as lock:  # what comes now waits in the server's memory
-        lock.execute(update(log_tables().tables["processes"]).values(host="locked"))
+    with writing(open_log_database(url)) as lock:  # what comes now waits in the server's memory
+        lock.execute(update(log_table("processes")).values(host="locked"))
         log.record(answer(99, sha256=gone, image=b"mine"))
     assert forget(gone.upper(), url) == {"images": 1, "predictions": 6, "feedback": 5} or log.flush(30)
     assert {row["sha256"] for row in rows_of(url)} == {kept} and len(rows_of(url)) == 5
@@ -874,7 +864,7 @@ def test_forgetting_a_picture_under_way(url: str, opened: Callable[..., Predicti
     assert forget(kept, url, answers=False) == {"images": 1, "predictions": 0, "feedback": 0}
     assert len(rows_of(url)) == 5
     for wrong in ("a", 64 * "x", "a' OR 1=1 --"):
-        with pytest.raises(CelestialError, match="is no SHA-256"):
+        with pytest.raises(CelestialError, match="is not a SHA-256"):
             forget(wrong, url)
     log.close()
     assert log_status(url)["lost"] == 0, "what is forgotten isn't lost"
@@ -913,7 +903,7 @@ def test_days_as_parquet(url: str, opened: Callable[..., PredictionLog], tmp_pat
     assert one["rows"] == 31 and [p.name for p in (tmp_path / "one").iterdir()] == ["day=2026-03-02"]
     assert export_days(tmp_path / "none", "2031-01-01", url=url) == [] and not (tmp_path / "none").exists()
     for wrong in (("2026-3-1", None), ("2026-03-02", "2026-03-01"), (None, "today")):
-        with pytest.raises(CelestialError, match=r"is no day|is after"):
+        with pytest.raises(CelestialError, match=r"is not a day|is after"):
             export_days(tmp_path / "out", *wrong, url)
 
 
@@ -946,11 +936,11 @@ def test_an_export_replaces_a_day_or_leaves_it(
 
 
 def test_an_export_needs_the_same_memory_for_any_day(url: str, tmp_path: Path) -> None:
-    engine, at = open_database(url), datetime(2026, 3, 2, tzinfo=UTC).timestamp()
+    engine, at = open_log_database(url), datetime(2026, 3, 2, tzinfo=UTC).timestamp()
     fixed = {"process": "p", "request_id": "r", "embedding": np.zeros(256, "<f2").tobytes()}
     rows = [fixed | {"sequence": i, "time": at + (i if i < 4000 else 86400 + i)} for i in range(30_000)]
     with writing(engine) as connection:
-        connection.execute(insert(log_tables().tables["predictions"]), rows)
+        connection.execute(insert(log_table("predictions")), rows)
     code = (
         "import sys, resource; from celestial_ml.monitor import export; url, out = sys.argv[1:]\n"
         "for day, rows in ('2026-03-02', 4000), ('2026-03-03', 26_000):\n"
@@ -1004,17 +994,14 @@ def test_a_url_of_another_kind_is_refused(url: str) -> None:
     for use in (open_log, log_status):
         with pytest.raises(CelestialError, match="prediction log") as refused:
             use(url)
-        assert "s3cret" not in str(refused.value) and refused.value.code != "log_unavailable"
+        assert "s3cret" not in str(refused.value) and refused.value.code != "database_unavailable"
 
 
 def test_where_the_log_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert log_url() == f"sqlite:///{tmp_path}/home/predictions.db"
-    monkeypatch.setenv("CELESTIAL_SERVE_LOG_URL", "off")
-    assert log_url() == f"sqlite:///{tmp_path}/home/predictions.db"
-    monkeypatch.setenv("CELESTIAL_SERVE_LOG_URL", f"sqlite:///{tmp_path}/served.db")
-    assert log_url() == f"sqlite:///{tmp_path}/served.db"
+    assert log_database().url == f"sqlite:///{tmp_path}/home/predictions.db"
     monkeypatch.setenv("CELESTIAL_LOG_URL", "postgresql://db/x")
-    assert log_url() == "postgresql+psycopg://db/x" and log_url("sqlite:////a/b.db") == "sqlite:////a/b.db"
+    assert log_database().url == "postgresql+psycopg://db/x"
+    assert log_database("sqlite:////a/b.db").url == "sqlite:////a/b.db"
 
 
 # Between two times
@@ -1271,7 +1258,7 @@ def test_the_command(celestial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "no answers of that time" in run("export", tmp_path / "out", "--day", "2020-01-01")
     assert "goes without" in run("export", tmp_path / "out", "--day", today, "--since", today, code=2)
     assert json.loads(run("forget", f"{3:064x}", "--json")) == {"images": 1, "predictions": 1, "feedback": 1}
-    assert "is no SHA-256" in run("forget", "r3", code=2)
+    assert "is not a SHA-256" in run("forget", "r3", code=2)
     assert "there is no prediction log" in run("status", "--url", f"sqlite:///{tmp_path}/no.db", code=2)
     assert not (tmp_path / "no.db").exists()
     real = celestial("log", "status", "--json", CELESTIAL_LOG_URL=url)

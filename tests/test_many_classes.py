@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from celestial_ml.core.many_classes import FEW, MANY, PAIRS
-from celestial_ml.core.page_builder import card_html, card_markdown
 from celestial_ml.data.sheet import contact_sheet, save_sheet, some_of_each
 from celestial_ml.demo.performance import confusion_table, pairs_table
 from celestial_ml.model.answer_examples import write_performance
@@ -160,9 +159,11 @@ def test_a_card_of_many_classes_is_readable(crowd: pd.DataFrame) -> None:
         "ood_threshold": 1.0, "temperature": 1.0, "metrics": metrics,
         "lineage": {"run": "a", "created": "now", "mlflow_run": "b", "code_revision": "c", "data_sha256": "d", "parameters": {}},
     }  # fmt: skip
-    counts = {name: {"train": 4, "val": 1, "test": 1} for name in classes}
-    card = make_card(about, {"decision": "refuse", "reasons": ["no"], "rules": []}, counts, [], [], {})
-    text, page = card_markdown(card), card_html(card)
+    catalog = pd.DataFrame(
+        {"label": sorted(classes * 6), "split": ["train", "train", "train", "train", "val", "test"] * 300}
+    )
+    card = make_card(about, {"decision": "refuse", "reasons": ["no"], "rules": []}, catalog, [], [], {})
+    text, page = card.markdown(), card.html()
     assert len(text) < 20_000 and len(page) < 60_000
     assert text.count("20 of 300 are shown") == 2 and "and 280 more" in text
     worst = min(metrics["per_class"], key=lambda name: metrics["per_class"][name]["f1"])

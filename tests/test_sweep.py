@@ -32,7 +32,7 @@ from celestial_ml.flow.sweep import (
     run_metrics,
     run_sweep,
 )
-from celestial_ml.reports.sweep_page import gallery_html, rows_of, write_gallery
+from celestial_ml.reports.sweep_page import rows_of, sweep_page, write_gallery
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 
@@ -264,7 +264,7 @@ def test_the_page_has_every_run_and_why_one_failed(swept: Sweep, at_home: Path) 
     text = write_gallery("odd", known_runs(swept)).read_text()
     assert text.count("<tr data-run") == 4 and "2 done, 2 failed" in text
     assert re.search(r"odd, cell \d+: ZeroDivisionError: division by zero", text)
-    assert "inverse_error ↓" in text and "The best is <b>x-2</b>" in text and text.count("<polyline") == 2
+    assert "inverse_error ↓" in text and "The best is <b>x-2</b>." in text and text.count("<polyline") == 2
     for link in re.findall(r'href="([^"#]+)"', text):
         assert (at_home / "output/odd" / link).is_file(), link
     assert not re.findall(r'(?:src|href)="(?:https?:)?//', text), "a page that needs no network"
@@ -272,8 +272,8 @@ def test_the_page_has_every_run_and_why_one_failed(swept: Sweep, at_home: Path) 
 
 def test_names_from_outside_are_no_html(at_home: Path) -> None:
     odd = Outcome("odd/a", {"x": "<script>alert(1)</script>"}, "failed", 1.0, 1, "<b>no</b>")
-    page = gallery_html("<i>", rows_of([odd]), Path("output/odd/index.html"))
-    assert "<script>alert" not in page and "<b>no</b>" not in page and "<h1>Sweep &lt;i&gt;</h1>" in page
+    page = sweep_page("<i>", rows_of([odd]), Path("output/odd/index.html")).html()
+    assert "<script>alert" not in page and "<b>no</b>" not in page and "<h1>&lt;i&gt;</h1>" in page
 
 
 @pytest.mark.browser

@@ -233,7 +233,7 @@ def batch(
     where, inputs = places(out), find_inputs(name, column)
     check_out(where)
     job = Job(name, column, model.version, model.about["sha256"], model.about["ood_threshold"], columns=COLUMNS)
-    with hold(where.notes / "lock", f"another process is writing {where.out}", "Wait for it, or stop it."):
+    with hold(where.notes / "lock", f"{where.out} is being written", "Wait for it, or stop it."):
         job, passed = open_job(where, job, restart), PassedOver()
         parts = read_parts(where)
         before, is_written = sum(part.items for part in parts), bool(where.file and where.file.is_file())

@@ -8,18 +8,14 @@ __all__ = ['report_app', 'report']
 # %% ../../nbs/cli/06_report.ipynb #10c0760c
 import json
 import os
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .console import words_for_mistakes
 from ..core.errors import CelestialError
 from ..core.files import atomic, project_root
-
-if TYPE_CHECKING:
-    from celestial_ml.reports.comparison import Report
 
 # %% ../../nbs/cli/06_report.ipynb #report
 report_app = typer.Typer(rich_markup_mode=None)
@@ -38,10 +34,10 @@ def report(
     ] = 0.05,
     json_: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
-    "Hold a run beside another revision's, or the champion: Markdown for a pull request."
+    "Compare a run with another revision's, or with the champion: Markdown for a pull request."
     files, here = [path.resolve() for path in output or []], Path.cwd()
     with words_for_mistakes():
-        from celestial_ml.reports.comparison import compare_run, report_json, report_markdown
+        from celestial_ml.reports.comparison import compare_run, report_page
 
         for path in files:
             if path.suffix not in (".md", ".html"):
@@ -50,26 +46,16 @@ def report(
             raise CelestialError(f"--images can't be {images!r}", "Write {rev} where the commit goes.")
         root = project_root()
         os.chdir(root)
-        found = [compare_run(root, run, base, alpha) for run in runs or ["default"]]
-        text = "\n".join(report_markdown(root, one, images) for one in found)
+        reports = [compare_run(root, run, base, alpha) for run in runs or ["default"]]
+        page = report_page(root, reports, images)
         for path in files:
-            _write(path, found, text)
+            with atomic(path) as f:
+                f.write_text(page.html() if path.suffix == ".html" else page.markdown(), encoding="utf-8")
         if json_:
-            print(json.dumps([report_json(one) for one in found]))
+            print(json.dumps([report.to_dict() for report in reports]))
         elif not files:
-            print(text, end="")
+            print(page.markdown(), end="")
         else:
             shown = (path.relative_to(here) if path.is_relative_to(here) else path for path in files)
             print(f"look:  {', '.join(map(str, shown))}")
             print("next:  celestial models list" if base is None else "next:  paste it into the pull request")
-
-# %% ../../nbs/cli/06_report.ipynb #write
-def _write(path: Path, found: "list[Report]", text: str) -> None:
-    "Write a report in the form that its name asks for."
-    from celestial_ml.core.page_builder import card_html
-    from celestial_ml.reports.comparison import report_page
-
-    with tempfile.TemporaryDirectory() as folder:
-        content = card_html(report_page(found, Path(folder))) if path.suffix == ".html" else text
-    with atomic(path) as f:
-        f.write_text(content, encoding="utf-8")

@@ -45,14 +45,14 @@ def receive(
 
 # %% ../../nbs/core/09_isolated.ipynb #return-large-blocks
 def return_large_blocks() -> None:
-    "Give the pixels of large pictures back to the system as soon as they are done with; glibc alone has to be told."
+    "Give the pixels of large pictures back to the system as soon as they are done with; glibc alone needs this."
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     trim_threshold, mmap_threshold, arenas = -1, -3, -8  # of malloc.h
     if mallopt is not None:
         mallopt(mmap_threshold, 1_000_000)
         mallopt(
-            trim_threshold, 64_000_000
-        )  # `return_freed` trims; doing so after each small picture costs a tenth of the time
+            trim_threshold, 4_000_000
+        )  # less than that is for `return_freed`: it would cost each small picture time
         mallopt(arenas, 2)  # or each of many threads keeps some of its own
 
 
@@ -83,7 +83,7 @@ def work(
         del answer
         gc.collect()  # an error holds on to the frames that it came through, and they to a picture
 
-# %% ../../nbs/core/09_isolated.ipynb #iso-limits
+
 def limit_memory(megabytes: int) -> None:
     "No more than this beyond what there is."
     if sys.platform == "linux":
@@ -151,9 +151,9 @@ class Isolated:
     def _take(self) -> tuple[subprocess.Popen[bytes], int]:
         "A process that waits, or a new one."
         with suppress(IndexError):
-            while (kept := self.idle.pop())[0].poll() is not None:  # somebody ended it
-                _end(kept[0])
-            return kept
+            while (idle := self.idle.pop())[0].poll() is not None:  # it was ended from outside
+                _end(idle[0])
+            return idle
         return _start(self.function, self.megabytes), 0
 
 # %% ../../nbs/core/09_isolated.ipynb #iso-start

@@ -48,7 +48,7 @@ def say(
 def as_time(
     seconds: float,
 ) -> str:
-    "A while, in words."
+    "A duration for people."
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

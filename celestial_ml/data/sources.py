@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..core.errors import CelestialError, unknown
 from ..core.names import check_path
 from ..core.params import Data
-from ..core.plugins import find_own
+from ..core.plugins import find_plugin
 from .guide import get_guide
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def get_source(
     name: str,  # as in the parameter data.source
 ) -> Source:
     "The project's own or the registered source of that name; `CelestialError` where there is none."
-    if own := find_own("source (data.source)", name):
+    if own := find_plugin("source (data.source)", name):
         return own
     if name not in SOURCES:
         raise unknown("source (data.source)", name, SOURCES)

@@ -18,7 +18,7 @@ from limits.strategies import MovingWindowRateLimiter
 from starlette.concurrency import run_in_threadpool
 
 from ..core.errors import CelestialError
-from ..serve.guard import neighbourhood
+from ..serve.guard import rate_address
 from ..serve.scorer import busy
 from ..serve.settings import ServeSettings, is_password, password_hash
 
@@ -71,7 +71,7 @@ class Logins:
 
     async def enter(self, name: str, password: str, address: str) -> str:  # a token
         "Let somebody in; `CelestialError` with 400 for a wrong name or password, 429 for too many, 503 where too many wait."
-        name, address = name.strip()[:64], neighbourhood(address)
+        name, address = name.strip()[:64], rate_address(address)
         try:
             await try_password(self, name, password[:LONGEST], address)
         except CelestialError as e:

@@ -34,9 +34,9 @@ from .identify import Host
 from .login import Logins
 from .page import build_demo
 from .uploads import Uploads, expire_uploads, receive_uploads, upload_figures
-from ..serve.api import Feedback, Service, keep_judgement, score_picture
+from ..serve.api import Feedback, Service, score_picture, store_judgement
 from ..serve.error_responses import HANDLERS, ErrorResponse, refuse, refuse_demo
-from ..serve.guard import neighbourhood
+from ..serve.guard import rate_address
 from ..serve.scorer import busy
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class Places:
     @contextmanager
     def one(self, address: str) -> Iterator[None]:
         "A place while the block runs; `CelestialError` with 503 where there is none."
-        address = neighbourhood(address)
+        address = rate_address(address)
         if self.taken.total() >= self.most or self.taken[address] >= self.each:
             raise busy()
         self.taken[address] += 1
@@ -339,7 +339,7 @@ async def upload(gate: Gate, request: Request, person: str, send: Send) -> None:
     token = "" if gate.logins or request.cookies.get(gate.cookie) else secrets.token_urlsafe(32)
     owner = f"session {fingerprint(token)}" if token else person
     with gate.sending.one(address_of(request)):
-        names = await receive_uploads(gate.uploads, request, owner, neighbourhood(address_of(request)))
+        names = await receive_uploads(gate.uploads, request, owner, rate_address(address_of(request)))
     response = JSONResponse(names)
     if token:
         set_cookie(gate, request, response, token)
@@ -479,10 +479,10 @@ def mount_demo(
 def add_demo(app: FastAPI, service: Service) -> None:
     "The demo at / of a service, with its uploads and logins."
     settings, uploads = service.settings, Uploads(service.settings)
-    service.metrics.ask(lambda: upload_figures(uploads))
+    service.metrics.collect(lambda: upload_figures(uploads))
 
     async def take_feedback(who: str, **said: Any) -> None:
-        await keep_judgement(service, Feedback(**said), who)
+        await store_judgement(service, Feedback(**said), who)
 
     answered, alone = partial(score_picture, service, picture=True), partial(service.scorer.score, picture=True)
     host = Host(service.models.now, answered, take_feedback, alone, uploads)

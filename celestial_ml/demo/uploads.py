@@ -6,7 +6,6 @@
 __all__ = ['Upload', 'Uploads', 'read_file', 'forget_uploads', 'expire_uploads', 'upload_figures', 'receive_uploads']
 
 # %% ../../nbs/demo/09_uploads.ipynb #up-imp
-import fcntl
 import os
 import secrets
 import shutil
@@ -26,6 +25,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from ..core.errors import CelestialError
+from ..core.files import take_lock
 from ..data.archives import is_zip
 from ..serve.settings import ServeSettings
 
@@ -34,28 +34,16 @@ PREFIX = "celestial-demo-"
 NEWBORN = 60  # seconds that a folder may be without a lock
 
 
-def lock_folder(folder: Path) -> BinaryIO:  # open, and locked until it's closed
-    "Say that a folder is in use; `OSError` where somebody else says so, or where there is no lock to take."
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-    file = os.fdopen(os.open(folder / "lock", flags), "rb+", buffering=0)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise
-    return file
-
-
 def sweep_folders(parent: Path) -> None:
     "Delete what killed servers of this user left."
     for folder in parent.glob(f"{PREFIX}*"):
         try:
             is_ours = stat.S_ISDIR((mode := folder.lstat()).st_mode) and mode.st_uid == os.getuid()
             if is_ours and time.time() - mode.st_mtime > (0 if (folder / "lock").exists() else NEWBORN):
-                if (folder / "lock").exists():
-                    lock_folder(folder).close()
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError:  # in use, or gone meanwhile
+                lock = take_lock(folder / "lock") if (folder / "lock").exists() else None
+                if lock or not (folder / "lock").exists():  # else it's in use
+                    shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # gone meanwhile
             continue
 
 # %% ../../nbs/demo/09_uploads.ipynb #up-upload
@@ -112,8 +100,7 @@ class Uploads:
         sweep_folders(parent)
         self._temporary = tempfile.TemporaryDirectory(prefix=PREFIX, dir=parent)  # for this user alone
         self.folder = Path(self._temporary.name).resolve()
-        (self.folder / "lock").touch()
-        self._lock = lock_folder(self.folder)
+        self._lock = take_lock(self.folder / "lock", timeout=5)
         self.max_bytes, self.total, self.seconds = (
             settings.max_bytes,
             settings.upload_bytes,
@@ -140,7 +127,8 @@ class Uploads:
 
     def close(self) -> None:
         "Delete all."
-        self._lock.close()
+        if self._lock:
+            self._lock.release()
         self._temporary.cleanup()
 
 # %% ../../nbs/demo/09_uploads.ipynb #up-read

@@ -16,7 +16,7 @@ from typing import Any
 import celestial_ml
 from ..core.files import read_json, sha256_of, write_json
 from ..core.folders import PassedOver, find_files
-from ..core.plugins import own_file
+from ..core.plugins import plugin_file
 from ..data.images import MAX_BYTES
 from .steps import Task
 
@@ -93,7 +93,7 @@ def step_modules(
     library = library if library.is_dir() else Path(str(celestial_ml.__file__)).parent
     files = {path.relative_to(library.parent): path for path in module_closure(code, library)}
     for value in parameters.values():
-        own = own_file(value, root) if isinstance(value, str) else None
+        own = plugin_file(value, root) if isinstance(value, str) else None
         if own:
             package = root / own.relative_to(root).parts[0]
             closure = {own, *module_closure(f"import {value.rpartition('.')[0]}", package)}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import CelestialError, unknown
 from ..core.params import Model
-from ..core.plugins import find_own
+from ..core.plugins import find_plugin
 
 if TYPE_CHECKING:
     import keras
@@ -33,7 +33,7 @@ def get_network(
     name: str,  # as in the parameter model.network
 ) -> Layers:
     "The registered network of that name, or the project's own; `CelestialError` where there is none."
-    if own := find_own("network (model.network)", name):
+    if own := find_plugin("network (model.network)", name):
         return own
     if name not in NETWORKS:
         raise unknown("network (model.network)", name, NETWORKS)

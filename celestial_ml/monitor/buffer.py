@@ -91,7 +91,7 @@ class Buffer:
 # %% ../../nbs/monitor/04_buffer.ipynb #oldest
 def oldest(buffer: Buffer) -> float:
     "The age of the oldest row, in seconds."
-    with contextlib.suppress(IndexError, LookupError, TypeError, ValueError):  # none, or one without a time
+    with contextlib.suppress(IndexError, LookupError, TypeError, ValueError):  # no row, or one without a time
         row = (buffer.pending or buffer.queue)[0][1]
         return round(max(0.0, time.time() - float(row["time"])), 3)
     return 0.0

@@ -5,7 +5,6 @@
 # %% ../../nbs/monitor/02_counters.ipynb #cb79d88a
 from __future__ import annotations
 
-import contextlib
 import json
 import mmap
 import os
@@ -13,51 +12,30 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-from ..core.files import home
-from .database import log_tables, writing
+from ..core.database import Database, writing
+from ..core.files import home, take_lock
+from .tables import log_table
 
 if TYPE_CHECKING:
+    from filelock import FileLock
     from sqlalchemy import Engine
 
 # %% auto #0
-__all__ = ['ANSWERED', 'FULL', 'INVALID', 'CLOSED', 'REASONS', 'SIZE', 'NUMBERS', 'counters_folder', 'Counters', 'living',
-           'settle', 'end_process']
+__all__ = ['ANSWERED', 'FULL', 'INVALID', 'CLOSED', 'REASONS', 'counters_folder', 'Counters', 'end_process', 'living', 'settle']
 
 # %% ../../nbs/monitor/02_counters.ipynb #counters-folder
 ANSWERED, FULL, INVALID, CLOSED = range(4)  # the places of the numbers: counted, and dropped for a reason
 REASONS = {"buffer_full": FULL, "invalid": INVALID, "closing": CLOSED}
-SIZE, NUMBERS = 4096, 64  # bytes of the file, and those of the numbers; the rest says whose they are
+_SIZE, _NUMBERS = 4096, 64  # bytes of the file, and those of the numbers; the rest describes the process
 
 
 def counters_folder() -> Path:
     "Where the count files of this state folder are."
     return home() / "log"
-
-# %% ../../nbs/monitor/02_counters.ipynb #make-count-file
-def _make_count_file(folder: Path, name: str, about: bytes) -> tuple[Path, IO[bytes], mmap.mmap]:
-    "A new file, locked before it gets the name by which others find it."
-    import fcntl
-
-    if len(about) > SIZE - NUMBERS:
-        raise ValueError("the database's URL is too long")
-    folder.mkdir(parents=True, exist_ok=True)
-    part, final = folder / f".{name}.part", folder / f"{name}.count"
-    file = part.open("xb+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Real bytes, so that a disk that fills up later can't make a store fail.
-        file.write(bytes(NUMBERS) + about.ljust(SIZE - NUMBERS))
-        file.flush()
-        memory = mmap.mmap(file.fileno(), SIZE)
-        return part.rename(final), file, memory
-    except BaseException:
-        part.unlink(missing_ok=True)
-        file.close()
-        raise
 
 # %% ../../nbs/monitor/02_counters.ipynb #counters
 class Counters:
@@ -70,19 +48,26 @@ class Counters:
     ):
         self.id, self.started = uuid.uuid4().hex[:16], time.time()
         self.about = {"id": self.id, "host": socket.gethostname(), "pid": os.getpid(), "started": self.started}
-        self.path: Path | None = None
-        self._file: IO[bytes] | None = None
+        self.path: Path | None = folder / f"{self.id}.count"
         self.problem: str | None = None  # why the numbers will not outlive the process
+        self._lock: FileLock | None = None
+        about = json.dumps(self.about | {"database": database}).encode().ljust(_SIZE - _NUMBERS)
         try:
-            about = json.dumps(self.about | {"database": database}).encode()
-            self.path, self._file, memory = _make_count_file(folder, self.id, about)
-        except (OSError, ImportError, ValueError) as e:  # a full disk, Windows, a very long URL
-            self.problem, memory = str(e), mmap.mmap(-1, SIZE)
-        self.slots = memoryview(memory)[:NUMBERS].cast("Q")
+            if len(about) > _SIZE - _NUMBERS:
+                raise OSError("the database's URL is too long")
+            self._lock = take_lock(folder / f"{self.id}.lock", timeout=1)
+            # Real bytes, so that a disk that fills up later can't make a store fail.
+            self.path.write_bytes(bytes(_NUMBERS) + about)
+            with self.path.open("rb+") as file:
+                memory = mmap.mmap(file.fileno(), _SIZE)
+        except OSError as e:  # a full disk, a very long URL
+            self.finish(is_stored=True)
+            self.path, self.problem, memory = None, str(e), mmap.mmap(-1, _SIZE)
+        self.slots = memoryview(memory)[:_NUMBERS].cast("Q")
 
     @property
     def answered(self) -> int:
-        "Every answer that was told."
+        "All answers, whatever became of them."
         return self.slots[ANSWERED]
 
     def dropped(self) -> dict[str, int]:
@@ -91,85 +76,26 @@ class Counters:
 
     def finish(
         self,
-        told: bool,  # the database knows everything; else the file stays, and the next who opens the log tells it
+        is_stored: bool,  # in the database; else the file stays, and whoever opens the log next stores it
     ) -> None:
-        "Let go of the file."
-        if self.path and self._file:
-            import fcntl
-
-            if told:
-                self.path.unlink(missing_ok=True)
-            fcntl.flock(self._file, fcntl.LOCK_UN)  # closing alone doesn't: the mapping has the file open too
-            self._file.close()
-            self._file = None
-
-# %% ../../nbs/monitor/02_counters.ipynb #read-counters
-def _read_counters(path: Path) -> dict[str, Any]:
-    "What a count file says."
-    content = path.read_bytes()
-    numbers = memoryview(content[:NUMBERS]).cast("Q")
-    dropped = sum(numbers[place] for place in REASONS.values())
-    return json.loads(content[NUMBERS:]) | {"answered": numbers[ANSWERED], "dropped": dropped}
-
-# %% ../../nbs/monitor/02_counters.ipynb #held
-@contextmanager
-def _held(path: Path) -> Iterator[bool]:
-    "Whether nobody else holds the file; held meanwhile, so that one process alone deals with it."
-    import fcntl
-
-    try:
-        with path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                yield False
-            else:
-                yield path.exists()  # another one may just have dealt with it
-    except FileNotFoundError:
-        yield False
-
-# %% ../../nbs/monitor/02_counters.ipynb #living
-def living(folder: Path) -> set[str]:
-    "The ids of the processes that count in this folder and are alive."
-    alive = set()
-    with contextlib.suppress(ImportError):
-        for path in folder.glob("*.count"):
-            with _held(path) as dead:
-                if not dead and path.exists():
-                    alive.add(path.stem)
-    return alive
-
-# %% ../../nbs/monitor/02_counters.ipynb #settle
-def settle(
-    engine: Engine,  # of `open_database`
-    database: str,  # its URL without a password
-    folder: Path,  # of count files
-) -> int:  # rows that were found to be lost
-    "Write down what dead processes lost."
-    lost = 0
-    with contextlib.suppress(ImportError):
-        for path in folder.glob("*.count"):
-            with _held(path) as dead:
-                facts = _read_counters(path) if dead else {}
-                if facts.get("database") == database:
-                    lost += end_process(engine, facts, path.stat().st_mtime)
+        "Release the file."
+        for path in (self.path, self.path and self.path.with_suffix(".lock")):
+            if path and is_stored:
+                with suppress(OSError):
                     path.unlink(missing_ok=True)
-        for path in folder.glob(".*.part"):  # killed before its file had a name
-            with _held(path) as dead:
-                if dead:
-                    path.unlink(missing_ok=True)
-    return lost
+        if self._lock is not None:
+            self._lock.release()
 
 # %% ../../nbs/monitor/02_counters.ipynb #end-process
 def end_process(
     engine: Engine,
     facts: dict[str, Any],  # id, host, pid, started, answered, dropped
     ended: float,  # seconds since 1970
-) -> int:  # rows that are neither here nor dropped
-    "Write down how a process ended."
+) -> int:  # rows that are neither written nor dropped
+    "Store how a process ended."
     from sqlalchemy import insert, select, update
 
-    processes = log_tables().tables["processes"]
+    processes = log_table("processes")
     values = {name: facts[name] for name in ("id", "host", "pid", "started", "answered", "dropped")}
     with writing(engine) as connection:
         written = connection.execute(select(processes.c.written).where(processes.c.id == facts["id"])).scalar()
@@ -179,3 +105,45 @@ def end_process(
         else:
             connection.execute(update(processes).where(processes.c.id == facts["id"]).values(values))
     return values["lost"]
+
+# %% ../../nbs/monitor/02_counters.ipynb #settle
+def _dead(folder: Path) -> Iterator[Path]:
+    "The count files of dead processes, each of them locked so that one process alone deals with it."
+    for path in {path.with_suffix(".count") for path in folder.glob("*.*")}:
+        lock = None
+        with suppress(OSError):  # it belongs to another user
+            lock = take_lock(path.with_suffix(".lock"))
+        if lock is not None:
+            try:
+                if path.exists():  # another process may just have dealt with it
+                    yield path
+                if not path.exists():
+                    path.with_suffix(".lock").unlink(missing_ok=True)
+            finally:
+                lock.release()
+
+
+def living(folder: Path) -> set[str]:
+    "The ids of the processes that count in this folder and are alive."
+    dead = {path.stem for path in _dead(folder)}
+    return {path.stem for path in folder.glob("*.count")} - dead
+
+
+def settle(
+    engine: Engine,
+    database: Database,  # of the engine
+    folder: Path,  # of count files
+) -> int:  # rows that were lost
+    "Store what dead processes lost."
+    lost = 0
+    for path in _dead(folder):
+        content = path.read_bytes()
+        if len(content) < _SIZE:  # it was killed while it made the file
+            path.unlink()
+            continue
+        facts, numbers = json.loads(content[_NUMBERS:]), memoryview(content[:_NUMBERS]).cast("Q")
+        if facts["database"] == database.shown:
+            facts |= {"answered": numbers[ANSWERED], "dropped": sum(numbers[place] for place in REASONS.values())}
+            lost += end_process(engine, facts, path.stat().st_mtime)
+            path.unlink()
+    return lost

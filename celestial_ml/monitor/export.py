@@ -5,8 +5,9 @@
 # %% ../../nbs/monitor/09_export.ipynb #1b9df13d
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
 from datetime import UTC, date, datetime, timedelta
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +15,17 @@ import numpy as np
 
 from ..core.errors import CelestialError
 from ..core.files import atomic
-from .database import database_errors, log_tables, log_url
 from .records import is_correct, joined_answers, open_records
+from .tables import log_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from sqlalchemy import Engine, Row
 
 # %% auto #0
-__all__ = ['export_schema', 'export_days']
+__all__ = ['PIECE', 'export_schema', 'day_of', 'export_days']
 
-# %% ../../nbs/monitor/09_export.ipynb #arrow
+# %% ../../nbs/monitor/09_export.ipynb #export-schema
 PIECE = 2048  # rows in memory, and in a row group
 
 
@@ -37,7 +38,7 @@ def _arrow() -> Any:
         raise CelestialError("an export needs PyArrow", "Install it: pip install pyarrow") from None
     return pyarrow
 
-# %% ../../nbs/monitor/09_export.ipynb #export-schema
+
 def export_schema() -> pa.Schema:
     "The columns of an export."
     arrow = _arrow()
@@ -51,7 +52,7 @@ def export_schema() -> pa.Schema:
     columns |= {"feedback_label": text, "feedback_comment": text, "feedback_time": moment}
     return arrow.schema(list(columns.items()))
 
-# %% ../../nbs/monitor/09_export.ipynb #vectors
+# %% ../../nbs/monitor/09_export.ipynb #piece
 def _vectors(blobs: list[bytes | None], kind: str) -> Any:
     "Vectors of bytes as an Arrow list of float32."
     arrow, size = _arrow(), np.dtype(kind).itemsize
@@ -60,7 +61,7 @@ def _vectors(blobs: list[bytes | None], kind: str) -> Any:
     mask = arrow.array([blob is None for blob in blobs])
     return arrow.ListArray.from_arrays(arrow.array(ends, arrow.int32()), values, mask=mask)
 
-# %% ../../nbs/monitor/09_export.ipynb #piece
+
 def _piece(rows: list[Row[Any]], names: dict[str, list[str]]) -> Any:
     "Rows as an Arrow table."
     arrow, columns = _arrow(), {}
@@ -78,51 +79,41 @@ def _piece(rows: list[Row[Any]], names: dict[str, list[str]]) -> Any:
         columns[field.name] = arrow.array(column, field.type)
     return arrow.table(columns, schema=export_schema())
 
-# %% ../../nbs/monitor/09_export.ipynb #day-of
+# %% ../../nbs/monitor/09_export.ipynb #export-days
 def day_of(
     text: date | str,  # 2026-03-01
 ) -> date:  # in UTC
-    "The day that is meant; `CelestialError` if none is."
+    "The day; `CelestialError` for another text."
     try:
         return text if isinstance(text, date) else date.fromisoformat(text)
     except ValueError:
-        raise CelestialError(f"{text!r} is no day", "Write it as 2026-03-01; days are in UTC.") from None
+        raise CelestialError(f"{text!r} is not a day", "Write it as 2026-03-01; days are in UTC.") from None
 
-# %% ../../nbs/monitor/09_export.ipynb #start
-def _start(day: date) -> float:
-    "When a day begins."
-    return datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()
 
-# %% ../../nbs/monitor/09_export.ipynb #days
-def _days(engine: Engine, folder: Path, since: date | None, until: date | None) -> list[date]:
-    "The days to look at: those between the first and the last row, and those that were exported before."
-    from sqlalchemy import func, select
-
-    times = log_tables().tables["predictions"].c.time
-    with engine.connect() as connection:
-        ends = connection.execute(select(func.min(times), func.max(times))).one()
-    days = {day_of(path.parent.name[4:]) for path in folder.glob("day=????-??-??/part.parquet")}
-    if ends[0] is not None:
-        first, last = (datetime.fromtimestamp(end, UTC).date() for end in ends)
-        first, last = max(first, since or first), min(last, until or last)
-        days |= {first + timedelta(days=i) for i in range((last - first).days + 1)}
-    return sorted(day for day in days if (since or day) <= day <= (until or day))
-
-# %% ../../nbs/monitor/09_export.ipynb #export-days
 def export_days(
     folder: Path | str,  # where day=… folders are made
-    since: date | str | None = None,  # the first day, in UTC; None: the first that there is
-    until: date | str | None = None,  # the last one, also exported; None: the last that there is
-    url: str | None = None,  # as `log_url` takes it
+    since: date | str | None = None,  # the first day, in UTC; None: the first in the log
+    until: date | str | None = None,  # the last one, also exported; None: the last in the log
+    url: str | None = None,  # as `log_database` takes it
 ) -> list[dict[str, Any]]:  # {"day", "path", "rows"} for each day with rows
     "Write each day of the log as a Parquet file."
+    from sqlalchemy import func, select
+
     _arrow()
     begin, end = (day_of(day) if day else None for day in (since, until))
     if begin and end and begin > end:
         raise CelestialError(f"{since} is after {until}", "The first day comes first.")
-    engine, exported = open_records(url), []
-    with database_errors(log_url(url)):
-        for day in _days(engine, Path(folder), begin, end):
+    exported, times = [], log_table("predictions").c.time
+    # A day that was exported before may have lost its rows meanwhile.
+    days = {day_of(path.parent.name[4:]) for path in Path(folder).glob("day=????-??-??/part.parquet")}
+    with open_records(url) as engine:
+        with engine.connect() as connection:
+            ends = connection.execute(select(func.min(times), func.max(times))).one()
+        if ends[0] is not None:
+            first, last = (datetime.fromtimestamp(time, UTC).date() for time in ends)
+            first, last = max(first, begin or first), min(last, end or last)
+            days |= {first + timedelta(days=i) for i in range((last - first).days + 1)}
+        for day in sorted(day for day in days if (begin or day) <= day <= (end or day)):
             path = Path(folder) / f"day={day}" / "part.parquet"
             if count := _export_day(engine, day, path):
                 exported.append({"day": str(day), "path": str(path), "rows": count})
@@ -131,32 +122,23 @@ def export_days(
 # %% ../../nbs/monitor/09_export.ipynb #export-day
 def _export_day(engine: Engine, day: date, path: Path) -> int:
     "Write a day's file, or remove it; how many rows it has."
-    import json
-
     from sqlalchemy import select
 
-    tables, count = log_tables().tables, 0
-    times = tables["predictions"].c.time
-    query = joined_answers().where(times >= _start(day), times < _start(day + timedelta(days=1)))
+    rows, count = log_table("predictions"), 0
+    begin = datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()
+    query = joined_answers().where(rows.c.time >= begin, rows.c.time < begin + 86400)
     with engine.connect() as connection:
-        names = {key: json.loads(text) for key, text in connection.execute(select(tables["classes"]))}
-        found = connection.execution_options(yield_per=PIECE).execute(query.order_by(times, tables["predictions"].c.id))
-        pieces = found.partitions()
+        names = {key: json.loads(text) for key, text in connection.execute(select(log_table("classes")))}
+        answers = connection.execution_options(yield_per=PIECE).execute(query.order_by(rows.c.time, rows.c.id))
+        pieces = answers.partitions()
         if first := next(pieces, None):
-            with atomic(path) as f:
-                count = _write_pieces(f, [first], pieces, names)
+            with (
+                atomic(path) as f,
+                _arrow().parquet.ParquetWriter(f, export_schema(), compression="zstd") as writer,
+            ):
+                for piece in chain([first], pieces):
+                    writer.write_table(_piece(list(piece), names))
+                    count += len(piece)
     if not count:
         path.unlink(missing_ok=True)
-    return count
-
-# %% ../../nbs/monitor/09_export.ipynb #write-pieces
-def _write_pieces(path: Path, first: list[Any], others: Iterable[Any], names: dict[str, list[str]]) -> int:
-    "Write rows piece by piece; how many."
-    from itertools import chain
-
-    count = 0
-    with _arrow().parquet.ParquetWriter(path, export_schema(), compression="zstd") as writer:
-        for rows in chain(first, others):
-            writer.write_table(_piece(rows, names))
-            count += len(rows)
     return count

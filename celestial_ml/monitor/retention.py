@@ -5,6 +5,7 @@
 # %% ../../nbs/monitor/03_retention.ipynb #890db694
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,27 +34,25 @@ class ImagePolicy:
             return int(row["sha256"][:8], 16) < self.number * 2**32
         return self.keep == "all"
 
-# %% ../../nbs/monitor/03_retention.ipynb #image-policy
+
 def image_policy(
     text: ImagePolicy | str,  # "uncertain:0.7@14"
 ) -> ImagePolicy:
-    "The policy that is meant; `CelestialError` if none is."
+    "The policy in words; `CelestialError` for other words."
     if isinstance(text, ImagePolicy):
         return text
     policy, _, days = text.partition("@")
     keep, _, number = policy.partition(":")
     usual = {"none": 0.0, "all": 0.0, "sample": 0.01, "uncertain": 0.6}
-    try:
-        made = ImagePolicy(keep, float(number or usual[keep]), float(days or 30))
-        if 0 <= made.number <= 1 and 0 < made.days < 100_000 and (not number or usual[keep]):
-            return made
-    except (KeyError, ValueError):
-        pass
+    with suppress(KeyError, ValueError):
+        parsed = ImagePolicy(keep, float(number or usual[keep]), float(days or 30))
+        if 0 <= parsed.number <= 1 and 0 < parsed.days < 100_000 and (not number or usual[keep]):
+            return parsed
     allowed = "Allowed: none, all, sample:SHARE, uncertain:CONFIDENCE, each with @DAYS if not 30."
     raise CelestialError(f"images can't be kept by {text!r}", allowed)
 
-# %% ../../nbs/monitor/03_retention.ipynb #served-policy
+
 def served_policy(settings: ServeSettings) -> ImagePolicy:
-    "What `CELESTIAL_SERVE_LOG_IMAGES`, `…_SAMPLE`, `…_UNCERTAIN` and `…_DAYS` say."
+    "The policy of `CELESTIAL_SERVE_LOG_IMAGES`, `…_SAMPLE`, `…_UNCERTAIN` and `…_DAYS`."
     number = {"sample": settings.log_sample, "uncertain": settings.log_uncertain}.get(settings.log_images, 0.0)
     return ImagePolicy(settings.log_images, number, settings.log_days)

@@ -13,112 +13,103 @@ import numpy as np
 
 from ..core.errors import CelestialError
 from ..core.intervals import share_interval
-from .database import database_errors, log_tables, log_url
-from .records import is_correct, joined_answers, open_records
+from .records import is_correct, joined_answers, read_records
+from .tables import log_table
 
 if TYPE_CHECKING:
     import pandas as pd
     from sqlalchemy import ColumnElement
 
 # %% auto #0
-__all__ = ['moment', 'read_answers', 'embeddings', 'live_accuracy']
+__all__ = ['ANSWERED', 'moment', 'read_answers', 'embeddings', 'live_accuracy']
 
-# %% ../../nbs/monitor/10_time_range.ipynb #moment
+# %% ../../nbs/monitor/10_time_range.ipynb #read-answers
+ANSWERED = ("champion", "canary")  # the roles whose answers a client received
+
+
 def moment(
-    when: datetime | float | str,  # seconds since 1970, or 2026-03-01T12:00; UTC where no zone is told
+    when: datetime | float | str,  # seconds since 1970, or 2026-03-01T12:00; UTC where there is no zone
 ) -> float:  # seconds since 1970
-    "The time that is meant; `CelestialError` if none is."
+    "The time; `CelestialError` for another text."
     if isinstance(when, str):
         try:
             when = datetime.fromisoformat(when)
         except ValueError:
-            raise CelestialError(f"{when!r} is no time", "Write it as 2026-03-01 or 2026-03-01T12:00.") from None
+            raise CelestialError(f"{when!r} is not a time", "Write it as 2026-03-01 or 2026-03-01T12:00.") from None
     if isinstance(when, datetime):
         return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
     return float(when)
 
-# %% ../../nbs/monitor/10_time_range.ipynb #within
-def _within(
-    begin: datetime | float | str,
-    end: datetime | float | str,
-    roles: Iterable[str] | None,
-    model_version: str | None,
-) -> list[ColumnElement[bool]]:
+
+def _within(begin: datetime | float | str, end: datetime | float | str) -> list[ColumnElement[bool]]:
     "Conditions on `predictions`."
-    rows = log_tables().tables["predictions"].c
-    conditions = [rows.time >= moment(begin), rows.time < moment(end)]
-    if roles is not None:
-        conditions.append(rows.role.in_(list(roles)))
-    if model_version is not None:
-        conditions.append(rows.model_version == model_version)
-    return conditions
+    rows = log_table("predictions").c
+    return [rows.time >= moment(begin), rows.time < moment(end)]
 
-# %% ../../nbs/monitor/10_time_range.ipynb #7b91ec80
-ANSWERED = ("champion", "canary")  # the roles whose answers somebody was given
-
-# %% ../../nbs/monitor/10_time_range.ipynb #read-answers
+# %% ../../nbs/monitor/10_time_range.ipynb #read-answers-x
 def read_answers(
     begin: datetime | float | str,
     end: datetime | float | str,  # not included
-    url: str | None = None,  # as `log_url` takes it
+    url: str | None = None,  # as `log_database` takes it
     roles: Iterable[str] | None = ANSWERED,  # None: all
     model_version: str | None = None,  # None: all
-    most: int | None = None,  # rows; of more, every n-th
+    most: int | None = None,  # rows, evenly spread; None: all
 ) -> pd.DataFrame:  # by time: the log's columns, vectors as float32, time in UTC, correct and the feedback
     "The answers between two times."
     import pandas as pd
     from sqlalchemy import func, select
 
-    rows, where = log_tables().tables["predictions"].c, _within(begin, end, roles, model_version)
-    with database_errors(log_url(url)), open_records(url).connect() as connection:
+    rows, where = log_table("predictions").c, _within(begin, end)
+    where += [] if roles is None else [rows.role.in_(list(roles))]
+    where += [] if model_version is None else [rows.model_version == model_version]
+    with read_records(url) as connection:
         if most:
             count = connection.execute(select(func.count()).where(*where)).scalar() or 0
             where.append(rows.id % max(1, -(-count // most)) == 0)
         query = joined_answers().where(*where).order_by(rows.time, rows.id).limit(most)
-        found = connection.execute(query).all()
+        answers = connection.execute(query).all()
         columns = [column.name for column in query.selected_columns]
-    table = pd.DataFrame([tuple(row) for row in found], columns=columns).drop(columns=["id", "classes"])
+    table = pd.DataFrame([tuple(row) for row in answers], columns=columns).drop(columns=["id", "classes"])
     for name, kind in (("embedding", "<f2"), ("probabilities", "<f4")):
         vectors = [None if v is None else np.frombuffer(v, kind).astype("float32") for v in table[name]]
         table[name] = pd.Series(vectors, index=table.index, dtype=object)
     for name in ("time", "feedback_time"):
         table[name] = pd.to_datetime(table[name].astype(float), unit="s", utc=True)
-    table["correct"] = [is_correct(row) for row in found]
+    table["correct"] = [is_correct(row) for row in answers]
     return table
 
-# %% ../../nbs/monitor/10_time_range.ipynb #embeddings
+
 def embeddings(
     table: pd.DataFrame,  # of `read_answers`, of one model
 ) -> np.ndarray:  # float32 (n, d), of the rows that have one
     "The embeddings of answers as one array."
-    found = [vector for vector in table["embedding"] if vector is not None]
-    lengths = sorted({len(vector) for vector in found})
+    vectors = [vector for vector in table["embedding"] if vector is not None]
+    lengths = sorted({len(vector) for vector in vectors})
     if len(lengths) > 1:
         raise CelestialError(f"embeddings have lengths {lengths}", "Read the answers of one model: model_version=….")
-    return np.stack(found) if found else np.empty((0, 0), "float32")
+    return np.stack(vectors) if vectors else np.empty((0, 0), "float32")
 
 # %% ../../nbs/monitor/10_time_range.ipynb #live-accuracy
 def live_accuracy(
     begin: datetime | float | str,
     end: datetime | float | str,  # not included
-    url: str | None = None,  # as `log_url` takes it
+    url: str | None = None,  # as `log_database` takes it
 ) -> list[dict[str, Any]]:  # role, model_version, answers, unknown, judged, correct, accuracy, low, high
     "How often each model was right between two times; `accuracy` is None where nobody judged."
     from sqlalchemy import case, func, select
 
-    rows, said = log_tables().tables["predictions"].c, log_tables().tables["feedback"].c
-    where, key = _within(begin, end, None, None), (rows.role, rows.model_version)
-    unknown = func.sum(case((rows.known.is_(False), 1), else_=0))
+    rows, feedback, where = log_table("predictions").c, log_table("feedback").c, _within(begin, end)
+    key, unknown = (rows.role, rows.model_version), func.sum(case((rows.known.is_(False), 1), else_=0))
     counted = select(*key, func.count(), unknown).where(*where).group_by(*key).order_by(*key)
-    with database_errors(log_url(url)), open_records(url).connect() as connection:
+    with read_records(url) as connection:
         groups = connection.execute(counted).all()
-        judged = connection.execute(joined_answers().where(*where, said.id.is_not(None))).all()
+        judged = connection.execute(joined_answers().where(*where, feedback.id.is_not(None))).all()
     result = []
-    for role, version, answers, strange in groups:
-        said_of = [is_correct(row) for row in judged if (row.role, row.model_version) == (role, version)]
-        votes = [vote for vote in said_of if vote is not None]
+    for role, version, answers, unknowns in groups:
+        verdicts = [is_correct(row) for row in judged if (row.role, row.model_version) == (role, version)]
+        votes = [verdict for verdict in verdicts if verdict is not None]
         right, (low, high) = sum(votes), share_interval(sum(votes), len(votes))
-        one = {"role": role, "model_version": version, "answers": answers, "unknown": int(strange)}
+        one = {"role": role, "model_version": version, "answers": answers, "unknown": int(unknowns)}
         one |= {"judged": len(votes), "correct": right, "accuracy": right / len(votes) if votes else None}
         result.append(one | {"low": low, "high": high})
     return result

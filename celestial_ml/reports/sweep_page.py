@@ -5,28 +5,24 @@
 # %% ../../nbs/reports/03_sweep_page.ipynb #9dc95004
 from __future__ import annotations
 
-import base64
-import io
-import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ..core.files import atomic
+from ..core.page_builder import Page, as_text, html_part
 from ..core.progress import as_time
 from ..flow.pipeline import failed_cell
 from ..flow.steps import run_folder
 from ..flow.sweep import Outcome, run_metrics
 
 # %% auto #0
-__all__ = ['LOW', 'TALL', 'TOP', 'FOOT', 'APART', 'lower_is_better', 'Row', 'rows_of', 'columns', 'best_row',
-           'parallel_coordinates', 'table', 'pictures', 'gallery_html', 'write_gallery']
+__all__ = ['LOW', 'lower_is_better', 'RunRow', 'rows_of', 'columns', 'best_row', 'parallel_coordinates', 'sweep_page',
+           'write_gallery']
 
 # %% ../../nbs/reports/03_sweep_page.ipynb #lower-is-better
 LOW = ("loss", "error", "ece", "brier", "mse", "mae", "rmse", "entropy", "seconds", "gap", "false", "perplexity")
@@ -35,13 +31,13 @@ LOW = ("loss", "error", "ece", "brier", "mse", "mae", "rmse", "entropy", "second
 def lower_is_better(
     name: str,  # of a figure
 ) -> bool:
-    "Whether a figure of this name is better when it's small."
+    "Whether a figure of this name is better when it is small."
     return any(word in name.lower() for word in LOW)
 
 # %% ../../nbs/reports/03_sweep_page.ipynb #row
 @dataclass(frozen=True)
-class Row:
-    "A run, as the page shows it."
+class RunRow:
+    "A run of a sweep, as the page shows it."
 
     outcome: Outcome
     metrics: dict[str, float]
@@ -53,22 +49,22 @@ class Row:
         return Path(self.outcome.run).name
 
     def failure(self) -> tuple[str, str]:
-        "Where and how it failed, and the page of that notebook; both empty where it didn't."
+        "Where and how it failed, and the name of that notebook; both empty where it didn't."
         for notebook in sorted(self.folder.glob("*.ipynb")) if self.outcome.status == "failed" else ():
-            if found := failed_cell(notebook):
-                return f"{notebook.stem}, cell {found[0]}: {found[1]}: {found[2].splitlines()[0]}", notebook.name
+            if cell := failed_cell(notebook):
+                return f"{notebook.stem}, cell {cell[0]}: {cell[1]}: {cell[2].splitlines()[0]}", notebook.name
         return self.outcome.error or "", ""
 
 # %% ../../nbs/reports/03_sweep_page.ipynb #rows-of
 def rows_of(
     outcomes: Iterable[Outcome],
-) -> list[Row]:
-    "The rows of the page; figures only of runs that came to their end."
-    return [Row(o, run_metrics(o.run) if o.status == "done" else {}, run_folder(o.run)) for o in outcomes]
+) -> list[RunRow]:
+    "The rows of the page; only finished runs have figures."
+    return [RunRow(o, run_metrics(o.run) if o.status == "done" else {}, run_folder(o.run)) for o in outcomes]
 
 # %% ../../nbs/reports/03_sweep_page.ipynb #columns
 def columns(
-    rows: Sequence[Row],
+    rows: Sequence[RunRow],
 ) -> tuple[list[str], list[str]]:  # parameters, figures
     "What the table has a column for."
     keys = list(dict.fromkeys(key for row in rows for key in row.outcome.values))
@@ -77,254 +73,111 @@ def columns(
 
 # %% ../../nbs/reports/03_sweep_page.ipynb #best-row
 def best_row(
-    rows: Sequence[Row],
+    rows: Sequence[RunRow],
     metrics: Sequence[str],
-) -> Row | None:  # None without figures
-    "The best run by the figure that decides: the loss where there is one, as it's finer than the accuracy."
+) -> RunRow | None:  # None without figures
+    "The best run by the figure that decides: the loss where there is one, as it is finer than the accuracy."
     for name in (*(n for n in ("loss", "val_loss") if n in metrics), *metrics):
         having = [row for row in rows if math.isfinite(row.metrics.get(name, math.nan))]
         if having:
             return (min if lower_is_better(name) else max)(having, key=lambda row: row.metrics[name])
     return None
 
-# %% ../../nbs/reports/03_sweep_page.ipynb #value
-def _value(value: Any) -> str:
-    "A value as people read it."
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "–" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
 # %% ../../nbs/reports/03_sweep_page.ipynb #places
 def _places(values: Sequence[Any], flip: bool) -> tuple[list[float], list[tuple[float, str]]]:
-    "Where values lie on an axis, 0 at its foot to 1, and the labels of the axis; numbers of a wide range by logarithm."
+    "Where values lie on an axis from 0 at its foot to 1, and its labels; numbers of a wide range by logarithm."
     numbers = [float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
     if len(numbers) < len(values) or not numbers:
-        kinds = sorted({_value(v) for v in values})
+        kinds = sorted({as_text(v) for v in values})
         spots = {kind: (i + 0.5) / len(kinds) for i, kind in enumerate(kinds)}
-        return [spots[_value(v)] for v in values], [(spot, kind) for kind, spot in spots.items()]
+        return [spots[as_text(v)] for v in values], [(spot, kind) for kind, spot in spots.items()]
     scale = math.log if min(numbers) > 0 and max(numbers) / min(numbers) >= 30 else float
     low, high = scale(min(numbers)), scale(max(numbers))
-    span = (high - low) or 1.0
-    where = [(scale(n) - low) / span if high > low else 0.5 for n in numbers]
-    ends = {min(numbers): 0.0, max(numbers): 1.0} if high > low else {numbers[0]: 0.5}
+    where = [(scale(n) - low) / (high - low) if high > low else 0.5 for n in numbers]
     if flip:
-        where, ends = [1 - w for w in where], {n: 1 - e for n, e in ends.items()}
-    return where, [(spot, f"{n:.4g}") for n, spot in ends.items()]
+        where = [1 - w for w in where]
+    labels = {
+        w: f"{n:.4g}" for w, n in zip(where, numbers, strict=True) if w in (0.0, 0.5, 1.0) and (w != 0.5 or high == low)
+    }
+    return where, list(labels.items())
 
-# %% ../../nbs/reports/03_sweep_page.ipynb #55f98adc
-TALL, TOP, FOOT, APART = 220, 46, 30, 150  # pixels of the drawing
+# %% ../../nbs/reports/03_sweep_page.ipynb #coordinates
+def _coordinates(rows: Sequence[RunRow], best: RunRow | None) -> dict[str, Any]:  # axes, lines
+    "An axis for each parameter and figure, a line for each run, the best one last; none where nothing can be compared."
+    parameters, metrics = columns(rows)
+    shown = [row for row in rows if all(name in row.metrics for name in metrics)]
+    values: dict[str, list[Any]] = {key: [row.outcome.values.get(key) for row in shown] for key in parameters}
+    values |= {name: [row.metrics[name] for row in shown] for name in metrics}
+    if len(shown) < 2 or len(values) < 2:
+        return {"axes": [], "lines": []}
+    axes = []
+    for name, column in values.items():
+        low = name in metrics and lower_is_better(name)
+        places, labels = _places(column, flip=low)
+        better = "lower" if low else "higher" if name in metrics else ""
+        axes.append({"name": name, "better": better, "places": places, "labels": labels})
+    lines = [
+        {"run": row.name, "best": row is best, "places": [axis["places"][i] for axis in axes]}
+        for i, row in enumerate(shown)
+    ]
+    return {"axes": axes, "lines": sorted(lines, key=lambda line: bool(line["best"]))}
 
 # %% ../../nbs/reports/03_sweep_page.ipynb #parallel-coordinates
 def parallel_coordinates(
-    rows: Sequence[Row],
-    best: Row | None,
-) -> str:  # SVG; empty where there's nothing to compare
-    "A line a run, through its parameters and its figures."
-    parameters, metrics = columns(rows)
-    shown = [row for row in rows if all(name in row.metrics for name in metrics)]
-    axes = [(key, [row.outcome.values.get(key) for row in shown], False) for key in parameters]
-    axes += [(name, [row.metrics[name] for row in shown], lower_is_better(name)) for name in metrics]
-    if len(shown) < 2 or len(axes) < 2:
-        return ""
-    drawn, paths = [], [""] * len(shown)
-    for i, (name, values, flip) in enumerate(axes):
-        where, labels = _places(values, flip)
-        x = 75 + APART * i
-        kind = "" if i < len(parameters) else " (lower is better)" if flip else " (higher is better)"
-        drawn.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{TOP}" y2="{TOP + TALL}"/>')
-        drawn.append(f'<text class="name" x="{x}" y="16">{escape(name)}<title>{escape(name)}{kind}</title></text>')
-        for spot, label in labels:
-            below = 16 if spot < 0.02 else -7 if spot > 0.98 else 4
-            side = x if spot in (0.0, 1.0) else x + 34
-            drawn.append(f'<text x="{side}" y="{TOP + TALL * (1 - spot) + below:.0f}">{escape(label[:16])}</text>')
-        paths = [f"{path} {x},{TOP + TALL * (1 - w):.1f}" for path, w in zip(paths, where, strict=True)]
-    lines = [_line(row, path, row is best) for row, path in zip(shown, paths, strict=True) if row is not best]
-    lines += [_line(row, path, True) for row, path in zip(shown, paths, strict=True) if row is best]
-    size = f'width="{APART * len(axes)}" height="{TOP + TALL + FOOT}" viewBox="0 0 {APART * len(axes)} {TOP + TALL + FOOT}"'
-    words = "Parallel coordinates of the runs; the same figures are in the table"
-    return f'<div class="wide" tabindex="0"><svg role="img" aria-label="{words}" {size}>{"".join(drawn + lines)}</svg></div>'
-
-# %% ../../nbs/reports/03_sweep_page.ipynb #line
-def _line(row: Row, path: str, best: bool) -> str:
-    "A run's line, which says whose it is when it's pointed at."
-    name, kind = escape(row.name), ' class="best"' if best else ""
-    return f'<polyline data-run="{name}"{kind} points="{path.strip()}"><title>{name}</title></polyline>'
-
-# %% ../../nbs/reports/03_sweep_page.ipynb #cell
-def _cell(value: Any, words: str = "", kind: str = "") -> str:
-    "A table's cell, with what it's sorted by."
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    known = "" if value is None else f' data-v="{escape(str(value))}"'
-    style = f' class="{(kind + (" number" if number else "")).strip()}"' if kind or number else ""
-    return f"<td{known}{style}>{words or escape(_value(value))}</td>"
-
-# %% ../../nbs/reports/03_sweep_page.ipynb #links
-def _links(row: Row, page: Path) -> str:
-    "The executed notebooks of a run in the order of their execution, and its report."
-    made = sorted(row.folder.glob("*.html"), key=lambda path: path.stat().st_mtime)
-    where = os.path.relpath(row.folder, page.parent)
-    links = [f'<a href="{escape(where)}/{escape(path.name)}">{escape(path.stem)}</a>' for path in made]
-    return " ".join(links) or "–"
-
-# %% ../../nbs/reports/03_sweep_page.ipynb #who
-def _who(row: Row, best: bool) -> str:
-    "A run's name, and where it failed."
-    why = row.failure()[0]
-    words = escape(row.name) + (" <b>best</b>" if best else "") + (f"<small>{escape(why)}</small>" if why else "")
-    return _cell(row.name, words, "run")
-
-
-def _status(outcome: Outcome) -> str:
-    "How a run ended, and how often it was tried."
-    said = f'<span class="{outcome.status}">{outcome.status}</span>'
-    return _cell(outcome.status, said + (f", {outcome.tries} tries" if outcome.tries > 1 else ""))
-
-# %% ../../nbs/reports/03_sweep_page.ipynb #table
-def table(
-    rows: Sequence[Row],
-    best: Row | None,
-    page: Path,  # where the page will be: links are seen from there
-) -> str:  # HTML
-    "A line for each run, the best marked."
-    parameters, metrics = columns(rows)
-    tops = {
-        name: (min if lower_is_better(name) else max)(r.metrics[name] for r in rows if name in r.metrics)
-        for name in metrics
-    }
-    head = [
-        "run",
-        "status",
-        *parameters,
-        *(f"{name} {'↓' if lower_is_better(name) else '↑'}" for name in metrics),
-        "time",
-    ]
-    buttons = "".join(f'<th aria-sort="none"><button type="button">{escape(name)}</button></th>' for name in head)
-    lines = []
-    for row in rows:
-        outcome = row.outcome
-        cells = [_who(row, row is best), _status(outcome)]
-        cells += [_cell(outcome.values.get(key)) for key in parameters]
-        cells += [_cell(row.metrics.get(n), kind="top" if row.metrics.get(n) == tops[n] else "") for n in metrics]
-        cells += [_cell(outcome.seconds, as_time(outcome.seconds))]
-        kind = ' class="best"' if row is best else ""
-        lines.append(
-            f'<tr data-run="{escape(row.name)}"{kind}>{"".join(cells)}<td class="links">{_links(row, page)}</td></tr>'
-        )
-    caption = "<caption>↑ better when high, ↓ better when low; a header sorts</caption>"
-    body = f"<thead><tr>{buttons}<th>notebooks</th></tr></thead><tbody>{''.join(lines)}</tbody>"
-    return f'<div class="wide" tabindex="0"><table>{caption}{body}</table></div>'
-
-# %% ../../nbs/reports/03_sweep_page.ipynb #small
-FIRST = ("history", "confusion_matrix", "preview", "errors")  # of a run's pictures these are shown before others
-SHOWN = 4
-
-
-def _small(path: Path, width: int = 320) -> str:
-    "A picture as an address that holds it."
-    with Image.open(path) as image:
-        small = image.convert("RGB")
-        small.thumbnail((width, 3 * width))
-        kept = io.BytesIO()
-        small.save(kept, "WEBP", quality=72)
-    return f"data:image/webp;base64,{base64.b64encode(kept.getvalue()).decode()}"
+    rows: Sequence[RunRow],
+    best: RunRow | None,
+) -> str:  # SVG
+    "A line for each run, through its parameters and its figures."
+    return html_part("charts", "parallel", *_coordinates(rows, best).values())
 
 # %% ../../nbs/reports/03_sweep_page.ipynb #pictures
-def pictures(
-    row: Row,
-    page: Path,
-) -> str:  # HTML
-    "A card with a run's plots; empty where it made none."
-    order = {name: i for i, name in enumerate(FIRST)}
-    found = sorted((row.folder / "plots").glob("*.png"), key=lambda p: (order.get(p.stem, len(order)), p.stem))[:SHOWN]
-    where = os.path.relpath(row.folder, page.parent)
-    shown = [
-        f'<a href="{escape(where)}/plots/{p.name}"><img loading="lazy" alt="{p.stem.replace("_", " ")} of {escape(row.name)}" src="{_small(p)}"></a>'
-        for p in found
-    ]
-    why, notebook = row.failure()
-    words = f"<p>{escape(why)}</p>" if why else ""
-    if notebook:
-        html = (row.folder / notebook).with_suffix(".html")
-        words += (
-            f'<p><a href="{escape(where)}/{html.name if html.is_file() else notebook}">the notebook up to there</a></p>'
-        )
-    if not (shown or words):
-        return ""
-    kind = "failed" if why else ""
-    return f'<section class="card {kind}" data-run="{escape(row.name)}"><h3>{escape(row.name)}</h3>{words}<div class="shots">{"".join(shown)}</div></section>'
+_FIRST = ("history", "confusion_matrix", "preview", "errors")  # of a run's plots these are shown before others
 
-# %% ../../nbs/reports/03_sweep_page.ipynb #8c84d3e2
-_STYLE = """
-:root{color-scheme:light dark;--ink:#1b2436;--soft:#5d6880;--line:#dfe4ee;--paper:#fff;--back:#f3f5fa;--accent:#3f5bd9;
---good:#12683c;--bad:#c2343c;--wait:#8a5600}
-@media(prefers-color-scheme:dark){:root{--ink:#e6eaf4;--soft:#9aa6c0;--line:#2a3450;--paper:#141b2e;--back:#0b1020;
---accent:#8ea4ff;--good:#4fd08d;--bad:#ff7f86;--wait:#f0b354}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--back);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:84rem;margin:auto;padding:1.5rem 1rem 4rem}
-h1{margin:.2rem 0}h2{margin:2.2rem 0 .6rem}h3{margin:0 0 .5rem;font-size:1rem;overflow-wrap:anywhere}
-a{color:var(--accent)}p{margin:.3rem 0}.soft{color:var(--soft)}
-.wide{overflow-x:auto;background:var(--paper);border:1px solid var(--line);border-radius:10px}
-table{border-collapse:collapse;width:100%;font-size:.92rem}caption{text-align:left;padding:.5rem .7rem;color:var(--soft)}
-th,td{white-space:nowrap;padding:.45rem .7rem;text-align:left;border-top:1px solid var(--line);vertical-align:top}
-th{white-space:nowrap;position:relative}td.number{text-align:right;font-variant-numeric:tabular-nums}
-td.run{font-weight:600;white-space:nowrap}td.top{color:var(--good);font-weight:700}
-th button{all:unset;cursor:pointer;font-weight:600}th button:focus-visible{outline:2px solid var(--accent);outline-offset:3px}
-th[aria-sort=ascending]::after{content:" ▲"}th[aria-sort=descending]::after{content:" ▼"}
-td.links a{margin-right:.5rem}small{color:var(--soft);overflow-wrap:anywhere}
-td small{display:block;white-space:normal;font-weight:400;width:0;min-width:100%}
-b{color:var(--good)}.done{color:var(--good)}span.failed{color:var(--bad);font-weight:600}
-span.left,span.stopped{color:var(--wait)}
-tr.lit,tr.best{background:color-mix(in srgb,var(--accent) 9%,transparent)}
-svg{display:block;min-width:max-content}svg text{font-size:12px;fill:var(--ink);text-anchor:middle}
-svg .name{font-weight:600}.axis{stroke:var(--soft)}
-polyline{fill:none;stroke:var(--accent);stroke-width:1.6;opacity:.4}
-polyline.best{stroke:var(--good);stroke-width:3;opacity:1}
-polyline:hover,polyline.lit{stroke:var(--wait);stroke-width:4;opacity:1}
-@media(max-width:40rem){td.run{white-space:normal;overflow-wrap:anywhere;min-width:9rem}}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr));gap:1rem}
-.card{background:var(--paper);border:1px solid var(--line);border-radius:10px;padding:.9rem}
-.card.failed{border-color:var(--bad)}.card p{overflow-wrap:anywhere}
-.shots{display:grid;grid-template-columns:1fr 1fr;gap:.5rem}.shots a{background:#fff;border-radius:6px;overflow:hidden;display:block}
-.shots img{width:100%;height:8rem;object-fit:contain;display:block}
-"""
-_SCRIPT = """
-const body=document.querySelector('tbody'),heads=[...document.querySelectorAll('thead th')];
-heads.forEach((head,i)=>head.querySelector('button')?.addEventListener('click',()=>{
- const up=head.getAttribute('aria-sort')!=='ascending';
- heads.forEach(h=>h.hasAttribute('aria-sort')&&h.setAttribute('aria-sort','none'));
- head.setAttribute('aria-sort',up?'ascending':'descending');
- const key=row=>row.cells[i].dataset.v, number=v=>v!==undefined&&v!==''&&!isNaN(v);
- [...body.rows].sort((a,b)=>{const x=key(a),y=key(b);
-  if(x===undefined||y===undefined)return (x===undefined)-(y===undefined);
-  const d=number(x)&&number(y)?x-y:x.localeCompare(y);return up?d:-d}).forEach(row=>body.append(row))}));
-const all=[...document.querySelectorAll('[data-run]')];
-all.forEach(one=>{const light=on=>all.forEach(other=>other.dataset.run===one.dataset.run&&other.classList.toggle('lit',on));
- one.addEventListener('mouseenter',()=>light(true));one.addEventListener('mouseleave',()=>light(false))});
-"""
+
+def _files(row: RunRow, page: Path) -> dict[str, Any]:
+    "What a run left behind; addresses are relative to the page."
+    where, (why, notebook) = os.path.relpath(row.folder, page.parent), row.failure()
+    if notebook and (row.folder / notebook).with_suffix(".html").is_file():
+        notebook = f"{Path(notebook).stem}.html"
+    order = {name: i for i, name in enumerate(_FIRST)}
+    plots = sorted((row.folder / "plots").glob("*.png"), key=lambda p: (order.get(p.stem, len(order)), p.stem))[:4]
+    pages = sorted(row.folder.glob("*.html"), key=lambda path: path.stat().st_mtime)  # as they were executed
+    return {
+        "why": why,
+        "failed": notebook and f"{where}/{notebook}",
+        "plots": [(path, path.stem.replace("_", " "), f"{where}/plots/{path.name}") for path in plots],
+        "notebooks": [(path.stem, f"{where}/{path.name}") for path in pages],
+    }
 
 # %% ../../nbs/reports/03_sweep_page.ipynb #gallery-html
-def gallery_html(
+def sweep_page(
     name: str,  # of the sweep
-    rows: Sequence[Row],
-    page: Path,  # where it will be
-) -> str:  # HTML
+    rows: Sequence[RunRow],
+    page: Path,  # where it will be: links are relative to it
+) -> Page:
     "The page of a sweep."
     parameters, metrics = columns(rows)
     best = best_row(rows, metrics)
-    counts = {status: sum(row.outcome.status == status for row in rows) for status in ("done", "failed", "left")}
-    said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    drawing = parallel_coordinates(rows, best)
-    cards = "".join(pictures(row, page) for row in rows)
-    top = f"<p>The best is <b>{escape(best.name)}</b>.</p>" if best and len(rows) > 1 else ""
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1"><title>Sweep {escape(name)}</title>
-<style>{_STYLE}</style></head><body><main><h1>Sweep {escape(name)}</h1>
-<p class="soft">{len(rows)} runs: {said}. Different in {escape(", ".join(parameters) or "nothing")}.</p>{top}
-<h2>Runs</h2>{table(rows, best, page)}
-{f"<h2>Parameters and figures</h2>{drawing}" if drawing else ""}
-{f'<h2>Pictures</h2><div class="cards">{cards}</div>' if cards else ""}
-</main><script>{_SCRIPT}</script></body></html>"""
+    ends = {metric: min if lower_is_better(metric) else max for metric in metrics}
+    tops = {metric: end(row.metrics[metric] for row in rows if metric in row.metrics) for metric, end in ends.items()}
+    runs = []
+    for row in rows:
+        values = [row.outcome.values.get(key) for key in parameters]
+        cells = [(value, "number" if isinstance(value, int | float) else "") for value in values]
+        figures = {metric: row.metrics.get(metric) for metric in metrics}
+        cells += [(value, "number top" if value == tops[metric] else "number") for metric, value in figures.items()]
+        more = {"name": row.name, "outcome": row.outcome, "best": row is best, "time": as_time(row.outcome.seconds)}
+        runs.append(_files(row, page) | more | {"cells": cells})
+    counts = Counter(row.outcome.status for row in rows)
+    data = {
+        "title": name,
+        "runs": runs,
+        "best": best and best.name,
+        "counts": [f"{counts[status]} {status}" for status in ("done", "failed", "left") if counts[status]],
+        "parameters": parameters,
+        "metrics": [f"{metric} {'↓' if end is min else '↑'}" for metric, end in ends.items()],
+    }
+    return Page("sweep", data | _coordinates(rows, best))
 
 # %% ../../nbs/reports/03_sweep_page.ipynb #write-gallery
 def write_gallery(
@@ -334,5 +187,5 @@ def write_gallery(
     "Write the page of a sweep into its folder."
     page = run_folder(name) / "index.html"
     with atomic(page) as f:
-        f.write_text(gallery_html(name, rows_of(outcomes), page), encoding="utf-8")
+        f.write_text(sweep_page(name, rows_of(outcomes), page).html(), encoding="utf-8")
     return page

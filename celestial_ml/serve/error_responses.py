@@ -38,7 +38,7 @@ class ErrorForm(BaseModel):
 
     error: Problem
 
-# %% ../../nbs/serve/03_error_responses.ipynb #errorresponse
+
 class ErrorResponse(JSONResponse):
     "An error as an answer; its code is left where the access log and the counters find it."
 

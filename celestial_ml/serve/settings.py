@@ -34,7 +34,7 @@ def _pairs(value: Any) -> Any:
 
 # %% ../../nbs/serve/04_settings.ipynb #is-clean-path
 def is_clean_path(path: str) -> bool:
-    "Whether it's plain enough to stand before every link: `/planets`, no `//evil.org`, no `..`."
+    "Whether a path is safe to put before every link: `/planets`, no `//evil.org`, no `..`."
     plain = re.fullmatch(r"(/[A-Za-z0-9_~.-]+)+", path)
     return bool(plain) and len(path) <= 200 and not {".", ".."} & set(path.split("/"))
 
@@ -75,9 +75,9 @@ class _DemoSettings(BaseSettings):
     login_guesses: str = Field(
         "10/minute", pattern=_RATE, description="wrong passwords of an address; and ten times as many for a name"
     )
-    open_demo: bool = Field(False, description="whether the demo may do without a login where others can reach it")
+    open_demo: bool = Field(False, description="whether the demo may be open without a login where others can reach it")
     upload_bytes: int = Field(500_000_000, ge=1, description="bytes that all uploads to the demo may take on disk")
-    upload_minutes: float = Field(10, gt=0, description="minutes after which an upload that is left is deleted")
+    upload_minutes: float = Field(10, gt=0, description="minutes after which an abandoned upload is deleted")
     feedback_limit: str = Field("600/minute", pattern=_RATE, description="judgements of one person")
 
 # %% ../../nbs/serve/04_settings.ipynb #servesettings-x
@@ -93,12 +93,12 @@ class ServeSettings(_DemoSettings):
     head_bytes: int = Field(65_536, ge=1024, description="bytes of a request's head; more are refused")
     head_lines: int = Field(100, ge=8, description="headers of a request; more are refused")
     head_seconds: float = Field(10, gt=0, description="a head that takes longer to come in is refused")
-    idle_seconds: float = Field(10, gt=0, description="until a connection on which nothing is asked is closed")
+    idle_seconds: float = Field(10, gt=0, description="until an idle connection is closed")
     read_seconds: float = Field(30, gt=0, description="until a client that doesn't read its answer is cut off")
     connections: int = Field(1000, ge=8, description="open at once; fewer where the system allows fewer descriptors")
     address_connections: int = Field(200, ge=4, description="open at once of an address, or of an IPv6 network /64")
     body_seconds: float = Field(30, gt=0, description="a request that takes longer to come in is refused")
-    threads: int = Field(1, ge=1, description="that score pictures; as many as cores are given")
+    threads: int = Field(1, ge=1, description="that score pictures; as many as there are cores for it")
     waiting: int = Field(64, ge=1, description="pictures that may wait to be scored; more are answered 503")
     patience: float = Field(5, gt=0, description="seconds that a picture may wait; then it's answered 503")
     costly: int = Field(32, ge=1, description="large or costly pictures among them; more are answered 503")
@@ -108,55 +108,55 @@ class ServeSettings(_DemoSettings):
     decode_mb: int = Field(160, ge=50, description="megabytes of memory to decode a large or costly picture")
     batch: int = Field(8, ge=1, description="waiting pictures that are scored together")
     explaining: int = Field(2, ge=1, description="pictures that may be explained at once; more are answered 503")
-    reload_seconds: float = Field(1, gt=0, description="how often to look whether there is a new champion")
+    reload_seconds: float = Field(1, gt=0, description="seconds between two checks for a new champion")
     challenger: str = Field(
         "off", pattern=r"^off$|^(shadow|canary):(0(\.\d+)?|1(\.0+)?)$", description="off, shadow:SHARE, canary:SHARE"
     )
     api_keys: Pairs = Field({}, description="NAME:HASH,… as celestial keys new prints it")
     demo_login: Pairs = Field({}, description="NAME:HASH,… as celestial keys login prints it")
     rate_limit: str | None = Field(None, pattern=_RATE, description="requests of a key, or of an address: 600/minute")
-    cors_origins: Several = Field((), description="pages elsewhere that may ask: https://…")
-    trusted_proxies: Networks = Field((), description="addresses or networks whose X-Forwarded-* headers are believed")
+    cors_origins: Several = Field((), description="origins of other sites that may call the API: https://…")
+    trusted_proxies: Networks = Field((), description="addresses or networks whose X-Forwarded-* headers are trusted")
     root_path: RootPath = Field("", description="path that the service has behind a proxy: /planets")
-    log_url: str | None = Field(None, description="the prediction log, an SQLAlchemy URL; off: none is kept")
-    log_images: Literal["none", "sample", "uncertain", "all"] = Field("none", description="which pictures to keep")
-    log_sample: float = Field(0.01, ge=0, le=1, description="share of the pictures that `sample` keeps")
-    log_uncertain: float = Field(0.8, ge=0, le=1, description="`uncertain` keeps the pictures below this confidence")
-    log_days: int = Field(30, ge=1, description="days until a kept picture is deleted")
+    log_images: Literal["none", "sample", "uncertain", "all"] = Field("none", description="which pictures to store")
+    log_sample: float = Field(0.01, ge=0, le=1, description="share of the pictures that `sample` stores")
+    log_uncertain: float = Field(0.8, ge=0, le=1, description="`uncertain` stores the pictures below this confidence")
+    log_days: int = Field(30, ge=1, description="days until a stored picture is deleted")
     access_log: bool = Field(True, description="a line of JSON for every request, where the log isn't a terminal")
 
     @property
     def challenged(self) -> tuple[str, float]:  # off, shadow or canary, and the share of the traffic
-        "What the challenger is given."
+        "The challenger's mode and share of the requests."
         mode, _, share = self.challenger.partition(":")
         return mode, float(share or 0)
 
 # %% ../../nbs/serve/04_settings.ipynb #serve-settings
-def serve_settings(**given: Any) -> ServeSettings:  # by name; they win over the environment
-    "The settings of this environment; `CelestialError` names a variable that is unknown, or that makes no sense."
+def serve_settings(**overrides: Any) -> ServeSettings:  # by name; they win over the environment
+    "The settings of this environment; `CelestialError` for a variable that is unknown or has an invalid value."
     allowed = {PREFIX + name.upper() for name in ServeSettings.model_fields}
     for name in os.environ:
         if name.startswith(PREFIX) and name not in allowed:
             near = difflib.get_close_matches(name, allowed, 1, 0)
+            near = ["CELESTIAL_LOG_URL"] if name == f"{PREFIX}LOG_URL" else near
             raise CelestialError(f"there is no setting {name}", f"Did you mean {near[0]}?")
     try:
-        return ServeSettings(**{name: value for name, value in given.items() if value is not None})
+        return ServeSettings(**{name: value for name, value in overrides.items() if value is not None})
     except ValidationError as e:
         first = e.errors()[0]
         field = str(first["loc"][0])
         hint = ServeSettings.model_fields[field].description if field in ServeSettings.model_fields else ""
-        raise CelestialError(f"{PREFIX}{field.upper()}: {first['msg']}", f"It is: {hint}.") from None
+        raise CelestialError(f"{PREFIX}{field.upper()}: {first['msg']}", f"It means: {hint}.") from None
 
 # %% ../../nbs/serve/04_settings.ipynb #key-hash
 def key_hash(key: str) -> str:  # 64 hexadecimal digits
-    "What the server keeps of an API key."
+    "The hash that the server stores of an API key."
     return hashlib.sha256(key.encode()).hexdigest()
 
 # %% ../../nbs/serve/04_settings.ipynb #new-key
 def new_key(
-    name: str,  # whose it is; shows up in logs and in the rate limit
-) -> tuple[str, str]:  # the key, which is shown once, and NAME:HASH for the environment
-    "Draw an API key."
+    name: str,  # of its owner; appears in logs and counts for the rate limit
+) -> tuple[str, str]:  # the key, which is shown only once, and NAME:HASH for the environment
+    "Generate an API key."
     check_name("key", name)
     key = f"ck_{secrets.token_urlsafe(32)}"
     return key, f"{name}:{key_hash(key)}"
@@ -166,9 +166,9 @@ def key_owner(
     key: str,  # as it was presented
     keys: Mapping[str, str],  # name → hash
 ) -> str | None:
-    "Whose key it is, None if nobody's."
+    "The owner of a key; None for an unknown key."
     presented = key_hash(key)
-    return next((name for name, kept in keys.items() if hmac.compare_digest(kept, presented)), None)
+    return next((name for name, stored in keys.items() if hmac.compare_digest(stored, presented)), None)
 
 # %% ../../nbs/serve/04_settings.ipynb #password-hash
 _SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MB and some 50 ms a try
@@ -178,7 +178,7 @@ def password_hash(
     password: str,
     salt: str | None = None,  # hexadecimal; drawn if not given
 ) -> str:  # SALT$HASH
-    "What the server keeps of a password. Source: Percival and Josefsson 2016, RFC 7914."
+    "The hash that the server stores of a password. Source: Percival and Josefsson 2016, RFC 7914."
     salt = salt or secrets.token_hex(16)
     digest = hashlib.scrypt(password.encode(), salt=bytes.fromhex(salt), dklen=32, **_SCRYPT)
     return f"{salt}${digest.hex()}"
@@ -186,11 +186,11 @@ def password_hash(
 # %% ../../nbs/serve/04_settings.ipynb #is-password
 def is_password(
     password: str,
-    kept: str,  # of `password_hash`
+    stored: str,  # by `password_hash`
 ) -> bool:
-    "Whether it's the one."
-    salt, _, _ = kept.partition("$")
+    "Whether a password fits its stored hash."
+    salt, _, _ = stored.partition("$")
     try:
-        return hmac.compare_digest(password_hash(password, salt), kept)
-    except ValueError:  # no hash at all
+        return hmac.compare_digest(password_hash(password, salt), stored)
+    except ValueError:  # not a hash
         return False
