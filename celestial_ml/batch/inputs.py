@@ -372,13 +372,13 @@ def _claims(group: Any, columns: Sequence[int]) -> tuple[int, int, str]:
 
 def _cells(batch: pa.RecordBatch, contents: str | None, path: str | None) -> Iterator[tuple[Any, Any]]:
     "Content and path of each row, as Arrow's buffers, which are not copied; None for an empty cell."
-    columns = [batch.column(c) if c else None for c in (contents, path)]
+    columns: list[Any] = [batch.column(c) if c else None for c in (contents, path)]
     if contents and hasattr(columns[0].type, "names"):  # {bytes, path}
         inside = dict(zip(columns[0].type.names, columns[0].flatten(), strict=True))
         columns = [inside["bytes"], columns[1] if path else inside.get("path")]
     for row in range(batch.num_rows):
-        values = (None if c is None else c[row] for c in columns)
-        values = (v.value if hasattr(v, "dictionary") else v for v in values)
+        cells: Iterator[Any] = (None if c is None else c[row] for c in columns)
+        values = (cell.value if hasattr(cell, "dictionary") else cell for cell in cells)
         yield tuple(v.as_buffer() if v is not None and v.is_valid else None for v in values)  # type: ignore[misc]
 
 # %% ../../nbs/batch/00_inputs.ipynb #in-parquet

@@ -160,7 +160,13 @@ def picture_bar(
     is_terminal = sys.stderr.isatty()
     seconds, end = (0.3, "") if is_terminal else (15, "\n")
     words = "{n_fmt} of {total_fmt} pictures, {rate_noinv_fmt}, {remaining} left" + end
-    options = {"file": sys.stderr, "bar_format": words, "leave": False, "delay": seconds, "dynamic_ncols": is_terminal}
+    options: dict[str, Any] = {
+        "file": sys.stderr,
+        "bar_format": words,
+        "leave": False,
+        "delay": seconds,
+        "dynamic_ncols": is_terminal,
+    }
     bar = tqdm(initial=done, mininterval=seconds, unit=" pictures", **options)
 
     def set_total() -> None:

@@ -93,7 +93,7 @@ def joined(
 ) -> Answers:
     "Answers one after another."
     columns = zip(*(list(vars(answers).values())[2:] for answers in several), strict=True)
-    joint = (np.concatenate(c) if isinstance(c[0], np.ndarray) else list(chain.from_iterable(c)) for c in columns)
+    joint: Any = (np.concatenate(c) if isinstance(c[0], np.ndarray) else list(chain(*c)) for c in columns)
     return Answers(several[0].model_version, several[0].classes, *joint)
 
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -172,6 +171,8 @@ def threads(
     workers = workers or cores()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="batch")
     try:  # a few units for each thread: one huge picture must not keep the others waiting
-        yield Engine(16, lambda: 4 * workers, partial(pool.submit, score_unit, model), Future.result)
+        yield Engine(
+            16, lambda: 4 * workers, lambda unit: pool.submit(score_unit, model, unit), lambda begun: begun.result()
+        )
     finally:
         pool.shutdown(cancel_futures=True)

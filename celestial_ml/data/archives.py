@@ -126,7 +126,7 @@ class _Tar:
     "A tar file without its compression, from front to back; `ReadError` where it breaks off or unpacks to far too much."
 
     def __init__(self, file: BufferedReader, limits: ArchiveLimits):
-        openers = {rb"\x1f\x8b": gzip.open, rb"BZh[1-9]1AY&SY": bz2.open, rb"\xfd7zXZ\0": lzma.open}
+        openers: dict[bytes, Any] = {rb"\x1f\x8b": gzip.open, rb"BZh[1-9]1AY&SY": bz2.open, rb"\xfd7zXZ\0": lzma.open}
         head = file.peek(10)
         self.packed, self.ratio, self.position = file, limits.ratio, 0
         self.file: Any = next((opener(file) for magic, opener in openers.items() if re.match(magic, head)), file)
