@@ -58,7 +58,7 @@ class Item(NamedTuple):
     row: int = 0  # its place in the input
 
 
-_Entry = tuple[str, str, Callable[[], bytes] | None]  # name, mark and, in an archive or a table, how to read it
+_Entry = tuple[str, str | None, Callable[[], bytes] | None]  # name, mark (None: `mark_of` it), in a file how to read it
 
 
 def _refuse(error: CelestialError) -> bytes:
@@ -78,6 +78,8 @@ def is_web(name: str) -> bool:
 
 def local_name(name: str) -> str:
     "The path, where a URL leads to the disk; any other name as it is."
+    if not is_url(name):
+        return name
     path = re.sub("^(?:file|local)://(?:localhost(?=/))?", "", name, flags=re.IGNORECASE)
     return path if path == name or os.path.exists(path) else unquote(path)  # noqa: PTH110, `Path` refuses some names
 
@@ -215,8 +217,7 @@ _DEPTH = 64  # of folders at a URL, which may have links to themselves
 def _in_folder(name: str, passed: PassedOver | None = None) -> Iterator[_Entry]:
     "The pictures below a folder."
     if not is_url(name):
-        for path in find_pictures(name, passed):
-            yield path, mark_of(path), None
+        yield from ((path, None, None) for path in find_pictures(name, passed))
         return
     fs, top = file_system(name)
     for at, folders, inside in fs.walk(top, maxdepth=_DEPTH, detail=True):
@@ -275,7 +276,7 @@ def _in_list(name: str) -> Iterator[_Entry]:
                 yield f"{line[:200]}…", "", partial(_refuse, error)
             elif line and not (line.startswith("#") and not is_picture(line)):
                 path = placed(line, name)
-                yield path, "" if is_url(path) else mark_of(path), None
+                yield path, "" if is_url(path) else None, None
 
 # %% ../../nbs/batch/00_inputs.ipynb #in-tar-x
 def _in_archive(name: str, kind: str, passed: PassedOver | None = None) -> Iterator[_Entry]:
@@ -507,7 +508,7 @@ def items(
     for name in inputs.files:
         try:
             for picture, mark, read in _entries(inputs, name, passed):
-                item = Item(picture, mark, None, row)
+                item = Item(picture, mark_of(picture) if mark is None else mark, None, row)
                 yield item._replace(content=_content(read)) if read and needed(item) else item
                 row += 1
         except CelestialError:
@@ -526,7 +527,7 @@ def _entries(inputs: Inputs, name: str, passed: PassedOver | None) -> Iterator[_
     if inputs.kind == "parquet":
         return _in_parquet(name, inputs.column)
     if inputs.kind == "picture":
-        return iter([(name, mark_of(name), None)])
+        return iter([(name, None, None)])
     return _in_archive(name, inputs.kind, passed)
 
 
@@ -543,7 +544,7 @@ def count_items(inputs: Inputs) -> int | None:  # None where counting takes as l
     if any(is_url(name) or name == "-" or name.endswith(("gz", "bz2", "xz")) for name in inputs.files):
         return None
     if inputs.kind != "parquet":
-        return sum(1 for _ in items(inputs, lambda item: False))
+        return sum(1 for name in inputs.files for _ in _entries(inputs, name, None))
     rows = 0
     for name in inputs.files:
         with opened(name) as file:

@@ -17,6 +17,7 @@ import numpy as np
 from .inputs import Item, read_items
 from ..core.errors import CelestialError
 from ..core.files import sha256_of
+from ..core.isolated import return_large_blocks
 from ..data.images import decode_image
 from ..serve.predictor import Predictor
 
@@ -169,6 +170,7 @@ def threads(
 ) -> Iterator[Engine]:
     "An engine on this machine."
     workers = workers or cores()
+    return_large_blocks()  # and keep small ones, which glibc would return and fetch again for each unit
     pool = ThreadPoolExecutor(workers, thread_name_prefix="batch")
     try:  # a few units for each thread: one huge picture must not keep the others waiting
         yield Engine(
