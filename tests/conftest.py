@@ -4,28 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from projects import ROOT, Celestial, copy_project
 
 from celestial_ml.flow.pipeline import Plan, make_plan
-
-ROOT = Path(__file__).resolve().parent.parent
-COPIED = (
-    "pipeline.yaml",
-    "pipeline.score.yaml",
-    "pipeline.tune.yaml",
-    "dvc.yaml",
-    "params",
-    "nbs",
-    "celestial_ml",
-    ".gitignore",
-    ".dvc/config",
-    ".dvcignore",
-    "data/raw.dvc",
-)
 
 
 @pytest.fixture(scope="session")
@@ -38,25 +24,10 @@ def guide_images() -> Path:
     pytest.skip("the guide's images are not here: celestial data get guide, or set CELESTIAL_GUIDE_DATA")
 
 
-def copy_project(folder: Path) -> Path:
-    "A copy of the project without what was made, to run and to change at will."
-    for name in COPIED:
-        source, target = ROOT / name, folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-        else:
-            shutil.copy2(source, target)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "A copy of the project, for the tests of one file."
     return copy_project(tmp_path_factory.mktemp("project"))
-
-
-Celestial = Callable[..., subprocess.CompletedProcess]
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +69,7 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
             env |= {"CELESTIAL_HOME": str(folder / ".celestial"), "PYTHONPATH": str(folder)}
             result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
             assert result.returncode == 0, result.stderr
+            (folder / "run.err").write_text(result.stderr)
     return folder
 
 

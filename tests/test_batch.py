@@ -1,6 +1,5 @@
 "`celestial batch`: every picture once, whatever is killed; every kind of source; the same answers everywhere."
 
-import http.server
 import io
 import json
 import os
@@ -10,12 +9,10 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +20,7 @@ import pandas as pd
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
+from programs import web_server
 from serving import encoded, tiny_model
 from typer.testing import CliRunner
 
@@ -257,17 +255,6 @@ def shard(photos: Path, path: Path, mode: str = "w") -> Path:
     return path
 
 
-@contextmanager
-def web(folder: Path) -> Iterator[str]:
-    "A web server on this machine."
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    handler.log_message = lambda *a: None  # type: ignore[attr-defined]
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-
-
 def test_every_kind_of_source_gives_the_same_answers(photos: Path, model: Path, tmp_path: Path) -> None:
     files = sorted(photos.rglob("*.*"))
     (tmp_path / "list.txt").write_text("\n".join(map(str, files)))
@@ -281,7 +268,7 @@ def test_every_kind_of_source_gives_the_same_answers(photos: Path, model: Path, 
     expected = (
         pd.read_parquet(tmp_path / "out").drop(columns=["path", "row"]).sort_values("sha256").reset_index(drop=True)
     )
-    with web(tmp_path) as url:
+    with web_server(tmp_path) as url:
         local = ["list.txt", "photos.zip", "paths.parquet", "bytes.parquet", "a.tar", "b.tar.gz", "*.tar"]
         given = [f"{tmp_path}/{name}" for name in local] + [f"file://{photos}", f"file://{tmp_path}/a.tar"]
         given += [f"{url}/{name}" for name in ("photos.zip", "b.tar.gz", "bytes.parquet")]

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from programs import chromium
 from serving import encoded, neptune, running, tiny_model
 
 from celestial_ml.core.files import read_json, sha256_of, write_json
@@ -28,24 +29,9 @@ from celestial_ml.planets.renderer import render
 from celestial_ml.serve.predictor import find_model, models_folder
 from celestial_ml.serve.settings import password_hash
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--use-fake-device-for-media-stream",
-    "--use-fake-ui-for-media-stream",
-]
-FLAGS.append("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")  # the network is cut off
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine"),
-]
+pytestmark = pytest.mark.browser
 
 SCREENSHOTS = Path(__file__).parents[1] / "nbs" / "images" if os.environ.get("CELESTIAL_SCREENSHOTS") else None
 SERVE = (
@@ -146,11 +132,8 @@ def url(home):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright.expect.set_options(timeout=20_000)
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -186,7 +186,7 @@ def test_data_check_and_show(celestial, tmp_path: Path) -> None:
 
 def test_dvc_compares_two_revisions(project: Path) -> None:
     "`dvc metrics|params|plots diff` between a commit and what lies there now."
-    run = project / "output/default"
+    run = project / "results/default"
     (run / "plots").mkdir(parents=True)
 
     def leave(accuracy: float, brightness: int) -> None:
@@ -204,7 +204,7 @@ def test_dvc_compares_two_revisions(project: Path) -> None:
     leave(0.5, 0)
     call("git", "init", "-q")
     call("git", "add", "-A")
-    assert "output/default/metrics.json" in call("git", "ls-files")
+    assert "results/default/metrics.json" in call("git", "ls-files")
     call("git", "commit", "-qm", "one")
     leave(0.75, 255)
     params = project / "params/default.yaml"
@@ -214,5 +214,5 @@ def test_dvc_compares_two_revisions(project: Path) -> None:
     assert '"new": 50' in call(*dvc, "params", "diff", "--json")
     call(*dvc, "plots", "diff", "--out", "compared")
     pictures = {path.name for path in (project / "compared/static").iterdir()}
-    assert {f"{rev}_output_default_plots_preview.png" for rev in ("HEAD", "workspace")} <= pictures
+    assert {f"{rev}_results_default_plots_preview.png" for rev in ("HEAD", "workspace")} <= pictures
     assert "val_accuracy" in (project / "compared/index.html").read_text()

@@ -2,7 +2,6 @@
 
 import ast
 import functools
-import http.server
 import importlib.util
 import os
 import re
@@ -10,7 +9,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import threading
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +17,7 @@ from urllib.parse import unquote, urldefrag
 
 import pytest
 import yaml
+from programs import chromium, web_server
 from typer.testing import CliRunner
 
 from celestial_ml.core.files import read_json, write_json
@@ -33,8 +32,6 @@ sys.path.insert(0, str(NBS / "docs-assets"))
 import docments  # noqa: E402
 import drawings  # noqa: E402
 import reference  # noqa: E402
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -335,16 +332,8 @@ LOOKED_AT = [
 @pytest.fixture(scope="module")
 def served(site: Path):
     "The site as a web server shows it."
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *said: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
-    server.handle_error = lambda *said: None  # a browser that leaves a page hangs up
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
+    with web_server(site) as url:
+        yield f"{url}/"
 
 
 @pytest.mark.slow
@@ -357,15 +346,12 @@ def test_linkchecker_is_content(served: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("view", VIEWS)
 def test_look(served: str, view: str, scheme: str) -> None:
     "Nothing sticks out, nothing is asked of others, the console is silent, and axe-core finds nothing serious."
-    playwright = pytest.importorskip("playwright.sync_api")
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--headless", "--no-sandbox", "--disable-gpu"])
+    with chromium() as browser:
         page = browser.new_context(viewport=VIEWS[view], color_scheme=scheme, reduced_motion="reduce").new_page()
         complaints: list[str] = []
         page.on("console", lambda m: m.type in ("error", "warning") and complaints.append(m.text))
@@ -386,5 +372,4 @@ def test_look(served: str, view: str, scheme: str) -> None:
         if view == "desk":  # the search finds, from an index that is here too
             page.locator("input.md-search__input").fill("calibration")
             page.locator(".md-search-result__item").first.wait_for(timeout=120_000)
-        browser.close()
         assert complaints == []

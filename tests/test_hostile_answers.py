@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image
-from serving import neptune, running, tiny_model, until
+from serving import chunk, neptune, running, tiny_model, until
 
 from celestial_ml.core.files import read_json, write_json
 from celestial_ml.data.images import open_image
@@ -34,10 +34,6 @@ def url(folder: Path) -> Iterator[str]:
     settings = {"log_url": f"sqlite:///{folder}/log.db", "trusted_proxies": "127.0.0.1", "feedback_limit": "30/minute"}
     with running(model, folder / "log", rate_limit="500/minute", **settings) as url:
         yield url
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 @pytest.mark.parametrize("path", ["/predict", "/predict/batch", "/explain", "/gradio_api/upload"])

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from programs import web_server
 from serving import encoded, tiny_model
 
 from celestial_ml.batch.job import Result, batch
@@ -570,11 +570,8 @@ class Hostile(http.server.BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def web() -> Iterator[str]:
     Hostile.bomb = gzip.compress(bytes(300_000_000), 1)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hostile) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+    with web_server(Hostile) as url:
+        yield url
 
 
 def test_a_list_of_hostile_urls(web: str, model: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

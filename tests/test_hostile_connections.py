@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from programs import resident_mb
 from serving import neptune, running, tiny_model, until
 
 from celestial_ml.serve.settings import new_key
@@ -53,7 +54,7 @@ class Served:
         return int(self.figure("celestial_process_id "))
 
     def resident_mb(self) -> float:
-        return int(Path(f"/proc/{self.pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1000
+        return resident_mb(self.pid)
 
     def descriptors(self) -> int:
         return sum(1 for _ in Path(f"/proc/{self.pid}/fd").iterdir())

@@ -172,13 +172,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def refusal_of(do: Callable[[], object]) -> CelestialError:
-    try:
+    with pytest.raises(Exception) as raised:
         do()
-    except Exception as e:
-        refusal = refused_by_machine(e)
-        assert refusal and refusal.exit_code == 2 and refusal.hint, repr(e)
-        return refusal
-    raise AssertionError("that should have been refused")
+    refusal = refused_by_machine(raised.value)
+    assert refusal and refusal.exit_code == 2 and refusal.hint, repr(raised.value)
+    return refusal
 
 
 def test_a_full_disk_is_named_and_nothing_half_written_stays(small_disk: Path) -> None:
@@ -346,30 +344,13 @@ def test_a_step_refuses_parameters_that_it_does_not_have(project: Path, argument
 
 
 def test_a_model_is_taken_up_once_a_fault_has_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import onnx
-
-    from celestial_ml.core.files import sha256_of
+    from celestial_ml.core.testing import colour_model
     from celestial_ml.serve.live_models import Models
     from celestial_ml.serve.metrics import Metrics
 
     monkeypatch.setenv("CELESTIAL_HOME", str(tmp_path))
-    graph = """
-    <ir_version: 10, opset_import: ["" : 18]>
-    colour (uint8[n, h, w, 3] image) => (float[n, 3] probabilities, float[n] ood_score)
-    {
-      bytes = Cast <to = 1> (image)
-      inside = Constant <value = int64[2] {1, 2}> ()
-      mean = ReduceMean <keepdims = 0> (bytes, inside)
-      probabilities = Softmax <axis = 1> (mean)
-      channels = Constant <value = int64[1] {1}> ()
-      ood_score = ReduceMax <keepdims = 0> (mean, channels)
-    }
-    """
     folder = tmp_path / "models/tiny/1"
-    folder.mkdir(parents=True)
-    onnx.save(onnx.parser.parse_model(graph), folder / "model.onnx")
-    about = {"name": "tiny", "version": "1", "classes": ["r", "g", "b"], "ood_threshold": 250.0}
-    write_json(folder / "model.json", about | {"sha256": sha256_of(folder / "model.onnx")})
+    colour_model(folder)
     write_json(tmp_path / "models/champion.json", {"model": "tiny/1"})
     metrics = Metrics()
 

@@ -21,7 +21,8 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from serving import encoded, neptune, running, tiny_model, until
+from programs import resident_mb
+from serving import chunk, encoded, neptune, running, tiny_model, until
 
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.params import Prepare
@@ -54,11 +55,6 @@ def refusal(content: bytes, **options: object) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- the inputs
-
-
-def chunk(kind: bytes, data: bytes = b"") -> bytes:
-    "A chunk of a PNG."
-    return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
 
 
 def segment(marker: int, data: bytes = b"") -> bytes:
@@ -154,11 +150,6 @@ def test_it_takes_little_time_and_no_memory_here(kind: str) -> None:
     assert time.process_time() - busy < 0.5, "of this process"
     assert time.monotonic() - began < 3
     assert resident_mb() - before < 60
-
-
-def resident_mb(pid: int | str = "self") -> float:
-    "Megabytes that a process takes."
-    return int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1000
 
 
 LARGE = {

@@ -12,12 +12,12 @@ from urllib.parse import urljoin
 
 import httpx
 import pytest
+from programs import chromium
 from serving import neptune, running, tiny_model
 
 from celestial_ml.serve.settings import password_hash
 
 NGINX, ROOT = shutil.which("nginx"), Path(__file__).resolve().parent.parent
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(NGINX is None, reason="there is no nginx on this machine")
 HTTP = """
 daemon off; pid {folder}/pid; error_log {folder}/errors warn; worker_processes 1;
@@ -135,17 +135,12 @@ def test_nobody_is_believed_without_the_setting(tmp_path: Path) -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
 def test_a_person_sees_an_answer_behind_nginx(site: tuple[str, str]) -> None:
     base, _ = site
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--headless", "--no-sandbox", "--disable-gpu"])
-        try:
-            page = browser.new_page()
-            page.goto(base)
-            picture = {"name": "n.png", "mimeType": "image/png", "buffer": neptune()}
-            page.locator("input[type=file]").first.set_input_files(picture)
-            playwright.expect(page.locator("#right h2")).to_have_text("Neptune", timeout=20_000)
-        finally:
-            browser.close()
+    with chromium() as browser:
+        page = browser.new_page()
+        page.goto(base)
+        picture = {"name": "n.png", "mimeType": "image/png", "buffer": neptune()}
+        page.locator("input[type=file]").first.set_input_files(picture)
+        playwright.expect(page.locator("#right h2")).to_have_text("Neptune")

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,8 +21,9 @@ from urllib.request import urlopen
 import matplotlib as mpl
 import pandas as pd
 import pytest
-from conftest import ROOT, copy_project
 from PIL import Image
+from programs import chromium, free_port, git
+from projects import ROOT, copy_project
 
 from celestial_ml.core.files import read_json
 from celestial_ml.core.params import load_params
@@ -33,17 +33,12 @@ from celestial_ml.flow.steps import step_parameters
 from celestial_ml.workbench.lab import ASSETS
 from celestial_ml.workbench.status_panel import pipeline_states, where_am_i
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
-)
 SCREENSHOTS = ROOT / "nbs" / "images" if os.environ.get("CELESTIAL_SCREENSHOTS") else None
 UP_TO_TRAIN = """
 from pathlib import Path
 from celestial_ml.flow.pipeline import make_plan, run_pipeline
 run_pipeline(make_plan(Path.cwd(), "smoke", ["train.epochs=1"], "longer", until="train"))
 """
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
 
 
 def command(*words: str, cwd: Path, **env: str) -> str:
@@ -51,11 +46,6 @@ def command(*words: str, cwd: Path, **env: str) -> str:
     done = subprocess.run(words, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
-
-
-def git(folder: Path, *words: str) -> str:
-    who = ("-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
-    return command("git", *who, *words, cwd=folder)
 
 
 def environment(desk: Path) -> dict[str, str]:
@@ -90,12 +80,9 @@ class Lab:
     "JupyterLab, as `make lab` starts it."
 
     def __init__(self, desk: Path, *arguments: str):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
         self.log = desk.parent / "lab.log"
         self.runtime = desk.parent / "runtime"
-        words = " ".join(("--no-browser", "--allow-root", f"--port={port}", *arguments))
+        words = " ".join(("--no-browser", "--allow-root", f"--port={free_port()}", *arguments))
         self.began = time.perf_counter()
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -273,11 +260,8 @@ def test_where_am_i_is_quick(smoke: Plan, at_home: Path) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -347,7 +331,6 @@ def shoot(page: Any, name: str) -> None:
     assert (SCREENSHOTS / name).stat().st_size < 200_000
 
 
-@in_browser
 @pytest.mark.browser
 def test_lab_is_ready(page: Any, desk: Path) -> None:
     "The home page with its kernel, the steps beside it, a table of contents, differences, and reloaded modules."
@@ -375,7 +358,6 @@ def test_lab_is_ready(page: Any, desk: Path) -> None:
     module.unlink()
 
 
-@in_browser
 @pytest.mark.browser
 @pytest.mark.slow
 def test_run_a_step_change_it_and_compare(page: Any, desk: Path, smoke_run: Path) -> None:

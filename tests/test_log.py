@@ -10,13 +10,10 @@ import logging
 import os
 import re
 import resource
-import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +26,7 @@ import httpx
 import numpy as np
 import pandas as pd
 import pytest
+from programs import PostgreSQL, free_port, postgresql
 from serving import neptune, running, tiny_model, until
 from sqlalchemy import Engine, create_engine, func, insert, select, text, update
 from sqlalchemy.exc import OperationalError
@@ -46,65 +44,14 @@ from celestial_ml.monitor.retention import ImagePolicy
 from celestial_ml.monitor.tables import LOG_SCHEMA, log_database, log_table
 from celestial_ml.monitor.time_range import embeddings, live_accuracy, read_answers
 
-SECRET = "s3cret/&"
+SECRET = PostgreSQL.password
 BOTH = ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
 
 
-class Server:
-    "A PostgreSQL server of our own."
-
-    def __init__(self, folder: Path, programs: Path):
-        self.folder, self.programs = folder, programs
-        self.as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []  # it refuses to run as root
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        (folder / "password").write_text(SECRET)
-        if self.as_user:
-            shutil.chown(folder, "postgres")
-            shutil.chown(folder / "password", "postgres")
-        self.do("initdb", "-U", "anna", "-A", "scram-sha-256", "--pwfile", f"{folder}/password")
-
-    def do(self, program: str, *arguments: str) -> None:
-        command = [*self.as_user, str(self.programs / program), "-D", f"{self.folder}/data", *arguments]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        subprocess.run(command, cwd=self.folder, check=True, **quiet)
-
-    def start(self) -> None:
-        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
-        self.do("pg_ctl", "-l", f"{self.folder}/log", "-w", "-o", options, "start")
-
-    def stop(self, mode: str = "immediate") -> None:
-        self.do("pg_ctl", "-m", mode, "stop")
-
-    def url(self, database: str) -> str:
-        return f"postgresql://anna:s3cret%2F%26@127.0.0.1:{self.port}/{database}"
-
-    def empty_database(self) -> str:
-        "The URL of one without a table, and without anybody in it."
-        engine = create_engine(log_database(self.url("postgres")).url)
-        with engine.begin() as connection:
-            others = "FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
-            connection.execute(text(f"SELECT pg_terminate_backend(pid) {others}"))
-            connection.execute(text("DROP SCHEMA public CASCADE"))
-            connection.execute(text("CREATE SCHEMA public"))
-        engine.dispose()
-        return self.url("postgres")
-
-
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3]))
-    place = shutil.which("initdb") or (found[-1] if found else None)
-    if place is None:
-        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder), Path(place).parent)
-        server.start()
-        try:
-            yield server
-        finally:
-            server.stop()
+def server() -> Iterator[PostgreSQL]:
+    with postgresql() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
@@ -629,7 +576,7 @@ def test_a_commit_that_nobody_heard_of_isnt_written_twice(
 
 @pytest.mark.postgres
 def test_postgresql_stops_and_starts_again(
-    server: Server, opened: Callable[..., PredictionLog], caplog: pytest.LogCaptureFixture
+    server: PostgreSQL, opened: Callable[..., PredictionLog], caplog: pytest.LogCaptureFixture
 ) -> None:
     log = opened(url := server.empty_database())
     for i in range(20):
@@ -660,7 +607,7 @@ def test_postgresql_stops_and_starts_again(
 
 
 @pytest.mark.postgres
-def test_postgresql_cuts_the_connection(server: Server, opened: Callable[..., PredictionLog]) -> None:
+def test_postgresql_cuts_the_connection(server: PostgreSQL, opened: Callable[..., PredictionLog]) -> None:
     log = opened(url := server.empty_database())
     for i in range(400):
         log.record(answer(i))
@@ -875,7 +822,7 @@ def test_forgetting_a_picture_under_way(url: str, opened: Callable[..., Predicti
 
 @both
 def test_days_as_parquet(url: str, opened: Callable[..., PredictionLog], tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(export, "PIECE", 7)  # several pieces a day
+    monkeypatch.setattr(export, "_PIECE", 7)  # several pieces a day
     log, midnight = opened(url), datetime(2026, 3, 2, tzinfo=UTC).timestamp()
     times = [midnight - 1e-3, midnight, *(midnight + 60 * i for i in range(1, 31)), midnight + 86400]
     for i, at in enumerate(times):
@@ -918,7 +865,7 @@ def test_an_export_replaces_a_day_or_leaves_it(
     [day] = export_days(tmp_path / "out", url=url)
     before = Path(day["path"]).read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr(export, "PIECE", 5)
+        patched.setattr(export, "_PIECE", 5)
         real, done = export._piece, []
 
         def breaks(*arguments: object) -> object:
@@ -971,7 +918,7 @@ def test_a_missing_library_is_named(module: str, code: str, words: str) -> None:
 
 
 @pytest.mark.postgres
-def test_a_wrong_password_isnt_shown(server: Server, opened: Callable[..., PredictionLog], caplog) -> None:
+def test_a_wrong_password_isnt_shown(server: PostgreSQL, opened: Callable[..., PredictionLog], caplog) -> None:
     url = server.url("postgres").replace("s3cret", "wr0ng")
     with caplog.at_level(logging.DEBUG, logger="celestial_ml"):
         log = opened(url, wait=20)
@@ -1111,12 +1058,6 @@ def asked(url: str, clients: int = 4) -> Iterator[list[tuple[float, float, int, 
         stop.set()
         for thread in threads:
             thread.join()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @contextmanager

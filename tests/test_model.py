@@ -20,7 +20,7 @@ from celestial_ml.flow.pipeline import Plan
 from celestial_ml.planets.renderer import render_many
 from celestial_ml.serve.predictor import Predictor
 
-TINY = ["model.width=4", "prepare.size=16", "evaluate.strangers=4", "evaluate.corrupted=4", "evaluate.bootstrap=100"]
+TINY = ["model.width=4", "prepare.size=16", "evaluate.strangers=4", "stress.corrupted=4", "evaluate.bootstrap=100"]
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +70,45 @@ def test_strangers_are_compared_by_kind_and_by_score(metrics: dict) -> None:
     assert len(unknown["bodies"]) >= 8 and not set(unknown["bodies"]) & set(metrics["per_class"])
 
 
-def test_robustness_and_behaviour_are_measured(metrics: dict) -> None:
+def rule_of(registered: dict, name: str) -> dict:
+    return next(rule for rule in registered["rules"] if rule["name"] == name)
+
+
+def test_without_stress_the_card_and_the_gate_say_so(metrics: dict) -> None:
+    assert not {"robustness", "behaviour", "folds", "left_out"} & metrics.keys()
+    assert metrics["baseline"] == {"trivial": pytest.approx(0.1)}
+    rule = rule_of(read_json("output/smoke/register.json"), "beats guide-baseline")
+    assert rule["value"] is None and rule["passed"] and "--with stress" in rule["why"]
+    assert "--with stress" in Path("output/smoke/model_card.md").read_text()
+
+
+def test_stress_runs_beside_the_chain_and_its_results_go_with_the_model(celestial, smoke: Plan) -> None:
+    result = celestial("run", "smoke", "--with", "stress", "--json")
+    assert result.returncode == 0, result.stderr
+    run = json.loads(result.stdout)
+    assert run["ran"] == ["stress", "package", "register"]
+    metrics = run["metrics"]
     table = metrics["robustness"]["per_corruption"]
     assert len(table) >= 12 and all(len(row) == 5 for row in table.values())
     assert metrics["robustness"]["mean_accuracy"] == pytest.approx(np.mean(list(table.values())))
-    assert metrics["robustness"]["mce"] > 0 and metrics["baseline"]["trivial"] == pytest.approx(0.1)
+    assert metrics["robustness"]["mce"] > 0 and metrics["baseline"].keys() == {"trivial", "guide"}
     assert {"invariance", "directional", "minimum_functionality"} == metrics["behaviour"].keys()
+    assert rule_of(run["registered"], "beats guide-baseline")["value"] is not None
+    assert "--with stress" not in Path("output/smoke/model_card.md").read_text()
+    again = json.loads(celestial("run", "smoke", "--json").stdout)
+    assert again["ran"] == [] and again["metrics"] == metrics, "without it the results stay"
+    other = json.loads(celestial("run", "smoke", "--set", "train.lr=0.0011", "--json").stdout)
+    assert "robustness" not in other["metrics"], "they say nothing about another training"
+    unknown = celestial("run", "smoke", "--with", "stres")
+    assert unknown.returncode == 2 and "stress" in unknown.stderr
+
+
+def test_what_git_keeps_is_copied_by_a_command(celestial, smoke: Plan) -> None:
+    result = celestial("keep", "smoke")
+    assert result.returncode == 0, result.stderr
+    assert read_json("results/smoke/metrics.json") == read_json("output/smoke/model.json")["metrics"]
+    for name in ("history.csv", "test_predictions.npz", "plots/confusion_matrix.png", "plots/preview.png"):
+        assert Path("results/smoke", name).read_bytes() == Path("output/smoke", name).read_bytes()
 
 
 def test_slices_know_how_the_images_were_rendered(metrics: dict) -> None:
@@ -111,12 +144,13 @@ def test_int8_is_served_where_it_is_as_good(celestial, smoke: Plan) -> None:
 
 @pytest.mark.slow
 def test_folds_left_out_classes_and_rare_ones(celestial, at_home: Path, three: Path) -> None:
-    asked = ["evaluate.folds=2", "evaluate.leave_one_out=true", "train.class_weights=balanced", "train.patience=1"]
+    asked = ["stress.folds=2", "stress.leave_one_out=true", "train.class_weights=balanced", "train.patience=1"]
     result = celestial(
-        "run", "smoke", "--run", "three", *settings("data.source=folder", f"data.folder={three}", *asked)
+        *("run", "smoke", "--run", "three", "--with", "stress"),
+        *settings("data.source=folder", f"data.folder={three}", *asked),
     )
     assert result.returncode == 0, result.stderr
-    metrics = read_json("output/three/metrics.json")
+    metrics = read_json("output/three/model.json")["metrics"]
     assert len(metrics["folds"]["folds"]) == 2 and 0 <= metrics["folds"]["mean"] <= 1
     assert [row["class"] for row in metrics["left_out"]["classes"]] == ["Earth", "Mars", "Uranus"]
     assert metrics["left_out"]["worst"]["auroc"] == min(row["auroc"] for row in metrics["left_out"]["classes"])

@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,13 +16,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
+from programs import chromium, free_port
 from typer.testing import CliRunner
 
 from celestial_ml.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
 URL = "https://github.com/celestial-ml/celestial_ml"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 KINDS = {"circle": "red", "square": "green", "triangle": "blue"}
 
 
@@ -111,9 +110,7 @@ def answers_at(tmp_path: Path) -> Iterator[str]:
             2, f"mkdir .venv; ln -s {shlex.quote(str(Path(sys.executable).parent))} .venv/bin; touch .venv/.ready"
         )
         env["PYTHONPATH"] = str(tmp_path / "celestial_ml")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        env["PORT"] = str(free.getsockname()[1])
+    env["PORT"] = str(free_port())
     own = str(Path(sys.executable).parent)
     env["PATH"] = os.pathsep.join(part for part in env["PATH"].split(os.pathsep) if part != own)
     with (tmp_path / "said").open("w") as said:
@@ -137,11 +134,9 @@ def answers_at(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
 def test_from_a_clone_to_an_answer_about_a_picture_of_ones_own(answers_at: str, tmp_path: Path) -> None:
     playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--headless", "--no-sandbox", "--disable-gpu"])
+    with chromium() as browser:
         page = browser.new_page()
         page.goto(answers_at)
         page.get_by_role("heading", name="What is in this picture?").wait_for()
@@ -151,4 +146,3 @@ def test_from_a_clone_to_an_answer_about_a_picture_of_ones_own(answers_at: str, 
             picture = next(path for path in sorted((tmp_path / "photos" / kind).iterdir()) if path.name[0].isdigit())
             page.locator("#drop input[type=file]").set_input_files(picture)
             playwright.expect(page.locator("#right h2")).to_have_text(kind, timeout=30_000)
-        browser.close()

@@ -528,7 +528,7 @@ def test_the_commands_from_the_first_version_to_a_retired_one(
     assert models("promote", "celestial/3").exit_code == 2
 
     audit = models("audit")
-    assert "Bob: watched it" in audit.stdout and "nobody touched them" in audit.stdout
+    assert "Bob: watched it" in audit.stdout and "nobody changed them" in audit.stdout
     audit_file().write_bytes(audit_file().read_bytes().replace(b"Bob", b"Eve"))
     assert models("audit", "--verify").exit_code == 1
     assert models("promote", "celestial/2").exit_code == 2

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from click.testing import Result
 from markdown_it import MarkdownIt
 from packages import package
 from PIL import Image
+from programs import chromium, git
 from typer.testing import CliRunner
 
 from celestial_ml.cli.app import app
@@ -199,12 +201,6 @@ def test_no_difference_is_said_as_such(home: Path, tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------- beside a revision
 
 
-def git(folder: Path, *arguments: str) -> str:
-    who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
-    done = subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True, text=True)
-    return done.stdout.strip()
-
-
 def fill(root: Path, name: str, right: float, lr: float) -> Path:
     "A run's folder, as far as a report reads it."
     folder = package(root / "output" / name, right)
@@ -298,7 +294,7 @@ def test_what_is_missing_is_said_in_words(repository: Path) -> None:
     for arguments, said in {
         ("report", "--base", "mian"): "there is no revision 'mian' here",
         ("report", "--base", "--output=x"): "there is no revision '--output=x' here",
-        ("report", "mine", "--base", "main"): "has no output/mine/metrics.json",
+        ("report", "mine", "--base", "main"): "has no results/mine/metrics.json",
         ("report", "mien"): "did you mean 'mine'",
         ("report", "--output", "x.pdf"): "ends in .md or .html",
     }.items():
@@ -461,20 +457,22 @@ def test_there_is_one_comment_and_it_is_updated(workflow: dict[str, Any], tmp_pa
     server.shutdown()
 
 
+def test_the_package_ships_every_template() -> None:
+    core = ROOT / "celestial_ml/core"
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    shipped = {path for pattern in patterns["celestial_ml.core"] for path in core.glob(pattern)}
+    assert {path for path in (core / "templates").rglob("*") if path.is_file()} <= shipped
+
+
 # ---------------------------------------------------------------------------------------------------- in a browser
 
 
 @pytest.mark.browser
 def test_the_page_in_a_browser(smoke: Plan) -> None:
     "At a desk and on a phone, by day and by night, and on paper."
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no chromium on this machine")
     page_file = (ROOT / "output/default" if SCREENSHOTS else Path("output/smoke")).resolve() / "report.html"
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    with chromium() as browser:
         for scheme, width in ("light", 1280), ("dark", 390):
             page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
             asked: list[str] = []
@@ -494,6 +492,5 @@ def test_the_page_in_a_browser(smoke: Plan) -> None:
                 for p in ("color", "backgroundColor")
             )
             assert colour == "rgb(27, 36, 54)" and ground in ("rgba(0, 0, 0, 0)", "rgb(255, 255, 255)"), "dark on paper"
-        browser.close()
     if SCREENSHOTS:
         assert (SCREENSHOTS / "report.png").stat().st_size < 200_000

@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from programs import resident_mb
 from serving import encoded, neptune, running, tiny_model, until
 
 from celestial_ml.core.files import read_json, sha256_of, write_json
@@ -329,11 +330,6 @@ def malformed(seed: int) -> bytes:
     return bytes(content)
 
 
-def resident(pid: int) -> int:
-    "Kilobytes of memory."
-    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
-
-
 @pytest.mark.parametrize("uploads", [250, pytest.param(3000, marks=pytest.mark.slow)])
 def test_malformed_uploads_are_the_senders_mistake(tmp_path: Path, uploads: int) -> None:
     model = tiny_model(tmp_path / "model")
@@ -341,7 +337,7 @@ def test_malformed_uploads_are_the_senders_mistake(tmp_path: Path, uploads: int)
         pid = int(figure(client, "celestial_process_id"))
         for seed in range(uploads):  # once to fill what is kept for good: the sizes of memory, the counters
             send(client, malformed(seed))
-        before, statuses = resident(pid), Counter()
+        before, statuses = resident_mb(pid), Counter()
         for seed in range(uploads):
             answer = send(client, malformed(seed))
             statuses[answer.status_code] += 1
@@ -356,7 +352,7 @@ def test_malformed_uploads_are_the_senders_mistake(tmp_path: Path, uploads: int)
             kind = {"content-type": "multipart/form-data; boundary=b"}
             assert 400 <= client.post("/predict", content=bytes(body), headers=kind).status_code < 500, seed
         assert min(statuses[400], statuses[415]) > uploads / 6, statuses
-        assert resident(pid) - before < 20_000, "memory stays flat"
+        assert resident_mb(pid) - before < 20, "memory stays flat"
         assert send(client, neptune()).json()["label"] == "Neptune"
     assert "Traceback" not in (tmp_path / "log").read_text()
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from conftest import Celestial
+from programs import chromium, is_running
+from projects import Celestial
 from typer.testing import CliRunner
 
 from celestial_ml.cli.sweep import sweep_app
@@ -50,12 +51,6 @@ def printed(path: Path) -> str:
     "What an executed notebook printed."
     outputs = [output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]
     return "".join(output.get("text", "") for output in outputs)
-
-
-def living(pid: int) -> bool:
-    "Whether there's such a process, and it isn't a dead one that nobody looked after."
-    status = Path(f"/proc/{pid}/stat")
-    return status.is_file() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 # ---- checked beforehand
@@ -265,7 +260,7 @@ def test_the_page_has_every_run_and_why_one_failed(swept: Sweep, at_home: Path) 
     assert text.count("<tr data-run") == 4 and "2 done, 2 failed" in text
     assert re.search(r"odd, cell \d+: ZeroDivisionError: division by zero", text)
     assert "inverse_error ↓" in text and "The best is <b>x-2</b>." in text and text.count("<polyline") == 2
-    for link in re.findall(r'href="([^"#]+)"', text):
+    for link in re.findall(r'href="([^"#:]+)"', text):
         assert (at_home / "output/odd" / link).is_file(), link
     assert not re.findall(r'(?:src|href)="(?:https?:)?//', text), "a page that needs no network"
 
@@ -278,13 +273,8 @@ def test_names_from_outside_are_no_html(at_home: Path) -> None:
 
 @pytest.mark.browser
 def test_the_page_is_sorted_by_the_keyboard_and_fits_a_phone(swept: Sweep) -> None:
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no chromium on this machine")
     page_file = write_gallery("odd", known_runs(swept)).resolve()
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 390, "height": 844})
         mistakes: list[str] = []
         page.on("pageerror", lambda error: mistakes.append(str(error)))
@@ -431,9 +421,9 @@ def test_stopped_it_leaves_no_process_and_goes_on_later(project: Path, at_home: 
     process.send_signal(number)
     said, _ = process.communicate(timeout=60)
     deadline = time.monotonic() + 30
-    while any(map(living, pids)) and time.monotonic() < deadline:
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(map(living, pids))
+    assert not any(map(is_running, pids))
     assert len(list(project.glob(f"{name}-*.tidy"))) == 2, "a cell that is stopped tidies up behind itself"
     if number == signal.SIGINT:
         assert process.returncode == 130 and "what was finished is kept" in said and "Traceback" not in said

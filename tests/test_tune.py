@@ -2,12 +2,9 @@
 
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +16,7 @@ import pytest
 from mlflow import MlflowClient
 from optuna import load_study
 from PIL import Image
+from programs import is_running, postgresql
 from serving import until
 from sqlalchemy import create_engine, text
 
@@ -163,12 +161,6 @@ def begun(name: str) -> bool:
         return False
 
 
-def gone(pid: int) -> bool:
-    "Whether a process has ended."
-    status = Path(f"/proc/{pid}/stat")
-    return not status.exists() or " Z " in status.read_text()
-
-
 def test_a_stopped_command_stops_its_workers(tuned: dict, project: Path) -> None:
     command = [Path(sys.executable).with_name("celestial"), "tune", "smoke", "--trials", "1", *ENDLESS]
     process = subprocess.Popen(
@@ -184,7 +176,7 @@ def test_a_stopped_command_stops_its_workers(tuned: dict, project: Path) -> None
     finally:
         process.kill()
     assert process.returncode == 130 and "what was finished is kept" in err and "Traceback" not in out + err
-    assert gone(worker) and states("stopped") == ["FAIL"], "the worker said that it was stopped"
+    assert not is_running(worker) and states("stopped") == ["FAIL"], "the worker said that it was stopped"
 
 
 def endless_job(name: str) -> TuneJob:
@@ -259,32 +251,8 @@ def test_a_mistake_is_words_and_no_traceback(celestial) -> None:
 @pytest.fixture
 def postgres() -> Iterator[str]:
     "The URL of a database on a PostgreSQL server that lives as long as the test."
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3]))
-    place = shutil.which("initdb") or (found[-1] if found else None)
-    if place is None:
-        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    programs = Path(place).parent
-    as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []  # it refuses to run as root
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "password").write_text("s3cret/&")
-        if as_user:
-            shutil.chown(folder, "postgres")
-            shutil.chown(f"{folder}/password", "postgres")
-
-        def do(program: str, *arguments: str, **options: object) -> None:
-            subprocess.run([*as_user, str(programs / program), *arguments], cwd=folder, check=True,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)  # fmt: skip
-
-        do("initdb", "-D", f"{folder}/data", "-U", "anna", "-A", "scram-sha-256", "--pwfile", f"{folder}/password")
-        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
-        do("pg_ctl", "-D", f"{folder}/data", "-l", f"{folder}/log", "-w", "-o", options, "start")
-        try:
-            yield f"postgresql://anna:s3cret%2F%26@127.0.0.1:{port}/postgres"
-        finally:
-            do("pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
+    with postgresql() as server:
+        yield server.url()
 
 
 @pytest.mark.slow

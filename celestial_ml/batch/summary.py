@@ -82,7 +82,7 @@ def _first(before: list[Doubt], batch: pa.RecordBatch, rows: np.ndarray, by: np.
         chosen.setdefault(values["sha256"], Doubt(**values))
     return sorted(chosen.values(), key=lambda doubt: getattr(doubt, name))[:SHOWN]
 
-# %% ../../nbs/batch/03_summary.ipynb #add
+
 def _add(summary: Summary, batch: pa.RecordBatch) -> None:
     "Count some rows."
 
@@ -121,8 +121,8 @@ def _class_rows(summary: Summary) -> list[tuple[str, int, int]]:  # name, known,
 
 def _band_rows(summary: Summary) -> list[tuple[str, int, int]]:
     "The known images of each band of confidence."
-    names = [f"≥ {100 * BANDS[0]:g} %", *(f"{100 * low:g} – {100 * high:g} %" for high, low in pairwise(BANDS[:-1]))]
-    names.append(f"< {100 * BANDS[-2]:g} %")
+    names = [f"≥ {100 * BANDS[0]:g} %", *(f"{100 * low:g} – {100 * high:g} %" for high, low in pairwise(BANDS[:-1]))]
+    names.append(f"< {100 * BANDS[-2]:g} %")
     return [(name, n, 0) for name, n in zip(names, summary.bands.tolist(), strict=True)]
 
 
@@ -132,7 +132,7 @@ def _score_bins(summary: Summary) -> tuple[list[int], str, str, str, str]:  # co
     words = f"{summary.unknown.total():,} of {summary.rows:,} are unknown"
     return summary.scores.tolist(), f"{low:.3g}", f"{summary.threshold:.3g}", f"{high:.3g}", words
 
-# %% ../../nbs/batch/03_summary.ipynb #charts
+
 def charts(
     summary: Summary,
 ) -> dict[str, str]:  # HTML: classes, confidence, scores

@@ -12,12 +12,26 @@ import locale
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .batch import batch_app
-from .console import CUT_OFF, drop_output, print_error, words_for_mistakes
+from celestial_ml.cli.console import (
+    CUT_OFF,
+    AsJson,
+    Executor,
+    ModelOption,
+    ParamsFile,
+    RunName,
+    Settings,
+    command,
+    command_group,
+    drop_output,
+    enter_project,
+    errors_as_text,
+    print_error,
+)
 from .keys import keys_app
 from .log import log_app
 from .models import models_app
@@ -25,103 +39,75 @@ from .new import new_app
 from .report import report_app
 from .sweep import sweep_app
 from ..core.errors import CelestialError, refused_by_machine
-from ..core.files import project_root
+from ..core.files import atomic, project_root
 from ..core.folders import PassedOver
 from ..core.names import printable
+from ..core.quiet import quiet_tensorflow
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from celestial_ml.core.params import Params
 
 # %% ../../nbs/cli/09_app.ipynb #d9a39e7e
-app = typer.Typer(
-    help="From a notebook to a served, monitored, retrained image classifier.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-data_app = typer.Typer(help="The images: fetch, validate, look at.", no_args_is_help=True)
-app.add_typer(batch_app)
-app.add_typer(sweep_app)
-app.add_typer(report_app)
-app.add_typer(new_app)
-app.add_typer(data_app, name="data")
-app.add_typer(log_app, name="log")
-app.add_typer(keys_app, name="keys")
-app.add_typer(models_app, name="models")
+app = command_group("From a notebook to a served, monitored, retrained image classifier.")
+data_app = command_group("The images: fetch, validate, look at.")
+for group in (batch_app, sweep_app, report_app, new_app):
+    app.add_typer(group)
+for name, group in {"data": data_app, "log": log_app, "keys": keys_app, "models": models_app}.items():
+    app.add_typer(group, name=name)
 
 # %% ../../nbs/cli/09_app.ipynb #run
-@app.command(epilog="Example: celestial run guide --set train.lr=0.001 --run lower-lr")
+@command(app, "run", "celestial run guide --set train.lr=0.001 --run lower-lr")
 def run(
-    params: Annotated[str, typer.Argument(help="a file in params/: default, smoke, guide, …")] = "default",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="a parameter for this run: train.lr=0.001")] = None,
-    name: Annotated[str | None, typer.Option("--run", help="folder under output/; as PARAMS if not given")] = None,
+    params: ParamsFile = "default",
+    set_: Settings = None,
+    name: RunName = None,
     from_: Annotated[str | None, typer.Option("--from", help="rerun this step and all that depend on it")] = None,
+    with_: Annotated[list[str] | None, typer.Option("--with", help="a step beside the chain too: stress")] = None,
     force: Annotated[bool, typer.Option(help="rerun every step")] = False,
-    executor: Annotated[str, typer.Option(help="inline: one process, fast; kernel: one a step, isolated")] = "inline",
-    json_: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+    executor: Executor = "inline",
+    json_: AsJson = False,
 ) -> None:
-    "Run the pipeline: only the steps that something changed for."
-    with words_for_mistakes():
-        from celestial_ml.flow.pipeline import _ENGINES, make_plan, run_pipeline
-
-        if executor not in _ENGINES:
-            raise CelestialError(f"--executor can't be {executor!r}", f"Allowed: {' or '.join(_ENGINES)}.")
-        root = project_root()
-        os.chdir(root)
-        os.environ["CELESTIAL_TERMINAL"] = "1"
-        plan = make_plan(root, params, set_, name, from_, force)
-        if not json_:
-            print(f"{plan.run}: {len(plan.stale) or 'nothing'} to do, of {len(plan.tasks)} steps")
-            for step, why in plan.stale.items():
-                print(f"  · {step:<10}{why}")
-        run_pipeline(plan, executor, quiet=json_)  # type: ignore[arg-type]
-        _print_result(plan.run, list(plan.stale), json_)
-
-# %% ../../nbs/cli/09_app.ipynb #print-result
-def _print_result(name: str, ran: list[str], as_json: bool) -> None:
-    "What a run came to, and what to do next."
+    "Run the pipeline: only the steps whose inputs changed."
     from celestial_ml.core.files import read_json
+    from celestial_ml.flow.pipeline import make_plan, run_pipeline
 
-    folder = Path("output") / name
-    metrics, verdict = read_json(folder / "metrics.json"), read_json(folder / "register.json")
-    if as_json:
-        print(json.dumps({"run": name, "ran": ran, "metrics": metrics, "registered": verdict}))
+    plan = make_plan(enter_project(), params, set_, name, from_, force, beside=with_ or ())
+    if not json_:
+        print(f"{plan.run}: {len(plan.stale) or 'nothing'} to do, of {len(plan.tasks)} steps")
+        for step, why in plan.stale.items():
+            print(f"  · {step:<10}{why}")
+    run_pipeline(plan, executor, quiet=json_)
+    folder = Path("output") / plan.run
+    metrics, verdict = read_json(folder / "model.json")["metrics"], read_json(folder / "register.json")
+    if json_:
+        print(json.dumps({"run": plan.run, "ran": list(plan.stale), "metrics": metrics, "registered": verdict}))
         return
+    role = "is champion" if verdict["promoted"] else "stays a candidate"
     print(f"\naccuracy {metrics['accuracy']:.4f} on {metrics['images']} held-out images ({metrics['split']})")
-    print(
-        f"{verdict['model']} {'is champion' if verdict['promoted'] else 'stays a candidate'}: {verdict['reasons'][-1]}"
-    )
+    print(f"{verdict['model']} {role}: {verdict['reasons'][-1]}")
     print(f"\nlook:  {folder}/report.html")
-    print(f"next:  celestial serve{'' if verdict['promoted'] else f' --model {name}'}")
+    print(f"next:  celestial serve{'' if verdict['promoted'] else f' --model {plan.run}'}")
 
 # %% ../../nbs/cli/09_app.ipynb #tune
-@app.command(epilog="Example: celestial tune guide --trials 40 --workers 2")
+@command(app, "tune", "celestial tune guide --trials 40 --workers 2")
 def tune(
-    params: Annotated[str, typer.Argument(help="a file in params/: default, smoke, guide, …")] = "default",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="a parameter: tune.storage=postgresql://…")] = None,
-    name: Annotated[str | None, typer.Option("--run", help="folder under output/; as PARAMS if not given")] = None,
+    params: ParamsFile = "default",
+    set_: Settings = None,
+    name: RunName = None,
     workers: Annotated[int | None, typer.Option(help="processes on this machine; tune.workers if not given")] = None,
     trials: Annotated[int | None, typer.Option(help="trials of all workers; tune.trials if not given")] = None,
-    executor: Annotated[str, typer.Option(help="inline or kernel, as for run")] = "inline",
-    json_: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+    executor: Executor = "inline",
+    json_: AsJson = False,
 ) -> None:
     "Search better parameters; the same command elsewhere joins in, or goes on later."
-    with words_for_mistakes():
-        from celestial_ml.flow.pipeline import _ENGINES
-        from celestial_ml.flow.tuning import tune_run
+    from celestial_ml.flow.tuning import tune_run
 
-        if executor not in _ENGINES:
-            raise CelestialError(f"--executor can't be {executor!r}", f"Allowed: {' or '.join(_ENGINES)}.")
-        root = project_root()
-        os.chdir(root)
-        os.environ["CELESTIAL_TERMINAL"] = "1"
-        given = {"workers": workers, "trials": trials}
-        settings = [*(set_ or []), *(f"tune.{key}={value}" for key, value in given.items() if value is not None)]
-        result = tune_run(root, params, settings, name, executor, quiet=json_)  # type: ignore[arg-type]
-        _print_tuned(result, json_)
-
-# %% ../../nbs/cli/09_app.ipynb #print-tuned
-def _print_tuned(result: dict[str, Any], as_json: bool) -> None:
-    "What a study came to, and what to do next."
-    if as_json:
+    values = {"workers": workers, "trials": trials}
+    settings = [*(set_ or []), *(f"tune.{key}={value}" for key, value in values.items() if value is not None)]
+    result = tune_run(enter_project(), params, settings, name, executor, quiet=json_)
+    if json_:
         print(json.dumps(result))
         return
     best, own = result["best"], result["own_loss"]
@@ -129,46 +115,42 @@ def _print_tuned(result: dict[str, Any], as_json: bool) -> None:
     print(f"\nbest: trial {best['trial']}, cross-entropy {best['loss']:.4f} on the validation images{than}")
     for key, value in best["values"].items():
         print(f"  {key:<24}{value}")
-    print(f"\nlook:  output/{result['run']}/tune.html, {result['params']}")
-    print("next:  celestial run tuned")
+    print(f"\nlook:  output/{result['run']}/tune.html, {result['params']}\nnext:  celestial run tuned")
 
 # %% ../../nbs/cli/09_app.ipynb #images-in
-def _images_in(paths: list[Path]) -> "tuple[list[Path], PassedOver]":
-    "The images that are meant, files as they are, folders with all images below them; and what was passed over."
+def _images_in(paths: list[Path]) -> tuple[list[Path], PassedOver]:
+    "Files as they are, folders with all images below them; and what was passed over."
     from celestial_ml.data.images import SUFFIXES, find_pictures
 
     images: list[Path] = []
-    passed = PassedOver()
+    passed, hint = PassedOver(), "Name image files, or folders of them."
     for path in paths:
-        if path.is_dir():
-            inside = sorted(map(Path, find_pictures(path, passed)))
-            if not inside:
-                rest = f"; passed over: {passed}" if passed.counts else ""
-                raise CelestialError(
-                    f"there is no image in {printable(path)}{rest}", f"Images end in {', '.join(SUFFIXES)}."
-                )
-            images += inside
-        elif path.is_file():
+        if path.is_file():
             images.append(path)
+        elif path.is_dir():
+            if not (inside := sorted(map(Path, find_pictures(path, passed)))):
+                rest = f"; passed over: {passed}" if passed.counts else ""
+                endings = f"Images end in {', '.join(SUFFIXES)}."
+                raise CelestialError(f"there is no image in {printable(path)}{rest}", endings)
+            images += inside
         elif path.exists():  # reading a pipe or a device may not end
-            raise CelestialError(f"{printable(path)} is not a regular file", "Name image files, or folders of them.")
+            raise CelestialError(f"{printable(path)} is not a regular file", hint)
         else:
-            raise CelestialError(f"there is no {printable(path)}", "Name image files, or folders of them.")
+            raise CelestialError(f"there is no {printable(path)}", hint)
     return images, passed
 
 # %% ../../nbs/cli/09_app.ipynb #predict
-@app.command(epilog="Example: celestial predict saturn.jpg more-pictures/ --json")
+@command(app, "predict", "celestial predict saturn.jpg more-pictures/ --json")
 def predict(
     paths: Annotated[list[Path], typer.Argument(help="images, or folders of them")],
-    model: Annotated[str | None, typer.Option(help="a folder, a run, a version; the champion if not given")] = None,
+    model: ModelOption = None,
     json_: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
 ) -> None:
-    "Say what is in a picture."
-    with words_for_mistakes():
-        from celestial_ml.serve.predictor import Predictor, find_model
+    "Classify images."
+    from celestial_ml.serve.predictor import Predictor, find_model
 
-        images, passed = _images_in(paths)
-        predictor = Predictor(find_model(model))
+    images, passed = _images_in(paths)
+    predictor = Predictor(find_model(model))
     if passed.counts:
         print(f"passed over: {passed}", file=sys.stderr)
     failed = 0
@@ -181,9 +163,8 @@ def predict(
             failed += 1
             continue
         if json_:
-            print(
-                json.dumps({"path": os.fsencode(path).decode(errors="backslashreplace")} | answer.to_dict()), flush=True
-            )
+            name = os.fsencode(path).decode(errors="backslashreplace")
+            print(json.dumps({"path": name} | answer.to_dict()), flush=True)
         elif answer.known:
             print(f"{printable(path)}: {answer.label} ({answer.confidence:.1%})")
         else:
@@ -192,11 +173,11 @@ def predict(
         raise typer.Exit(2)
 
 # %% ../../nbs/cli/09_app.ipynb #serve
-@app.command(epilog="Example: celestial serve --model guide --port 8080")
+@command(app, "serve", "celestial serve --model guide --port 8080")
 def serve(
     host: Annotated[str, typer.Option(help="the address to listen on; by default this machine only")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="the port to listen on")] = 8000,
-    model: Annotated[str | None, typer.Option(help="a folder, a run, a version; the champion if not given")] = None,
+    model: ModelOption = None,
     demo: Annotated[bool, typer.Option(help="serve the demo at / too")] = True,
     open_demo: Annotated[
         bool, typer.Option("--open-demo", help="let everybody who reaches --host use the demo")
@@ -204,99 +185,93 @@ def serve(
     challenger: Annotated[str | None, typer.Option(help="off, shadow:SHARE or canary:SHARE of the traffic")] = None,
 ) -> None:
     "Serve the HTTP API and the demo."
-    with words_for_mistakes():
-        from celestial_ml.demo.routes import add_demo
-        from celestial_ml.monitor.log import service_log
-        from celestial_ml.serve.predictor import find_model
-        from celestial_ml.serve.server import serve as serve_forever
-        from celestial_ml.serve.settings import serve_settings
+    from celestial_ml.demo.routes import add_demo
+    from celestial_ml.monitor.log import service_log
+    from celestial_ml.serve.predictor import find_model
+    from celestial_ml.serve.server import serve as serve_forever
+    from celestial_ml.serve.settings import serve_settings
 
-        settings = serve_settings(challenger=challenger, open_demo=open_demo or None)
-        # Without a name the registry's champion answers, whichever that is; with one, this model and no other.
-        named = model or os.environ.get("CELESTIAL_MODEL")
-        folder, log = find_model(named) if named else None, service_log(settings)
-        try:
-            serve_forever(folder, host, port, add_demo if demo else None, settings, log)
-        finally:
-            if log is not None:
-                log.close()
+    settings = serve_settings(challenger=challenger, open_demo=open_demo or None)
+    # Without a name the registry's champion answers, whichever that is; with one, this model and no other.
+    name = model or os.environ.get("CELESTIAL_MODEL")
+    folder, log = find_model(name) if name else None, service_log(settings)
+    try:
+        serve_forever(folder, host, port, add_demo if demo else None, settings, log)
+    finally:
+        if log is not None:
+            log.close()
 
 # %% ../../nbs/cli/09_app.ipynb #catalog-of
-def _catalog_of(source: str | None, params: str) -> "tuple[object, object]":  # (catalog, params)
+def _read_catalog(folder: str | None, params: str) -> "tuple[pd.DataFrame, Params]":
     "The catalog of a folder, or of a params file's source."
     from celestial_ml.core.params import load_params
-    from celestial_ml.data.catalog import make_catalog, with_split
-    from celestial_ml.data.sources import get_source
+    from celestial_ml.data.sources import make_data_set
     from celestial_ml.planets import source as rendered  # noqa: F401  # registers the source `render`
 
-    settings = (
-        [] if source is None else ["data.source=folder", f"data.folder={json.dumps(str(Path(source).resolve()))}"]
-    )
+    settings = [f"data.folder={json.dumps(str(Path(folder).resolve()))}", "data.source=folder"] if folder else []
     root = project_root()
     p = load_params(params, settings, root / "params")
-    folder = get_source(p.data.source).fetch(p.data, p.seed, root, root / "output" / params)
-    return with_split(make_catalog(folder, root), p.data, p.seed), p
+    return make_data_set(p.data, p.seed, root, root / "output" / params), p
 
-# %% ../../nbs/cli/09_app.ipynb #data-get
-@data_app.command("get", epilog="Example: celestial data get guide --from ~/Downloads/raw")
+
+@command(data_app, "get", "celestial data get guide --from ~/Downloads/raw")
 def data_get(
     name: Annotated[str, typer.Argument(help="guide: the Swiss AI Center's data set")],
     from_: Annotated[Path | None, typer.Option("--from", help="a local copy; it must match the checksum")] = None,
 ) -> None:
     "Fetch a data set, by DVC or from a copy, and verify it."
-    with words_for_mistakes():
-        if name != "guide":
-            raise CelestialError(f"{name!r} can't be fetched", "Allowed: guide. Rendered images are made by the run.")
-        from celestial_ml.data.guide import get_guide
+    from celestial_ml.data.guide import get_guide
 
-        folder = get_guide(project_root() / "data", from_.resolve() if from_ else None)
-        print(f"{folder} is there and verified\nnext:  celestial run guide")
+    if name != "guide":
+        raise CelestialError(f"{name!r} can't be fetched", "Allowed: guide. Rendered images are made by the run.")
+    folder = get_guide(project_root() / "data", from_.resolve() if from_ else None)
+    print(f"{folder} is complete and verified\nnext:  celestial run guide")
 
 # %% ../../nbs/cli/09_app.ipynb #data-check
-@data_app.command("check", epilog="Example: celestial data check my-photos/")
+ImageFolder = Annotated[str | None, typer.Argument(help="a folder of class folders; the PARAMS' source if not given")]
+
+
+@command(data_app, "check", "celestial data check my-photos/")
 def data_check(
-    folder: Annotated[str | None, typer.Argument(help="a folder of class folders; the PARAMS' source if none")] = None,
-    params: Annotated[str, typer.Option(help="the params file that says what is required")] = "default",
-    json_: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
+    folder: ImageFolder = None,
+    params: Annotated[str, typer.Option(help="the params file with the requirements")] = "default",
+    json_: AsJson = False,
 ) -> None:
-    "Is the data good enough to learn from? Leaves with 1 if it isn't."
-    with words_for_mistakes():
-        from dataclasses import asdict
+    "Is the data good enough to learn from? Exits with 1 if it isn't."
+    from dataclasses import asdict
 
-        from celestial_ml.data.checks import require_pass, run_checks
+    from celestial_ml.data.checks import require_pass, run_checks
 
-        catalog, p = _catalog_of(folder, params)
-        findings = run_checks(catalog, p.check)  # type: ignore[attr-defined, arg-type]
-        if json_:
-            print(json.dumps([asdict(f) for f in findings]))
-        else:
-            for finding in findings:
-                print(f"{finding.status:<5}{finding.check:<28}{finding.saw}")
-        require_pass(findings)
+    catalog, p = _read_catalog(folder, params)
+    findings = run_checks(catalog, p.check)
+    if json_:
+        print(json.dumps([asdict(finding) for finding in findings]))
+    else:
+        for finding in findings:
+            print(f"{finding.status:<5}{finding.check:<28}{finding.saw}")
+    require_pass(findings)
 
-# %% ../../nbs/cli/09_app.ipynb #data-show
-@data_app.command("show", epilog="Example: celestial data show my-photos/ --out sheet.png")
+
+@command(data_app, "show", "celestial data show my-photos/ --out sheet.png")
 def data_show(
-    folder: Annotated[str | None, typer.Argument(help="a folder of class folders; the PARAMS' source if none")] = None,
+    folder: ImageFolder = None,
     params: Annotated[str, typer.Option(help="the params file that names the source")] = "default",
     out: Annotated[Path, typer.Option(help="the picture to write")] = Path("contact_sheet.png"),
 ) -> None:
     "Write a contact sheet of the images."
-    with words_for_mistakes():
-        from celestial_ml.core.files import atomic
-        from celestial_ml.data.images import decode_image
-        from celestial_ml.data.sheet import contact_sheet
+    from celestial_ml.data.images import decode_image
+    from celestial_ml.data.sheet import contact_sheet
 
-        catalog, _ = _catalog_of(folder, params)
-        shown = catalog[catalog.error.isna()].groupby("label").head(10)  # type: ignore[attr-defined, index]
-        pictures = [decode_image(project_root() / path) for path in shown.path]
-        with atomic(out) as f:
-            contact_sheet(pictures, list(shown.label), columns=10).save(f)
-        print(f"look:  {out}")
+    catalog, _ = _read_catalog(folder, params)
+    shown = catalog[catalog.error.isna()].groupby("label").head(10)
+    pictures = [decode_image(project_root() / path) for path in shown.path]
+    with atomic(out) as f:
+        contact_sheet(pictures, list(shown.label), columns=10).save(f)
+    print(f"look:  {out}")
 
 # %% ../../nbs/cli/09_app.ipynb #in-utf8
 def _in_utf8() -> None:
-    "Have files read and written in UTF-8 whatever the locale is, and signs that the terminal lacks escaped."
+    "Read and write files in UTF-8 whatever the locale is, and escape characters that the terminal lacks."
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # it was closed: no other file may get its number
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
@@ -310,13 +285,15 @@ def _in_utf8() -> None:
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
-# %% ../../nbs/cli/09_app.ipynb #main
+
 def main() -> None:
-    "The command `celestial`, in a terminal of any encoding; what can't be written to it ends in words too."
+    "The command `celestial`, in a terminal of any encoding; an output that can't be written ends in text too."
     _in_utf8()
+    quiet_tensorflow()
+    code: Any = 0
     try:
         try:
-            with words_for_mistakes():
+            with errors_as_text():
                 app()
         except SystemExit as e:
             code = e.code

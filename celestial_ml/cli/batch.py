@@ -10,11 +10,11 @@ import json
 import os
 import sys
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import words_for_mistakes
+from .console import AsJson, ModelOption, command, command_group
 from ..core.errors import AnswerIsNo
 
 if TYPE_CHECKING:
@@ -23,47 +23,44 @@ if TYPE_CHECKING:
     from celestial_ml.serve.predictor import Predictor
 
 # %% ../../nbs/cli/04_batch.ipynb #batch
-batch_app = typer.Typer(rich_markup_mode=None)
+batch_app = command_group()
 
 
-@batch_app.command("batch", epilog="Example: celestial batch photos/ scores.parquet")
+@command(batch_app, "batch", "celestial batch photos/ scores.parquet")
 def batch(
-    given: Annotated[str, typer.Argument(metavar="IN", help="a folder, list, Parquet, tar, ZIP, 'pattern' or URL; -")],
+    images: Annotated[str, typer.Argument(metavar="IN", help="a folder, list, Parquet, tar, ZIP, 'pattern' or URL; -")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="a folder for parts, or one file that ends in .parquet")],
-    model: Annotated[str | None, typer.Option(help="a folder, a run, a version; the champion if not given")] = None,
+    model: ModelOption = None,
     engine: Annotated[str, typer.Option(help="threads: this machine; dask: a cluster")] = "threads",
     scheduler: Annotated[str | None, typer.Option(help="Dask's, as tcp://HOST:8786; processes here if none")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="threads or processes; the cores if not given")] = None,
     column: Annotated[str | None, typer.Option(help="of a Parquet file: the one with bytes or paths")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="throw away what OUT holds of an earlier job")] = False,
-    max_bad: Annotated[float, typer.Option(min=0, max=1, help="leave with 1 if more than this share is bad")] = 1.0,
-    json_: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+    max_bad: Annotated[float, typer.Option(min=0, max=1, help="exit with 1 if more than this share is bad")] = 1.0,
+    json_: AsJson = False,
 ) -> None:
     """Score any number of pictures; after a kill the same command goes on.
 
-    Leaves with 0 when every picture has a row or a line in bad.jsonl, and with 1 when no picture could be read, or
-    more than --max-bad of them. An archive, table or list that breaks off leaves with 2; what came before is kept.
+    Exits with 0 when every picture has a row or a line in bad.jsonl, and with 1 when no picture could be read, or more
+    than --max-bad of them. An archive, table or list that breaks off exits with 2; what came before is kept.
 
     Row n of a table, line n of a list and picture n of an archive, from 0, have "row" n, in OUT or in bad.jsonl.
 
-    A server has CELESTIAL_URL_SECONDS (60) for a picture, and a second more for each 10 kB that came.
+    A server has CELESTIAL_URL_SECONDS (60) for a picture, and a second more for each 10 kB that arrived.
     """
     os.environ["CELESTIAL_TERMINAL"] = "1"
-    with words_for_mistakes():
-        from celestial_ml.batch.job import batch as score
-        from celestial_ml.batch.job import choose_engine
-        from celestial_ml.serve.predictor import Predictor, find_model
+    from celestial_ml.batch.job import batch as score
+    from celestial_ml.batch.job import choose_engine
+    from celestial_ml.serve.predictor import Predictor, find_model
 
-        predictor = Predictor(find_model(model))
-        where = choose_engine(engine, predictor, scheduler, workers)
-        result = score(given, out, predictor, where, column, restart)
-        summary = _summary(result, predictor, given, column)
-        _print_result(result, summary, json_)
-        if result.bad == result.items or result.bad / result.items > max_bad:
-            raise AnswerIsNo(f"{result.bad:,} of {result.items:,} pictures can't be read", f"See {result.where.bad}")
+    predictor = Predictor(find_model(model))
+    result = score(images, out, predictor, choose_engine(engine, predictor, scheduler, workers), column, restart)
+    _print_result(result, _summary(result, predictor, images, column), json_)
+    if result.bad == result.items or result.bad / result.items > max_bad:
+        raise AnswerIsNo(f"{result.bad:,} of {result.items:,} pictures can't be read", f"See {result.where.bad}")
 
 # %% ../../nbs/cli/04_batch.ipynb #summary
-def _summary(result: "Result", model: "Predictor", given: str, column: str | None) -> "Summary":
+def _summary(result: "Result", model: "Predictor", images: str, column: str | None) -> "Summary":
     "Count the answers, and write the page."
     from celestial_ml.batch.inputs import find_inputs
     from celestial_ml.batch.summary import summarise, write_page
@@ -71,34 +68,30 @@ def _summary(result: "Result", model: "Predictor", given: str, column: str | Non
 
     summary = summarise(result.where, model.about["ood_threshold"])
     if result.rate or not result.where.summary.is_file():
-        pace = {"pictures a second": f"{result.rate:,.0f}", "took": as_time(result.seconds)} if result.rate else {}
+        pace = {"images a second": f"{result.rate:,.0f}", "took": as_time(result.seconds)} if result.rate else {}
         if left := sum(result.passed_over.values()):
             pace["passed over"] = f"{left:,}"
-        write_page(result.where, summary, find_inputs(given, column), model.version, result.bad, pace)
+        write_page(result.where, summary, find_inputs(images, column), model.version, result.bad, pace)
     return summary
 
 
 def _print_result(result: "Result", summary: "Summary", as_json: bool) -> None:
-    "What came of it, and where it is."
+    "The figures of the job, and where its files are."
     from celestial_ml.core.folders import PassedOver
 
-    where = result.where
+    where, unknown = result.where, summary.unknown.total()
     if as_json:
-        said = {"out": str(where.out), "pictures": result.items, "answered": result.rows, "bad": result.bad}
-        said |= {
-            "passed_over": result.passed_over,
-            "unknown": summary.unknown.total(),
-            "labels": dict(summary.known),
-            "a_second": round(result.rate, 1),
-        }
-        print(json.dumps(said | {"summary": str(where.summary), "bad_pictures": str(where.bad)}))
+        about: dict[str, Any] = {"out": str(where.out), "pictures": result.items, "answered": result.rows}
+        about |= {"bad": result.bad, "passed_over": result.passed_over, "unknown": unknown}
+        about |= {"labels": dict(summary.known), "a_second": round(result.rate, 1)}
+        print(json.dumps(about | {"summary": str(where.summary), "bad_pictures": str(where.bad)}))
         return
     if result.before == result.items:
         print("nothing to do: all pictures have their answers", file=sys.stderr)
     elif result.before:
         print(f"went on behind {result.before:,} pictures", file=sys.stderr)
     pace = f", {result.rate:,.0f} a second" if result.rate else ""
-    print(f"{result.rows:,} pictures answered{pace}; {summary.unknown.total():,} are unknown")
+    print(f"{result.rows:,} pictures answered{pace}; {unknown:,} are unknown")
     if result.bad:
         print(f"{result.bad:,} can't be read: {where.bad}")
     if left := str(PassedOver(Counter(result.passed_over))):

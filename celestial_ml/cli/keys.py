@@ -11,49 +11,41 @@ from typing import Annotated
 
 import typer
 
-from .console import words_for_mistakes
+from .console import command, command_group
+from ..core.errors import CelestialError
 
 # %% ../../nbs/cli/03_keys.ipynb #keys-new
-keys_app = typer.Typer(
-    help="Who may use the service: API keys, the demo's login.", no_args_is_help=True, rich_markup_mode=None
-)
+keys_app = command_group("Who may use the service: API keys, the demo's login.")
 
 
-@keys_app.command("new", epilog="Example: celestial keys new observatory")
+@command(keys_app, "new", "celestial keys new observatory")
 def keys_new(
-    name: Annotated[str, typer.Argument(help="whose key it is; shows up in the access log and in the rate limit")],
+    name: Annotated[str, typer.Argument(help="whose key it is; shown in the access log and in the rate limit")],
 ) -> None:
-    "Draw an API key: shown once, and the line by which the server knows it."
-    with words_for_mistakes():
-        from celestial_ml.serve.settings import PREFIX, new_key
+    "Create an API key: it is shown once, with the line by which the server recognises it."
+    from celestial_ml.serve.settings import PREFIX, new_key
 
-        key, kept = new_key(name)
+    key, hashed = new_key(name)
     print(f"{name}'s key, shown this once:  {key}\n")
     print("for the server's environment; several are separated by commas:")
-    print(f"  {PREFIX}API_KEYS={kept}\n")
+    print(f"  {PREFIX}API_KEYS={hashed}\n")
     print(f'try:  curl -H "X-API-Key: {key}" -F image=@saturn.jpg http://127.0.0.1:8000/predict')
 
 # %% ../../nbs/cli/03_keys.ipynb #asked-password
-def _asked_password() -> str:
-    "Typed twice and hidden at a terminal; elsewhere the first line of standard input."
-    if sys.stdin.isatty():
-        return str(typer.prompt("password", hide_input=True, confirmation_prompt=True, err=True))
-    return sys.stdin.readline().rstrip("\r\n")
-
-
-@keys_app.command("login", epilog="Example: celestial keys login anna < password.txt")
+@command(keys_app, "login", "celestial keys login anna < password.txt")
 def keys_login(
     user: Annotated[str, typer.Argument(help="the name to log in with")],
 ) -> None:
-    "Ask for a password, and print the line by which the server knows it."
-    with words_for_mistakes():
-        from celestial_ml.core.errors import CelestialError
-        from celestial_ml.serve.settings import PREFIX, password_hash
+    "Ask for a password, and print the line by which the server recognises it."
+    from celestial_ml.serve.settings import PREFIX, password_hash
 
-        if not user.strip() or {",", ":"} & set(user):
-            raise CelestialError(f"{user!r} can't be a name", "It has neither commas nor colons in it.")
-        password = _asked_password()
-        if len(password) < 8:
-            raise CelestialError("the password is too short", "Take 8 characters or more; a sentence is good.")
-        # A shell would take what follows $ for a variable.
-        print(f"{PREFIX}DEMO_LOGIN='{user.strip()}:{password_hash(password)}'")
+    if not user.strip() or {",", ":"} & set(user):
+        raise CelestialError(f"{user!r} can't be a name", "A name has no commas and no colons.")
+    if sys.stdin.isatty():
+        password = str(typer.prompt("password", hide_input=True, confirmation_prompt=True, err=True))
+    else:
+        password = sys.stdin.readline().rstrip("\r\n")
+    if len(password) < 8:
+        raise CelestialError("the password is too short", "Take 8 characters or more; a sentence is good.")
+    # A shell would take what follows $ for a variable.
+    print(f"{PREFIX}DEMO_LOGIN='{user.strip()}:{password_hash(password)}'")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import words_for_mistakes
+from .console import errors_as_text
 
 # %% ../../nbs/cli/02_log.ipynb #b33bc115
 log_app = typer.Typer(
@@ -27,7 +27,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON")
 @log_app.command("status", epilog="Example: celestial log status --json")
 def log_status(url: Where = None, json_: AsJson = False) -> None:
     "What is in the log, which processes write it, and what was lost."
-    with words_for_mistakes():
+    with errors_as_text():
         from celestial_ml.monitor import records
 
         status = records.log_status(url)
@@ -52,7 +52,7 @@ def log_show(
     json_: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
 ) -> None:
     "The last answers, the newest first."
-    with words_for_mistakes():
+    with errors_as_text():
         from celestial_ml.monitor.records import last_answers
 
         answers = last_answers(last, url)
@@ -82,7 +82,7 @@ def log_export(
     json_: AsJson = False,
 ) -> None:
     "Write the answers of each day as a Parquet file, with the feedback on them."
-    with words_for_mistakes():
+    with errors_as_text():
         from celestial_ml.core.errors import CelestialError
         from celestial_ml.monitor.export import export_days
 
@@ -106,7 +106,7 @@ def log_forget(
     json_: AsJson = False,
 ) -> None:
     "Delete a picture, the answers about it and the feedback on those."
-    with words_for_mistakes():
+    with errors_as_text():
         from celestial_ml.monitor.records import forget
 
         deleted = forget(sha256, url, answers=not image_only)
@@ -124,7 +124,7 @@ def log_feedback(
     url: Where = None,
 ) -> None:
     "Judge an answer; the last judgement of it counts."
-    with words_for_mistakes():
+    with errors_as_text():
         from celestial_ml.monitor.records import judge_answer
 
         judge_answer(request_id, correct, label, comment, url)

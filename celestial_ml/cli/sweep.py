@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import words_for_mistakes
+from .console import errors_as_text
 from ..core.errors import AnswerIsNo, CelestialError, unknown
 from ..core.files import project_root
 
@@ -41,7 +41,7 @@ def sweep(
 
     Every combination is checked before anything starts. Leaves with 1 if a run failed.
     """
-    with words_for_mistakes():
+    with errors_as_text():
         from celestial_ml.flow.sweep import known_runs, plan_sweep, run_sweep
         from celestial_ml.reports.sweep_page import write_gallery
 
@@ -101,7 +101,7 @@ def params(
     json_: Annotated[bool, typer.Option("--json", help="print them as JSON")] = False,
 ) -> None:
     "Print the parameters of one step by the names in its notebook, for `papermill -f`."
-    with words_for_mistakes():
+    with errors_as_text():
         import yaml
 
         from celestial_ml.core.params import load_params, params_path

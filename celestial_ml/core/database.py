@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine, MetaData
 
 # %% auto #0
-__all__ = ['UPDATE_PATIENCE', 'hide_password', 'Database', 'find_database', 'database_error', 'database_errors', 'make_engine',
-           'writing', 'Schema', 'schema_tables', 'table_lock', 'open_database']
+__all__ = ['hide_password', 'Database', 'find_database', 'database_error', 'database_errors', 'make_engine', 'writing', 'Schema',
+           'schema_tables', 'table_lock', 'open_database']
 
 # %% ../../nbs/core/13_database.ipynb #hide-password
 _LOGIN = re.compile(r"(?<=://)([^:/@]*):([^@]*)@")  # what SQLAlchemy takes for user and password
@@ -213,7 +213,7 @@ def schema_tables(
     return metadata
 
 # %% ../../nbs/core/13_database.ipynb #a183aad8
-UPDATE_PATIENCE = 60.0  # seconds that others may take to change the tables
+_UPDATE_PATIENCE = 60.0  # seconds that others may take to change the tables
 _ADVISORY_LOCK = 0x63656C6573746961  # "celestia"; any number that nobody else takes in this database
 
 
@@ -222,7 +222,7 @@ def _changing(database: Database) -> Iterator[Connection]:
     "A transaction that may write; in PostgreSQL nobody else has one of these meanwhile."
     from sqlalchemy import func, select
 
-    engine = make_engine(database, UPDATE_PATIENCE)
+    engine = make_engine(database, _UPDATE_PATIENCE)
     try:
         with writing(engine) as connection:
             if engine.dialect.name == "postgresql":

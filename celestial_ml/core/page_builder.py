@@ -144,13 +144,10 @@ def mark_retired(
     "Mark a version's card as retired, once; a version without a card gets a short one."
     when = f" on {evidence['when']}" if evidence.get("when") else ""
     words = f"Retired{when}. Its successor is {evidence['successor']}. {evidence.get('why') or ''}".strip()
-    markdown, html = folder / "model_card.md", folder / "model_card.html"
-    text = markdown.read_text(encoding="utf-8") if markdown.is_file() else "# Model card\n"
-    if "\n> Retired" not in text:
-        title, _, rest = text.partition("\n")
-        with atomic(markdown) as f:
-            f.write_text(f"{title}\n\n> {words}\n{rest}", encoding="utf-8")
-    status = "<!-- status -->"  # of page.html.jinja
-    if html.is_file() and status in (page := html.read_text(encoding="utf-8")):
-        with atomic(html) as f:
-            f.write_text(page.replace(status, f'<div class="retired">{escape(words)}</div>', 1), encoding="utf-8")
+    status = "<!-- status -->", f'<div class="retired">{escape(words)}</div>'  # in page.html.jinja
+    for name, (place, mark) in {"model_card.md": ("\n", f"\n\n> {words}\n"), "model_card.html": status}.items():
+        path, missing = folder / name, "# Model card\n" if name.endswith(".md") else ""
+        text = path.read_text(encoding="utf-8") if path.is_file() else missing
+        if place in text and mark not in text:
+            with atomic(path) as f:
+                f.write_text(text.replace(place, mark, 1), encoding="utf-8")

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ class Plan:
     inputs: dict[str, dict[str, Any]]
     stale: dict[str, str]  # the steps that must run, and why
     until: str | None = None  # the step that it ends with; None: the whole chain
+    beside: tuple[str, ...] = ()  # steps beside the chain that run too
 
 # %% ../../nbs/flow/02_pipeline.ipynb #make-plan
 def make_plan(
@@ -54,12 +56,13 @@ def make_plan(
     start: str | None = None,  # a step that shall run, with all that depend on it, changed or not
     force: bool = False,  # all steps shall run
     until: str | None = None,  # only this step and what it depends on; `tune` is one beside the chain
+    beside: Sequence[str] = (),  # steps beside the chain that run too
 ) -> Plan:
     "What a run would do; `CelestialError` for whatever a person can mend beforehand."
     params = load_params(params_file, settings, root / "params")
     name = run or params_path(params_file, root / "params").stem
     get_network(params.model.network)
-    tasks = load_tasks(root, name, until)
+    tasks = load_tasks(root, name, until, beside)
     if start is not None and start not in tasks:
         raise unknown("step", start, tasks)
     images = images_checksum(params, root, name)
@@ -73,7 +76,7 @@ def make_plan(
     with one_run(name) if anew else nullcontext():
         for task in anew:
             forget(task)
-    return Plan(name, root, params, tasks, inputs, stale_steps(tasks, inputs), until)
+    return Plan(name, root, params, tasks, inputs, stale_steps(tasks, inputs), until, tuple(beside))
 
 # %% ../../nbs/flow/02_pipeline.ipynb #images-checksum
 def images_checksum(
@@ -111,7 +114,7 @@ def _load_dag(plan: Plan, executor: Executor) -> DAG:
 
     logging.getLogger("ploomber").setLevel(logging.WARNING)  # a library of a step may ask for everybody's chatter
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it counts the models of all steps, and warns of so many
-    tasks = task_specs(plan.root, plan.run, plan.until)
+    tasks = task_specs(plan.root, plan.run, plan.until, plan.beside)
     spec = DAGSpec({"meta": {"extract_upstream": False}, "tasks": tasks}, parent_path=plan.root)
     for task in spec["tasks"]:
         name = task["name"]

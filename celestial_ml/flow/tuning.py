@@ -273,7 +273,7 @@ def worker() -> None:
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
     try:
-        reads = open_step("tune", job.run, None, None).upstream
+        reads = open_step("tune", {"run": job.run}).upstream
         do_trials(job, reads, join_study(job, reads))
     except CelestialError as e:
         sys.exit(f"error: {e.message}")

@@ -21,21 +21,21 @@ def _salted(seed: tf.Tensor, salt: int) -> tf.Tensor:
     "The seed of one of a picture's random numbers; neighbouring seeds share none of theirs."
     return seed * [1, 100] + [0, salt]
 
-# %% ../../nbs/model/01_augment.ipynb #uniform
+
 def _uniform(n: int, low: float, high: float, seed: tf.Tensor, salt: int, width: int = 1) -> tf.Tensor:
     "Uniform numbers of shape (n, width), a function of the seed and the salt alone."
     import tensorflow as tf
 
     return tf.random.stateless_uniform((n, width), _salted(seed, salt), low, high)
 
-# %% ../../nbs/model/01_augment.ipynb #sometimes
+
 def _sometimes(n: int, share: float, seed: tf.Tensor, salt: int) -> tf.Tensor:
     "One for this share of the pictures, zero for the others: float32 (n, 1, 1, 1)."
     import tensorflow as tf
 
     return tf.cast(_uniform(n, 0, 1, seed, salt) < share, tf.float32)[:, None, None]
 
-# %% ../../nbs/model/01_augment.ipynb #chosen
+
 def _chosen(n: int, slots: tuple[int, int], seed: tf.Tensor) -> tf.Tensor:
     "One where a picture drew one of these slots of 21, zero elsewhere: float32 (n, 1, 1, 1)."
     import tensorflow as tf
@@ -43,7 +43,7 @@ def _chosen(n: int, slots: tuple[int, int], seed: tf.Tensor) -> tf.Tensor:
     drawn = 21 * _uniform(n, 0, 1, seed, 99)
     return tf.cast((drawn >= slots[0]) & (drawn < slots[1]), tf.float32)[:, None, None]
 
-# %% ../../nbs/model/01_augment.ipynb #grid
+
 def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:  # x and y, float32 (1, size, size, 1)
     "The pixels' places, from -1 to 1."
     edge = ((np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1)[None, :, None]
@@ -102,7 +102,7 @@ def random_view(
     import tensorflow as tf
 
     size = images.shape[1]
-    seen = tf.raw_ops.ImageProjectiveTransformV3(
+    views = tf.raw_ops.ImageProjectiveTransformV3(
         images=images,
         transforms=random_affine(tf.shape(images)[0], size, seed),
         output_shape=[size, size],
@@ -110,8 +110,8 @@ def random_view(
         interpolation="BILINEAR",
         fill_mode="CONSTANT",
     )
-    seen.set_shape(images.shape)
-    return seen
+    views.set_shape(images.shape)
+    return views
 
 # %% ../../nbs/model/01_augment.ipynb #random-sky
 def random_sky(
@@ -174,7 +174,7 @@ def _box(images: tf.Tensor, height: int, width: int) -> tf.Tensor:
 
     return tf.nn.avg_pool2d(images, (height, width), 1, "SAME")
 
-# %% ../../nbs/model/01_augment.ipynb #blocks
+
 def _blocks(images: tf.Tensor) -> tf.Tensor:
     "The same picture in blocks of four by four pixels."
     import tensorflow as tf
@@ -183,7 +183,7 @@ def _blocks(images: tf.Tensor) -> tf.Tensor:
     small = tf.nn.avg_pool2d(images, 4, 4, "SAME")
     return tf.repeat(tf.repeat(small, 4, axis=1), 4, axis=2)[:, :size, :size]
 
-# %% ../../nbs/model/01_augment.ipynb #random-lens
+
 def random_lens(
     images: tf.Tensor,  # float32 (n, size, size, channels), in a random order
     seed: tf.Tensor,  # two integers
@@ -206,7 +206,7 @@ def _saturated(images: tf.Tensor, factor: tf.Tensor, bright: tf.Tensor) -> tf.Te
     gray = mean + bright[:, None, None] * (largest - mean)
     return gray + factor[:, None, None] * (images - gray)
 
-# %% ../../nbs/model/01_augment.ipynb #random-light
+
 def random_light(
     images: tf.Tensor,  # float32 (n, size, size, channels), 0 … 255
     seed: tf.Tensor,  # two integers
@@ -236,7 +236,7 @@ def random_grade(
     graded = _saturated(images, vivid, _uniform(n, 0, 1, seed, 68)) * (dark * cast)[:, None, None] + veil[:, None, None]
     return tf.clip_by_value(graded, 0, 255)
 
-# %% ../../nbs/model/01_augment.ipynb #random-noise
+
 def random_noise(
     images: tf.Tensor,  # float32 (n, size, size, channels), 0 … 255
     seed: tf.Tensor,  # two integers

@@ -31,7 +31,7 @@ def calibration_error(
     gap = (probabilities.argmax(axis=1) == labels) - confidence
     return float(abs(np.bincount(bin_of, weights=gap)).sum() / len(labels))
 
-# %% ../../nbs/model/08_calibrate.ipynb #confidence-bins
+
 def confidence_bins(
     probabilities: np.ndarray,  # float (n, classes)
     bins: int = 15,
@@ -57,7 +57,7 @@ def _log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
     "The mean log-probability of the labels."
     return float(log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels].mean())
 
-# %% ../../nbs/model/08_calibrate.ipynb #coldest
+
 def _coldest(logits: np.ndarray) -> float:
     "The log-temperature at which the mean confidence is what n right answers in a row allow for."
     limit = (len(logits) + 1) / (len(logits) + 2)

@@ -25,7 +25,7 @@ def softmax(
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True).astype(np.float64))
     return shifted / shifted.sum(axis=1, keepdims=True)
 
-# %% ../../nbs/model/03_evaluate.ipynb #predictions-table
+
 def predictions_table(
     about: pd.DataFrame,  # path and label of each image
     logits: np.ndarray,  # float (n, classes)
@@ -72,7 +72,7 @@ def with_embedding(
 
     return keras.Model(model.input, [model.output, model.get_layer("embedding").output])
 
-# %% ../../nbs/model/03_evaluate.ipynb #logits-and-embeddings
+
 def logits_and_embeddings(
     both: keras.Model,  # of `with_embedding`
     pixels: np.ndarray,  # uint8 (n, size, size, channels)

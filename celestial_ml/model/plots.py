@@ -62,7 +62,7 @@ def matrix_image(
     rgb = np.minimum(blue + (1 - blue) * ink[..., :1], red + (1 - red) * ink[..., 1:])
     return np.where(np.stack([right, wrong, wrong], axis=-1).max(axis=-1, keepdims=True) > 0, rgb, 1.0)
 
-# %% ../../nbs/model/04_plots.ipynb #plot-pairs
+
 def _plot_pairs(ax: Any, counts: np.ndarray, classes: list[str]) -> None:
     "The most confused pairs as bars."
     wrong = counts - np.diag(counts.diagonal())
@@ -94,7 +94,7 @@ def _plot_image(counts: np.ndarray, classes: list[str], title: str) -> Figure:
     _plot_pairs(pairs, counts, classes)
     return fig
 
-# %% ../../nbs/model/04_plots.ipynb #plot-confusion-x
+
 def plot_confusion(
     table: pd.DataFrame,  # of `predictions_table`
     classes: list[str],
@@ -121,17 +121,17 @@ def plot_history(
 
 # %% ../../nbs/model/04_plots.ipynb #show-prediction
 def show_prediction(ax: Any, pixels: np.ndarray, row: Any) -> None:
-    "One picture, framed green or red, with what it is and what was said."
+    "One picture, framed green or red, with the label and the answer."
     ax.imshow(pixels.squeeze(), cmap="gray")
     colour = "#2e9e5b" if row.correct else "#d64545"
     for spine in ax.spines.values():
         spine.set(edgecolor=colour, linewidth=3)
     ax.set(xticks=[], yticks=[])
     names = [in_figure(name, 14) for name in ((row.predicted,) if row.correct else (row.label, row.predicted))]
-    said = ", not ".join(names)
-    if len(said) > 24:  # it would run into the next picture's
-        said = "\nnot ".join(names)
-    ax.set_title(f"{said}\n{row.confidence:.0%}", fontsize=8, color=colour)
+    caption = ", not ".join(names)
+    if len(caption) > 24:  # it would run into the next picture's
+        caption = "\nnot ".join(names)
+    ax.set_title(f"{caption}\n{row.confidence:.0%}", fontsize=8, color=colour)
 
 # %% ../../nbs/model/04_plots.ipynb #plot-preview
 def plot_preview(

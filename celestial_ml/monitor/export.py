@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine, Row
 
 # %% auto #0
-__all__ = ['PIECE', 'export_schema', 'day_of', 'export_days']
+__all__ = ['export_schema', 'day_of', 'export_days']
 
 # %% ../../nbs/monitor/09_export.ipynb #export-schema
-PIECE = 2048  # rows in memory, and in a row group
+_PIECE = 2048  # rows in memory, and in a row group
 
 
 def _arrow() -> Any:
@@ -129,7 +129,7 @@ def _export_day(engine: Engine, day: date, path: Path) -> int:
     query = joined_answers().where(rows.c.time >= begin, rows.c.time < begin + 86400)
     with engine.connect() as connection:
         names = {key: json.loads(text) for key, text in connection.execute(select(log_table("classes")))}
-        answers = connection.execution_options(yield_per=PIECE).execute(query.order_by(rows.c.time, rows.c.id))
+        answers = connection.execution_options(yield_per=_PIECE).execute(query.order_by(rows.c.time, rows.c.id))
         pieces = answers.partitions()
         if first := next(pieces, None):
             with (

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from celestial_ml.serve.settings import ServeSettings
 
 # %% auto #0
-__all__ = ['log', 'INTERVAL', 'BATCH', 'TIDY', 'FIGURES', 'DELAY', 'Health', 'status_of', 'figures_of', 'Worker', 'PredictionLog',
-           'open_log', 'service_log']
+__all__ = ['PredictionLog', 'open_log', 'service_log']
 
 # %% ../../nbs/monitor/07_log.ipynb #health
 log = logging.getLogger(__name__)
@@ -240,7 +239,7 @@ class PredictionLog:
         self._thread.join(timeout + 2 * PATIENCE)
 
 # %% ../../nbs/monitor/07_log.ipynb #open-log
-DELAY = 2.0  # seconds after which a server without requests opens its log
+_DELAY = 2.0  # seconds after which a server without requests opens its log
 
 
 def open_log(
@@ -274,4 +273,4 @@ def service_log(
     "The prediction log of a service, open soon."
     if os.environ.get("CELESTIAL_LOG_URL") == "off":
         return None
-    return open_log(images=served_policy(settings), delay=DELAY)
+    return open_log(images=served_policy(settings), delay=_DELAY)

@@ -51,7 +51,7 @@ def read_records(
     with open_records(url) as engine, engine.connect() as connection:
         yield connection
 
-
+# %% ../../nbs/monitor/08_records.ipynb #log-status
 def log_status(
     url: str | None = None,  # as `log_database` takes it
 ) -> dict[str, Any]:

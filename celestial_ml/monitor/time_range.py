@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
 
 # %% auto #0
-__all__ = ['ANSWERED', 'moment', 'read_answers', 'embeddings', 'live_accuracy']
+__all__ = ['moment', 'read_answers', 'embeddings', 'live_accuracy']
 
 # %% ../../nbs/monitor/10_time_range.ipynb #read-answers
-ANSWERED = ("champion", "canary")  # the roles whose answers a client received
+_ANSWERED = ("champion", "canary")  # the roles whose answers a client received
 
 
 def moment(
@@ -51,7 +51,7 @@ def read_answers(
     begin: datetime | float | str,
     end: datetime | float | str,  # not included
     url: str | None = None,  # as `log_database` takes it
-    roles: Iterable[str] | None = ANSWERED,  # None: all
+    roles: Iterable[str] | None = _ANSWERED,  # None: all
     model_version: str | None = None,  # None: all
     most: int | None = None,  # rows, evenly spread; None: all
 ) -> pd.DataFrame:  # by time: the log's columns, vectors as float32, time in UTC, correct and the feedback

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
 # %% auto #0
-__all__ = ['COLUMNS', 'PATIENCE', 'log', 'Batch', 'names_key', 'row_values', 'insert_rows', 'insert_names', 'insert_images',
-           'Link', 'enrol', 'tidy', 'write_batch', 'Writer']
+__all__ = ['COLUMNS', 'PATIENCE', 'names_key', 'row_values', 'insert_rows', 'insert_names', 'insert_images', 'Link', 'enrol',
+           'tidy', 'write_batch', 'Writer']
 
 # %% ../../nbs/monitor/06_writer.ipynb #names-key
 _FLOATS = ("brightness", "contrast", "sharpness", "ood_score", "confidence", "latency_ms")
@@ -180,14 +180,14 @@ def tidy(
         return int(connection.execute(others).scalar() or 0)
 
 # %% ../../nbs/monitor/06_writer.ipynb #batch-values
-log = logging.getLogger(__name__)
-Batch = list[tuple[int, dict[str, Any]]]  # (number of the answer, row)
+_log = logging.getLogger(__name__)
+_Batch = list[tuple[int, dict[str, Any]]]  # (number of the answer, row)
 
 
 def write_batch(
     connection: Connection,
     counters: Counters,
-    batch: Batch,
+    batch: _Batch,
     written: int,  # rows of this process, before
     stored: set[tuple[str, ...]],  # lists of classes that are in the database
     days: float,  # to keep images
@@ -249,7 +249,7 @@ class Writer:
         self.lost_before = tidy(engine, self.link.database, self.counters.id)
         self.tidied = time.monotonic()
 
-    def write(self, batch: Batch) -> None:
+    def write(self, batch: _Batch) -> None:
         "Write what isn't written yet, and leave out what can't be written."
         from sqlalchemy.exc import DataError, IntegrityError
 
@@ -264,6 +264,6 @@ class Writer:
                 self.write(batch[: len(batch) // 2])
                 return self.write(batch[len(batch) // 2 :])
             if not self.counters.slots[INVALID]:
-                log.warning("an answer can't be written down, and is counted as invalid: %.200s", e)
+                _log.warning("an answer can't be written down, and is counted as invalid: %.200s", e)
             self.counters.slots[INVALID] += 1
         self.last = batch[-1][0]

@@ -129,9 +129,13 @@ def baseline_rules(
     "What it must be better than."
     rules = []
     for name in p.must_beat:
-        if evidence is None or (name == "guide-baseline" and (evidence.baseline == "").any()):
+        if evidence is None:
             why = f"{name} wasn't measured on the same images: evaluate and package the run again"
             rules.append(Rule(f"beats {name}", "baseline", None, None, False, why))
+            continue
+        if name == "guide-baseline" and (evidence.baseline == "").any():
+            why = f"not compared with {name}: the step stress has not run (celestial run NAME --with stress)"
+            rules.append(Rule(f"beats {name}", "baseline", None, None, not p.require_stress, why))
             continue
         names, counts = np.unique(evidence.label, return_counts=True)
         said = evidence.baseline if name == "guide-baseline" else names[counts.argmax()]
@@ -334,7 +338,10 @@ def _conclude(
     if failed:
         names = ", ".join(rule.name for rule in failed)
         return "refuse", f"it misses {len(failed)} of {len(rules)} rules: {names}"
-    passes = f"it passes all {len(rules)} rules"
+    unmeasured = [rule.name for rule in rules if rule.value is None]
+    passes = f"it passes all {len(rules) - len(unmeasured)} rules"
+    if unmeasured:
+        passes += f" that were measured (not measured: {', '.join(unmeasured)})"
     if p.promote == "by_hand" and not asked:
         return "challenge", f"{passes}; a person decides, as register.promote says"
     if champion is None:

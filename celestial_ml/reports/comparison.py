@@ -86,6 +86,7 @@ class Side:
     about: Mapping[str, Any] = field(default_factory=dict)  # model.json
     verdict: Mapping[str, Any] = field(default_factory=dict)  # register.json
     commit: str | None = None  # a revision's
+    folder: str = ""  # where that revision has the run
     note: str = ""
 
 # %% ../../nbs/reports/02_comparison.ipynb #find-answers
@@ -122,7 +123,7 @@ def read_run(
     plots = {name: folder / "plots" / f"{name}.png" for name in PLOTS}
     return Side(
         name="this run",
-        metrics=read_json(folder / "metrics.json"),
+        metrics=about["metrics"],
         params=flat(read_json(settings) if settings.is_file() else about["lineage"]["parameters"]),
         answers=Evidence.load(folder),
         plots={name: path.read_bytes() for name, path in plots.items() if path.is_file()},
@@ -139,20 +140,21 @@ def read_revision(
     "A run as a revision keeps it; `CelestialError` where it keeps none."
     rev, _, other = base.partition(":")
     commit, run = _resolve(root, rev), other or run
-    metrics_file = _at_revision(root, commit, f"output/{run}/metrics.json")
-    if metrics_file is None:
+    files = {folder: _at_revision(root, commit, f"{folder}/{run}/metrics.json") for folder in ("results", "output")}
+    folder = next((f"{name}/{run}" for name, file in files.items() if file), None)  # output/: of older revisions
+    if folder is None:
         raise CelestialError(
-            f"{rev} ({commit[:7]}) has no output/{run}/metrics.json",
-            "git keeps the runs that dvc.yaml names, once they are committed: make the run there, commit its metrics, or "
-            f"compare with another run of it: --base {rev}:default. Without --base the champion is the reference.",
+            f"{rev} ({commit[:7]}) has no results/{run}/metrics.json",
+            f"It has the runs that were committed there after celestial keep {run}. Or compare with another run of that "
+            f"revision, --base {rev}:default; without --base the champion is the reference.",
         )
-    metrics, answers = json.loads(metrics_file), None
-    if (evidence := _at_revision(root, commit, f"output/{run}/{EVIDENCE}")) is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, EVIDENCE).write_bytes(evidence)
-            answers = Evidence.load(folder)
+    metrics, answers = json.loads(files["results"] or files["output"] or b"{}"), None
+    if (evidence := _at_revision(root, commit, f"{folder}/{EVIDENCE}")) is not None:
+        with tempfile.TemporaryDirectory() as beside:
+            Path(beside, EVIDENCE).write_bytes(evidence)
+            answers = Evidence.load(beside)
     params, note = _params_at(root, commit, run)
-    plots = {name: _at_revision(root, commit, f"output/{run}/plots/{name}.png") for name in PLOTS}
+    plots = {name: _at_revision(root, commit, f"{folder}/plots/{name}.png") for name in PLOTS}
     return Side(
         name=base if other else rev,
         metrics=metrics,
@@ -160,6 +162,7 @@ def read_revision(
         answers=answers or find_answers(root, metrics),
         plots={name: content for name, content in plots.items() if content},
         commit=commit,
+        folder=folder,
         note=note,
     )
 
@@ -172,13 +175,6 @@ class Report:
     side: Side
     base: Side | None  # None where there is nothing to compare with
     comparison: Comparison | None
-
-    def title(self) -> str:
-        "The report in a line."
-        if self.comparison is None or self.base is None:
-            return f"{self.run}: nothing to compare it with"
-        commit = f" ({self.base.commit[:7]})" if self.base.commit else ""
-        return f"{self.run} against {self.base.name}{commit}: {self.comparison.accuracy.verdict}"
 
     def to_dict(self) -> dict[str, Any]:
         "As plain JSON values."
@@ -246,10 +242,10 @@ def _drawings(report: Report) -> list[list[tuple[Any, str]]]:  # figures that st
             plt.close(figure)
     return [group for group in figures.values() if group]
 
-# %% ../../nbs/reports/02_comparison.ipynb #images
+
 def _in_both(root: Path, report: Report) -> list[str]:
     "The pictures of the run that HEAD and the reference have."
-    place = f"output/{report.run}/plots/{{}}.png"
+    place = f"results/{report.run}/plots/{{}}.png"
     return [
         name
         for name, content in report.side.plots.items()
@@ -268,7 +264,7 @@ def _classes(comparison: Comparison | None) -> list[tuple[str, ...]]:  # name, F
     ]  # fmt: skip
     return sorted(rows, key=lambda row: -2 if row[3] == "–" else -abs(float(row[3])))
 
-# %% ../../nbs/reports/02_comparison.ipynb #report-page
+
 def report_page(
     root: Path,  # the project's
     reports: Sequence[Report],

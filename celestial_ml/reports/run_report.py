@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['rival', 'against_version', 'as_figure', 'changes', 'out_of_100', 'in_short', 'example_pictures', 'notebook_links',
-           'make_report']
+__all__ = ['rival', 'against_version', 'changes', 'out_of_100', 'in_short', 'example_pictures', 'notebook_links', 'make_report']
 
 # %% ../../nbs/reports/01_run_report.ipynb #rival
 def rival(
@@ -40,7 +39,7 @@ def rival(
     line = [model for model in look().line if model != champion]
     return line[-1] if line else None
 
-# %% ../../nbs/reports/01_run_report.ipynb #against-version
+
 def against_version(
     about: Mapping[str, Any],  # the model.json of a run
     answers: Evidence | None,  # of the run
@@ -64,7 +63,7 @@ def against_version(
     )
 
 # %% ../../nbs/reports/01_run_report.ipynb #shown
-def as_figure(
+def _as_figure(
     figure: Difference,
     value: float | None,
     signed: bool = False,  # a difference
@@ -76,37 +75,16 @@ def as_figure(
         return f"{value:+.3f}" if signed else f"{value:.3f}"
     return f"{100 * value:+.1f}" if signed else share(value)
 
-# %% ../../nbs/reports/01_run_report.ipynb #changed-words
-def _changed_words(comparison: Comparison) -> str:
-    "The outcome of a comparison in a sentence."
-    accuracy = comparison.accuracy
-    words = {
-        "better": "It is more accurate than",
-        "worse": "It is less accurate than",
-        "the same": "It is as accurate as",
-        "no clear difference": "It is neither clearly more nor clearly less accurate than",
-        "not tested": "Its accuracy wasn't tested against",
-    }
-    if accuracy.difference is None:
-        return f"The accuracy can't be compared with that of {comparison.theirs}."
-    low, high = (as_figure(accuracy, end, True) for end in (accuracy.low, accuracy.high))
-    interval = "" if accuracy.low is None else f" (95 % interval {low} to {high})"
-    chance = "" if accuracy.p is None else f", p = {accuracy.p:.2g}"
-    return (
-        f"{words[accuracy.verdict]} {comparison.theirs}: {as_figure(accuracy, accuracy.ours)} against "
-        f"{as_figure(accuracy, accuracy.theirs)}, {100 * accuracy.difference:+.1f} points{interval}{chance}; {comparison.how}."
-    )
 
-# %% ../../nbs/reports/01_run_report.ipynb #figure-row
 def _figure_row(figure: Difference) -> tuple[str, ...]:
     "A row of the table of figures."
-    theirs, ours = as_figure(figure, figure.theirs), as_figure(figure, figure.ours)
-    change, low, high = (as_figure(figure, value, True) for value in (figure.difference, figure.low, figure.high))
+    theirs, ours = _as_figure(figure, figure.theirs), _as_figure(figure, figure.ours)
+    change, low, high = (_as_figure(figure, value, True) for value in (figure.difference, figure.low, figure.high))
     how = {"paired": "same images", "intervals": "intervals"}.get(figure.how, "–")
     how += "" if figure.p is None else f", p = {figure.p:.2g}"
     return (figure.name, theirs, ours, change, "–" if figure.low is None else f"{low} to {high}", how, figure.verdict)
 
-# %% ../../nbs/reports/01_run_report.ipynb #changes
+
 def changes(
     comparison: Comparison | None,
     most: int = 8,  # confused pairs
@@ -123,6 +101,27 @@ def changes(
         "figures": [_figure_row(figure) for figure in comparison.figures],
         "mistakes": mistakes[:most],
     }
+
+# %% ../../nbs/reports/01_run_report.ipynb #changed-words
+def _changed_words(comparison: Comparison) -> str:
+    "The outcome of a comparison in a sentence."
+    accuracy = comparison.accuracy
+    words = {
+        "better": "It is more accurate than",
+        "worse": "It is less accurate than",
+        "the same": "It is as accurate as",
+        "no clear difference": "It is neither clearly more nor clearly less accurate than",
+        "not tested": "Its accuracy wasn't tested against",
+    }
+    if accuracy.difference is None:
+        return f"The accuracy can't be compared with that of {comparison.theirs}."
+    low, high = (_as_figure(accuracy, end, True) for end in (accuracy.low, accuracy.high))
+    interval = "" if accuracy.low is None else f" (95 % interval {low} to {high})"
+    chance = "" if accuracy.p is None else f", p = {accuracy.p:.2g}"
+    return (
+        f"{words[accuracy.verdict]} {comparison.theirs}: {_as_figure(accuracy, accuracy.ours)} against "
+        f"{_as_figure(accuracy, accuracy.theirs)}, {100 * accuracy.difference:+.1f} points{interval}{chance}; {comparison.how}."
+    )
 
 # %% ../../nbs/reports/01_run_report.ipynb #out-of-100
 def out_of_100(
@@ -201,7 +200,7 @@ def _samples(catalog: pd.DataFrame, most: int = 24) -> pd.DataFrame:
     each = max(1, min(2, most // max(1, learned.label.nunique())))
     return learned.groupby("label").head(each).head(most)
 
-# %% ../../nbs/reports/01_run_report.ipynb #notebook-links
+
 def notebook_links(
     folder: Path,  # output/<run>
     steps: Sequence[str],

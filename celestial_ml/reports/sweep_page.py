@@ -55,7 +55,7 @@ class RunRow:
                 return f"{notebook.stem}, cell {cell[0]}: {cell[1]}: {cell[2].splitlines()[0]}", notebook.name
         return self.outcome.error or "", ""
 
-# %% ../../nbs/reports/03_sweep_page.ipynb #rows-of
+
 def rows_of(
     outcomes: Iterable[Outcome],
 ) -> list[RunRow]:
@@ -71,7 +71,7 @@ def columns(
     differ = [key for key in keys if len({repr(row.outcome.values.get(key)) for row in rows}) > 1 or len(rows) == 1]
     return differ, list(dict.fromkeys(name for row in rows for name in row.metrics))
 
-# %% ../../nbs/reports/03_sweep_page.ipynb #best-row
+
 def best_row(
     rows: Sequence[RunRow],
     metrics: Sequence[str],
@@ -122,7 +122,7 @@ def _coordinates(rows: Sequence[RunRow], best: RunRow | None) -> dict[str, Any]:
     ]
     return {"axes": axes, "lines": sorted(lines, key=lambda line: bool(line["best"]))}
 
-# %% ../../nbs/reports/03_sweep_page.ipynb #parallel-coordinates
+
 def parallel_coordinates(
     rows: Sequence[RunRow],
     best: RunRow | None,
@@ -179,7 +179,7 @@ def sweep_page(
     }
     return Page("sweep", data | _coordinates(rows, best))
 
-# %% ../../nbs/reports/03_sweep_page.ipynb #write-gallery
+
 def write_gallery(
     name: str,  # of the sweep
     outcomes: Iterable[Outcome],

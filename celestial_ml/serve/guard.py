@@ -400,7 +400,7 @@ class Guard:
         self.metrics.seconds.labels(exchange.route).observe(took)
         if code := exchange.state.get("say", {}).get("error"):
             self.metrics.refusals.labels(code).inc()
-        if access.isEnabledFor(logging.INFO):
+        if access.isEnabledFor(logging.INFO) and not exchange.is_page_file():
             access.info("request", extra=exchange.line(took))
 
 # %% ../../nbs/serve/06_guard.ipynb #exchange
@@ -424,6 +424,11 @@ class _Exchange:
             message["headers"] = [*message["headers"], (b"x-request-id", self.id.encode()), *own]
         self.complete = message["type"] == "http.response.body" and not message.get("more_body", False)
         await self.forward(message)
+
+    def is_page_file(self) -> bool:
+        "Whether it was a style sheet, script or font of the demo, of which a page needs dozens."
+        name = self.path.rpartition("/")[2]
+        return self.route == "demo" and self.status < 400 and "." in name and "/gradio_api/" not in self.path
 
     def line(self, took: float) -> dict[str, Any]:
         "The line of the access log."

@@ -145,6 +145,25 @@ def why_no_demo(
         f"The demo is off: everybody who can reach {host} could use it. {login}. Or open it to everybody: --open-demo"
     )
 
+# %% ../../nbs/serve/21_server.ipynb #uvicorn-config
+def _uvicorn_config(app: "FastAPI", settings: ServeSettings, service: "Service") -> uvicorn.Config:
+    "Uvicorn with connections, proxies and logs of our own."
+    from celestial_ml.serve.connections import Connection, Connections
+
+    seconds = int(settings.patience + settings.body_seconds) + 1
+    return uvicorn.Config(
+        app,
+        http=partial(Connection, Connections(settings, service.metrics)),  # type: ignore[arg-type]
+        ws="none",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,  # the app's own, see `Proxies`
+        server_header=False,
+        timeout_keep_alive=int(settings.idle_seconds) + 1,  # the connection's own timeout comes first
+        timeout_graceful_shutdown=seconds,
+    )
+
 # %% ../../nbs/serve/21_server.ipynb #serve
 def serve(
     folder: Path | str | None,  # of a packaged model; None: the registry's champion, whichever that is
@@ -162,12 +181,11 @@ def serve(
     try:
         with open_port(host, port) as listener:
             from celestial_ml.serve.api import build_app  # after the port, which may be taken
-            from celestial_ml.serve.connections import Connection, Connections
             from celestial_ml.serve.live_models import Repeat
 
-            if demo and (why := why_no_demo(settings, host)):
+            if why := why_no_demo(settings, host) if demo else "":
                 demo = None
-                print(f"{why}\n")
+            logging.disable(logging.INFO)  # until the greeting is out
             app = build_app(folder, demo, settings, log)
             service: Service = app.state.service
             if service.models.champion.predictor is None:
@@ -176,23 +194,15 @@ def serve(
             Repeat(return_freed, 2).start()  # it ends with the process
             version, keys = service.models.current.version, bool(settings.api_keys)
             print(greeting(host, listener.getsockname()[1], version, demo is not None, keys), flush=True)
-            seconds = int(settings.patience + settings.body_seconds) + 1
-            config = uvicorn.Config(
-                app,
-                http=partial(Connection, Connections(settings, service.metrics)),  # type: ignore[arg-type]
-                ws="none",
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                proxy_headers=False,  # the app's own, see `Proxies`
-                server_header=False,
-                timeout_keep_alive=int(settings.idle_seconds) + 1,  # the connection's own timeout comes first
-                timeout_graceful_shutdown=seconds,
-            )
+            if why:
+                print(f"\n{why}", flush=True)
+            logging.disable(logging.NOTSET)
             try:
-                Server(config, service).run(sockets=[listener])
+                Server(_uvicorn_config(app, settings, service), service).run(sockets=[listener])
             finally:
                 service.close()
     except KeyboardInterrupt:
         pass  # the usual way to stop it
+    finally:
+        logging.disable(logging.NOTSET)
     print("\nStopped.")

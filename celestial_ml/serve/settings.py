@@ -122,7 +122,7 @@ class ServeSettings(_DemoSettings):
     log_sample: float = Field(0.01, ge=0, le=1, description="share of the pictures that `sample` stores")
     log_uncertain: float = Field(0.8, ge=0, le=1, description="`uncertain` stores the pictures below this confidence")
     log_days: int = Field(30, ge=1, description="days until a stored picture is deleted")
-    access_log: bool = Field(True, description="a line of JSON for every request, where the log isn't a terminal")
+    access_log: bool = Field(True, description="a line of JSON a request, but for the demo's files; none on a terminal")
 
     @property
     def challenged(self) -> tuple[str, float]:  # off, shadow or canary, and the share of the traffic

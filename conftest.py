@@ -1,0 +1,79 @@
+"How the suite runs fast: the kernels of notebooks are forked from one process, and the longest files go first."
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import nbval.plugin
+import pytest
+from jupyter_client.blocking.client import BlockingKernelClient
+from jupyter_client.connect import write_connection_file
+from nbval.kernel import RunningKernel
+
+ROOT = Path(__file__).parent
+# Seconds on two quiet cores, of the files that take more than ten; a worker that ends with a long one waits for nobody.
+LONGEST: dict[str, int] = {}
+
+
+FEW = 8  # notebooks for which it does not pay to import all libraries first
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fresh-kernels", action="store_true", help="never fork the kernels of notebooks")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    "The longest files first, each in its own order; the kernels of many notebooks are forked."
+    items.sort(key=lambda item: -LONGEST.get(item.path.relative_to(ROOT).as_posix(), 0))
+    notebooks = {item.path for item in items if item.path.suffix == ".ipynb"}
+    if len(notebooks) > FEW and sys.platform == "linux" and not config.getoption("--fresh-kernels"):
+        nbval.plugin.RunningKernel = ForkedKernel
+
+
+@cache
+def kernel_server() -> subprocess.Popen[str]:
+    "The process that kernels are forked from; it ends with this one."
+    # What a kernel of Jupyter's has in its environment before matplotlib reads it.
+    env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests/kernel_server.py")]
+    return subprocess.Popen(command, env=env, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+class ForkedKernel(RunningKernel):
+    "nbval's kernel, but forked from a process that has the large libraries imported."
+
+    def __init__(self, kernel_name: str, cwd: str, startup_timeout: int = 60):
+        self.folder = tempfile.TemporaryDirectory()
+        connection = f"{self.folder.name}/connection.json"
+        write_connection_file(connection, transport="ipc", ip=f"{self.folder.name}/socket")
+        server = kernel_server()
+        assert server.stdin and server.stdout
+        print(json.dumps({"connection": connection, "folder": cwd}), file=server.stdin, flush=True)
+        self.pid = int(server.stdout.readline())
+        self.kc = BlockingKernelClient(connection_file=connection)
+        self.kc.load_connection_file()
+        self.kc.start_channels()
+        self.kc.wait_for_ready(timeout=startup_timeout)
+        self._ensure_iopub_up()
+
+    def is_alive(self) -> bool:
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def interrupt(self) -> None:
+        os.kill(self.pid, signal.SIGINT)
+
+    def stop(self) -> None:
+        self.kc.stop_channels()
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.folder.cleanup()
