@@ -262,7 +262,7 @@ def batch(
         count = (job if job.finished else finish(where, job, parts, passed)).finished or {}
         return Result(where, **count, before=before, seconds=seconds)
 
-
+# %% ../../nbs/batch/05_job.ipynb #score-all
 def _score(engine: AbstractContextManager[Engine], stream: Iterator[Item], writer: Writer, bar: tqdm[Any]) -> None:
     "Score the pictures; what was scored is written, however it ends."
     with stoppable() as check:

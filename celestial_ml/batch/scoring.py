@@ -22,7 +22,7 @@ from ..data.images import decode_image
 from ..serve.predictor import Predictor
 
 # %% auto #0
-__all__ = ['GROUP', 'GROUP_VALUES', 'WAITING', 'Bad', 'Answers', 'groups', 'score_unit', 'as_bad', 'Engine', 'cores', 'threads']
+__all__ = ['GROUP', 'GROUP_VALUES', 'Bad', 'Answers', 'groups', 'score_unit', 'as_bad', 'Engine', 'cores', 'threads']
 
 # %% ../../nbs/batch/01_scoring.ipynb #bad
 @dataclass
@@ -73,7 +73,7 @@ def groups(
     yield from by_shape.values()
 
 # %% ../../nbs/batch/01_scoring.ipynb #score-unit-x
-WAITING = 8_000_000  # values of decoded pictures that wait for others of their shape
+_WAITING = 8_000_000  # values of decoded pictures that wait for others of their shape
 
 
 def score_unit(
@@ -102,7 +102,7 @@ def score_unit(
             waiting.append((item, sha256_of(content), decode_image(content, item.name)))
         except Exception as e:  # of any class: a decoder's, on bytes made to break it
             bad.append(as_bad(item, e, "unreadable" if e is content else "damaged"))
-        if sum(image.size for _, _, image in waiting) > WAITING:
+        if sum(image.size for _, _, image in waiting) > _WAITING:
             score()
     score()
     items, sha256, probabilities, scores = zip(*scored, strict=True) if scored else ((), (), (), ())
