@@ -1,4 +1,4 @@
-"How the suite runs fast: the kernels of notebooks are forked from one process, and the longest files go first."
+"How the suite runs fast: more processes than cores, and kernels of notebooks that are forked from one process."
 
 import json
 import os
@@ -17,10 +17,6 @@ from jupyter_client.connect import write_connection_file
 from nbval.kernel import RunningKernel
 
 ROOT = Path(__file__).parent
-# Seconds on two quiet cores, of the files that take more than ten; a worker that ends with a long one waits for nobody.
-LONGEST: dict[str, int] = {}
-
-
 FEW = 8  # notebooks for which it does not pay to import all libraries first
 
 
@@ -28,9 +24,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fresh-kernels", action="store_true", help="never fork the kernels of notebooks")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    "Half as many processes again as cores: a third of the time, tests wait for a timeout, a lock or a page."
+    return min(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1, 6) * 3 // 2
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    "The longest files first, each in its own order; the kernels of many notebooks are forked."
-    items.sort(key=lambda item: -LONGEST.get(item.path.relative_to(ROOT).as_posix(), 0))
+    "Where there are many notebooks, their kernels are forked."
     notebooks = {item.path for item in items if item.path.suffix == ".ipynb"}
     if len(notebooks) > FEW and sys.platform == "linux" and not config.getoption("--fresh-kernels"):
         nbval.plugin.RunningKernel = ForkedKernel

@@ -161,9 +161,9 @@ def int8_against_float(run: str) -> list[Row]:
 _UP_TO_TRAIN = """
 import sys
 from pathlib import Path
-from celestial_ml.flow.pipeline import make_plan, run_pipeline
+from celestial_ml.flow.pipeline import make_plan, execute
 settings = [f"data.per_class={sys.argv[1]}", "train.epochs=2"]
-run_pipeline(make_plan(Path.cwd(), "default", settings, sys.argv[2], force=True, until="train"))
+execute(make_plan(Path.cwd(), "default", settings, sys.argv[2], force=True, until="train"))
 """
 
 

@@ -16,14 +16,12 @@ import nbformat
 import numpy as np
 import papermill
 import yaml
-from papermill.engines import NBClientEngine, papermill_engines
 
 from bench import CELESTIAL, Row
 from celestial_ml.core.files import project_root
 from celestial_ml.core.params import load_params
-from celestial_ml.flow.kernels import fork_server, use_warm_kernels, warm_modules
 from celestial_ml.flow.steps import load_tasks, step_parameters
-from celestial_ml.flow.sweep import core_shares
+from celestial_ml.flow.workers import Owner, Workers, core_shares, slow_modules
 
 PAPERMILL = str(Path(sys.executable).with_name("papermill"))
 
@@ -45,9 +43,9 @@ def plain(folder: Path, until: str, seeds: range, env: dict[str, str]) -> float:
         for task in load_tasks(folder, run, until).values():
             executed = folder / task.product["notebook"]
             executed.parent.mkdir(parents=True, exist_ok=True)
-            told = executed.with_suffix(".yaml")
-            told.write_text(yaml.safe_dump(step_parameters(task.name, params) | {"run": run}))
-            command = [PAPERMILL, task.source, executed, "-f", told, "--no-progress-bar"]
+            parameters = executed.with_suffix(".yaml")
+            parameters.write_text(yaml.safe_dump(step_parameters(task.name, params) | {"run": run}))
+            command = [PAPERMILL, task.source, executed, "-f", parameters, "--no-progress-bar"]
             subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True)
     return time.perf_counter() - began
 
@@ -55,7 +53,7 @@ def plain(folder: Path, until: str, seeds: range, env: dict[str, str]) -> float:
 def swept(folder: Path, until: str, seeds: range, env: dict[str, str]) -> float:
     "Seconds of `celestial sweep`, from the shell to its page, imports included."
     grid = f"seed={','.join(map(str, seeds))}"
-    command = [CELESTIAL, "sweep", "smoke", "--grid", grid, "--until", until, "--name", "swept", "--json"]
+    command = [CELESTIAL, "sweep", "smoke", "--grid", grid, "--until", until, "--run", "swept", "--json"]
     began = time.perf_counter()
     subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True)
     return time.perf_counter() - began
@@ -71,8 +69,8 @@ def side_by_side(until: str, runs: int) -> Row:
         steps = list(load_tasks(folder, "any", until))
         own, other = swept(folder, until, seeds, env), plain(folder, until, seeds, env)
         for seed in seeds:
-            ours, theirs = (np.load(folder / f"output/{way}/seed-{seed}/pixels.npy") for way in ("swept", "plain"))
-            if not np.array_equal(ours, theirs):
+            pixels = [np.load(folder / f"output/{way}/seed-{seed}/pixels.npy") for way in ("swept", "plain")]
+            if not np.array_equal(*pixels):
                 sys.exit(f"the run with seed {seed} made something else")
     return (
         f"{runs} runs of {' → '.join(steps)}",
@@ -82,32 +80,39 @@ def side_by_side(until: str, runs: int) -> Row:
     )
 
 
+def execute(_: Owner, source: str, executed: str) -> None:
+    "Be a worker: execute a notebook."
+    from ploomber_engine import execute_notebook
+
+    execute_notebook(source, executed, progress_bar=False)
+
+
 def start_up(times: int = 3) -> Row:
-    "A notebook that imports what training needs, in a kernel of its own: from papermill's call to its end."
+    "A notebook that imports what training needs, in a process of its own: from the call to its end."
     code = "import tensorflow, keras, pandas, mlflow, matplotlib.pyplot"
-    took: dict[str, list[float]] = {"warm": [], "cold": []}
+    took: dict[str, list[float]] = {"worker": [], "kernel": []}
     with tempfile.TemporaryDirectory() as made:
         path = Path(made) / "imports.ipynb"
         kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
         nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)], metadata=kernel), path)
-        modules = ["IPython", "ipykernel.kernelapp", "debugpy", *warm_modules([path], project_root() / "celestial_ml")]
-        with fork_server(modules) as server:
-            server.call("time:time").wait()
+        executed = path.with_name("out.ipynb")
+        with Workers(1, [*slow_modules([path]), "IPython", "ploomber_engine"]) as workers:
+            for _ in range(times + 1):  # the first one waits for the server's imports
+                began = time.perf_counter()
+                workers.start("worker", execute, str(path), str(executed), log=path.with_name("log"))
+                while workers.running:
+                    workers.events()
+                took["worker"].append(time.perf_counter() - began)
             for _ in range(times):
-                for way in took:
-                    if way == "warm":
-                        use_warm_kernels(server.socket)
-                    else:
-                        papermill_engines.register(None, NBClientEngine)
-                    began = time.perf_counter()
-                    papermill.execute_notebook(path, path.with_name("out.ipynb"), progress_bar=False)
-                    took[way].append(time.perf_counter() - began)
-    warm, cold = (statistics.median(took[way]) for way in ("warm", "cold"))
+                began = time.perf_counter()
+                papermill.execute_notebook(path, executed, progress_bar=False)
+                took["kernel"].append(time.perf_counter() - began)
+    worker, kernel_ = statistics.median(took["worker"][1:]), statistics.median(took["kernel"])
     return (
-        "a kernel with TensorFlow, MLflow and pandas",
-        f"{warm:.2f} s",
-        f"cold {cold:.1f} s",
-        f"{cold / warm:.1f} ×",
+        "a notebook that imports TensorFlow, MLflow and pandas",
+        f"{worker:.2f} s",
+        f"a kernel of its own {kernel_:.1f} s",
+        f"{kernel_ / worker:.1f} ×",
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 from filelock import FileLock
 from projects import ROOT, Celestial, copy_project
 
+from celestial_ml.core.testing import mlflow_database
 from celestial_ml.flow.pipeline import Plan, make_plan
 
 
@@ -31,10 +32,17 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def celestial(project: Path) -> Celestial:
+def state(project: Path) -> Path:
+    "The state folder of the copy, with MLflow's empty database."
+    mlflow_database(project / ".celestial/mlflow.db")
+    return project / ".celestial"
+
+
+@pytest.fixture(scope="module")
+def celestial(project: Path, state: Path) -> Celestial:
     "Run the command `celestial` in the copy of the project, as a person would, with a state folder of its own."
     env = {name: value for name, value in os.environ.items() if not name.startswith(("CELESTIAL_", "MLFLOW_"))}
-    env |= {"CELESTIAL_HOME": str(project / ".celestial"), "PYTHONPATH": str(project)}
+    env |= {"CELESTIAL_HOME": str(state), "PYTHONPATH": str(project)}
 
     def run(*arguments: object, cwd: Path = project, **extra: str) -> subprocess.CompletedProcess:
         command = [str(Path(sys.executable).with_name("celestial")), *map(str, arguments)]
@@ -44,10 +52,10 @@ def celestial(project: Path) -> Celestial:
 
 
 @pytest.fixture(scope="module")
-def at_home(project: Path) -> Iterator[Path]:
+def at_home(project: Path, state: Path) -> Iterator[Path]:
     "This process, at home in the copy of the project."
     before, here = dict(os.environ), Path.cwd()
-    os.environ["CELESTIAL_HOME"] = str(project / ".celestial")
+    os.environ["CELESTIAL_HOME"] = str(state)
     os.environ["CELESTIAL_TERMINAL"] = "1"
     os.chdir(project)
     yield project
@@ -64,6 +72,7 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     with FileLock(f"{folder}.lock"):
         if not (folder / "output/smoke/register.json").exists():
             copy_project(folder)
+            mlflow_database(folder / ".celestial/mlflow.db")
             command = [str(Path(sys.executable).with_name("celestial")), "run", "smoke", "--json"]
             env = {name: value for name, value in os.environ.items() if not name.startswith(("CELESTIAL_", "MLFLOW_"))}
             env |= {"CELESTIAL_HOME": str(folder / ".celestial"), "PYTHONPATH": str(folder)}

@@ -29,7 +29,7 @@ from celestial_ml.batch.parts import OtherJob, part_files, places
 from celestial_ml.cli.app import app
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.files import read_json
-from celestial_ml.flow.pipeline import Plan, make_plan, run_pipeline
+from celestial_ml.flow.pipeline import Plan, execute, make_plan
 from celestial_ml.planets.renderer import render
 from celestial_ml.serve.predictor import Predictor
 
@@ -114,11 +114,10 @@ def test_answers_are_those_of_predict(photos: Path, model: Path, tmp_path: Path)
     assert len(predicted) == 40 and {answer["path"]: answer for answer in predicted} == rows
 
 
-def test_what_leaves_with_which_code(
-    photos: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exit_codes(photos: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CELESTIAL_TERMINAL", "1")
+    monkeypatch.setattr("celestial_ml.batch.dask_cluster.CONNECT_SECONDS", 0.5)
     bad, empty = tmp_path / "bad", tmp_path / "empty"
     for folder in (bad, empty):
         folder.mkdir()
@@ -155,10 +154,10 @@ def test_another_model_or_changed_pictures_are_refused(photos: Path, model: Path
     assert set(pd.read_parquet(out).model_version) == {"8"}
 
 
-def test_the_step_beside_the_chain(smoke: Plan) -> None:
+def test_the_score_step_writes_an_answer_for_each_image(smoke: Plan) -> None:
     plan = make_plan(smoke.root, "smoke", until="score")
     assert list(plan.stale) == ["score"]
-    run_pipeline(plan, quiet=True)
+    execute(plan, quiet=True)
     assert not make_plan(smoke.root, "smoke", until="score").stale
     scores, catalog = (pd.read_parquet(f"output/smoke/{name}.parquet") for name in ("scores", "catalog"))
     assert scores.path.tolist() == catalog.path.tolist() and Path("output/smoke/scores.batch/summary.html").is_file()
@@ -209,7 +208,7 @@ def test_killed_thirty_times_over_20_000_pictures(model: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_politely_it_keeps_what_is_scored(sign: signal.Signals, model: Path, tmp_path: Path) -> None:
+def test_a_stopped_job_keeps_what_is_scored(sign: signal.Signals, model: Path, tmp_path: Path) -> None:
     folder, out = many(tmp_path / "many", 6000), tmp_path / "scores"
     told = [CELESTIAL, "batch", str(folder), str(out), "--model", str(model), "--workers", "1"]
     process = subprocess.Popen(told, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -226,7 +225,7 @@ def test_stopped_politely_it_keeps_what_is_scored(sign: signal.Signals, model: P
     assert len(assert_complete(folder, out)) == 5940
 
 
-def test_two_at_once_are_one_too_many(model: Path, tmp_path: Path) -> None:
+def test_a_second_job_on_the_same_output_is_refused(model: Path, tmp_path: Path) -> None:
     folder, out = many(tmp_path / "many", 3000), tmp_path / "scores"
     told = [CELESTIAL, "batch", str(folder), str(out), "--model", str(model), "--workers", "1"]
     first = subprocess.Popen(told, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -301,7 +300,7 @@ def test_a_shard_that_ends_too_early(photos: Path, model: Path, tmp_path: Path) 
 # -- light, and flat ----------------------------------------------------------------------------------------------
 
 
-def test_it_imports_nothing_heavy(photos: Path, model: Path, tmp_path: Path) -> None:
+def test_batch_imports_nothing_heavy(photos: Path, model: Path, tmp_path: Path) -> None:
     heavy = ("tensorflow", "keras", "mlflow", "pandas", "matplotlib", "sklearn", "distributed", "fastapi", "gradio")
     code = (
         "import sys; from celestial_ml.cli.app import app; "

@@ -119,7 +119,7 @@ def bad_files(folder: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
-def test_a_bad_image_gets_a_sentence_and_the_others_an_answer(celestial, model: Path, tmp_path: Path) -> None:
+def test_a_bad_image_gets_an_error_and_the_others_an_answer(celestial, model: Path, tmp_path: Path) -> None:
     said = bad_files(tmp_path)
     result = celestial("predict", tmp_path, "--model", model, "--json")
     assert result.returncode == 2 and "Traceback" not in result.stderr

@@ -72,7 +72,7 @@ def test_image_installs_by_hash_from_the_one_lock_file():
     assert re.search(r"pip==[\d.]+ --hash=sha256:[0-9a-f]{64}\b", DOCKERFILE)
 
 
-def test_image_doesnt_run_as_root_and_says_how_it_is():
+def test_image_has_a_user_and_a_health_check():
     last = dict(instructions())  # of each kind the last
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", last["USER"])
     assert "/health" in last["HEALTHCHECK"] and "python" in last["HEALTHCHECK"]
@@ -80,7 +80,7 @@ def test_image_doesnt_run_as_root_and_says_how_it_is():
     assert last["EXPOSE"] == "8000"
 
 
-def test_image_leaves_it_to_its_user_whether_the_demo_is_open():
+def test_image_has_the_demo_only_on_request():
     "It listens to everybody, so whoever runs it says so; the words that show how publish it to this machine alone."
     assert json.loads(dict(instructions())["CMD"])[2:] == ["--host", "0.0.0.0"]
     assert not [rest for word, rest in instructions() if word in ("ARG", "ENV") and "OPEN_DEMO" in rest]
@@ -303,21 +303,21 @@ def test_container_answers(container: str):
 
 
 @pytest.mark.container
-def test_container_has_no_demo_unless_told(image: str):
+def test_container_has_the_demo_only_on_request(image: str):
     told = 'celestial serve --host 0.0.0.0 & sleep 15; exec python -c "$0" GET /'
     said = podman("run", "--rm", *LOCKED_DOWN, image, "sh", "-c", told, ASK, check=False).stdout.decode()
     assert "The demo is off" in said and "\n404 " in said
 
 
 @pytest.mark.container
-def test_container_is_nobody_and_can_change_nothing(container: str):
+def test_container_runs_without_rights_and_cannot_write(container: str):
     assert podman("exec", container, "id", "-u").stdout.strip() == b"10001"
     for place in ("/x", "/model/model.json", "/opt/celestial/x", "/home/x"):
         assert podman("exec", container, "sh", "-c", f": >> {place}", check=False).returncode
 
 
 @pytest.mark.container
-def test_container_stops_when_told(image: str, container: str):
+def test_container_stops_on_sigterm(image: str, container: str):
     start = monotonic()
     podman("stop", "--time", 10, container)
     assert monotonic() - start < 8

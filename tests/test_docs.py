@@ -26,6 +26,21 @@ from celestial_ml.flow.steps import SECTIONS, load_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
+# Ten changes that a reader looks for: words of the room's row in the page, the room, and a name in the notebook that
+# the page sends the reader to, which is where the change is made.
+CHANGES = {
+    "limit of 5 MB on uploads": ("serve", "nbs/serve/04_settings.ipynb", "max_bytes"),
+    "a new corruption": ("data", "nbs/data/11_corruptions.ipynb", "CORRUPTIONS"),
+    "another column in the log": ("monitor", "nbs/monitor/00_tables.ipynb", "Column"),
+    "another sink for alerts, such as mail": ("monitor", "nbs/monitor/05_feedback.ipynb", "feedback"),
+    "a stricter gate": ("registry", "nbs/registry/05_gate.ipynb", "judge"),
+    "a new augmentation": ("model", "nbs/model/01_augment.ipynb", "random_fog"),
+    "the colour of a chart in the report": ("core", "celestial_ml/core/templates/charts.jinja", "known"),
+    "an export to another format": ("model", "nbs/model/07_export.ipynb", "serving_graph"),
+    "a new tab of the demo": ("demo", "nbs/demo/07_page.ipynb", "gr.Tab"),
+    "another leftover file to skip": ("core", "nbs/core/08_folders.ipynb", "is_leftover"),
+}
+
 HANDWRITTEN = sorted(path for path in NBS.glob("*.md"))
 sys.path.insert(0, str(NBS / "docs-assets"))
 
@@ -60,6 +75,16 @@ def test_every_parameter_is_explained(pages: dict[str, str]) -> None:
             assert f"[{step}](../steps/" in section(page, name), f"{name} doesn't say that {step} uses it"
     for path in (ROOT / "params").glob("*.yaml"):
         assert path.stem == "default" or f"celestial run {path.stem}" in section(page, f"file-{path.stem}")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_placed_by_its_rooms_name(change: str) -> None:
+    "The room's row names the change, no other does, and the notebook that is made for it is in that room."
+    room, file, symbol = CHANGES[change]
+    rows = re.findall(r"^\| `(\w+)` \|(.*)$", (NBS / "find-your-way.md").read_text(), re.MULTILINE)
+    assert len(rows) > 10 and all((NBS / name).is_dir() for name, _ in rows)
+    assert [name for name, examples in rows if change in examples] == [room]
+    assert f"/{room}/" in file and symbol in (ROOT / file).read_text()
 
 
 def test_every_command_is_explained(pages: dict[str, str]) -> None:
@@ -191,7 +216,7 @@ def test_a_notebook_is_shown_as_its_run_has_left_it(tmp_path: Path) -> None:
     assert hook._executed(tmp_path, Path("steps/04_train.ipynb")) is None
 
 
-def test_links_of_a_run_to_its_own_folder_are_words_on_the_site() -> None:
+def test_links_of_a_run_to_its_own_folder_are_plain_text_on_the_site() -> None:
     hook = the_hook()
     config = SimpleNamespace(docs_dir=str(NBS))
     page = SimpleNamespace(file=SimpleNamespace(src_uri="steps/08_register.ipynb"))
@@ -337,7 +362,7 @@ def served(site: Path):
 
 
 @pytest.mark.slow
-def test_linkchecker_is_content(served: str) -> None:
+def test_linkchecker_reports_nothing(served: str) -> None:
     command = [Path(sys.executable).parent / "linkchecker", "--no-status", "--no-warnings"]
     done = subprocess.run([*command, f"{served}index.html"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

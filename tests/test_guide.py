@@ -42,7 +42,7 @@ def test_a_copy_is_verified_and_taken(guide_images: Path, tmp_path: Path) -> Non
     assert len(list(folder.rglob("*.jpg"))) == 1500
 
 
-def test_the_guides_split_is_keras_own(guide_images: Path) -> None:
+def test_the_guides_split_is_that_of_keras(guide_images: Path) -> None:
     import keras
 
     catalog = make_catalog(guide_images)
@@ -105,7 +105,7 @@ def test_dvc_fetches_what_the_pointer_points_to(
     assert dvc_checksum(folder) == dvc_checksum(upstream / "raw")
 
 
-def test_offline_and_without_a_copy_both_ways_are_said(celestial, project: Path, tmp_path: Path) -> None:
+def test_offline_and_without_a_copy_the_error_names_both_ways(celestial, project: Path, tmp_path: Path) -> None:
     git(project, "init", "-q")
     nowhere = instead_of(tmp_path / "home", "https://github.com/", "file:///nowhere/")
     result = celestial("data", "get", "guide", HOME=str(nowhere))
@@ -115,7 +115,7 @@ def test_offline_and_without_a_copy_both_ways_are_said(celestial, project: Path,
     assert not (project / "data/raw").exists()
 
 
-def test_another_folder_is_not_taken_for_it(celestial, project: Path, tmp_path: Path) -> None:
+def test_another_folder_is_not_accepted_as_the_guides(celestial, project: Path, tmp_path: Path) -> None:
     (tmp_path / "Mars").mkdir()
     (tmp_path / "Mars/a.jpg").write_bytes(b"")
     result = celestial("data", "get", "guide", "--from", tmp_path)

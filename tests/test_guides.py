@@ -39,7 +39,7 @@ def test_every_job_has_its_guide() -> None:
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
-def test_a_guide_says_what_it_takes_and_where_to_go_on(guide: Path) -> None:
+def test_a_guide_states_its_duration_and_what_to_read_next(guide: Path) -> None:
     text = prose(guide)
     assert re.match(r"# .+\n\n> .{40,}\n\nTen minutes", text), "a title, what it's about, and how long it takes"
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
@@ -50,7 +50,7 @@ def test_a_guide_says_what_it_takes_and_where_to_go_on(guide: Path) -> None:
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
-def test_a_guide_calls_the_library_and_holds_it_to_what_it_shows(guide: Path) -> None:
+def test_a_guide_calls_the_library_and_asserts_what_it_shows(guide: Path) -> None:
     nodes = list(ast.walk(python(guide)))
     assert not [node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)], "define it in a room"
     assert any(isinstance(node, ast.ImportFrom) and (node.module or "").startswith("celestial_ml.") for node in nodes)

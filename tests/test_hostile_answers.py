@@ -38,7 +38,7 @@ def url(folder: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", ["/predict", "/predict/batch", "/explain", "/gradio_api/upload"])
 @pytest.mark.parametrize("boundary", ["x" * 300, "x" * 5000])
-def test_a_long_boundary_is_the_senders_mistake(url: str, path: str, boundary: str) -> None:
+def test_a_long_boundary_is_a_client_error(url: str, path: str, boundary: str) -> None:
     kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
     answer = httpx.post(url + path, content=f"--{boundary}--\r\n", headers=kind)
     assert answer.status_code == 400 and answer.json()["error"]["code"] == "bad_request"
@@ -46,11 +46,11 @@ def test_a_long_boundary_is_the_senders_mistake(url: str, path: str, boundary: s
 
 @pytest.mark.parametrize("name", ["a" * 300, "é" * 150, "a" * 5000, "/".join("a" * 2000), "/".join(["b" * 190] * 40)])
 @pytest.mark.parametrize("place", ["assets", "static", "docs/static"])
-def test_a_file_of_a_long_name_is_not_there(url: str, place: str, name: str) -> None:
+def test_a_path_with_a_long_name_is_not_found(url: str, place: str, name: str) -> None:
     assert httpx.get(f"{url}/{place}/{name}").status_code in (404, 414)
 
 
-def test_the_model_says_nothing_of_the_machine_that_trained_it(url: str) -> None:
+def test_model_page_hides_paths_of_the_training_machine(url: str) -> None:
     assert httpx.get(f"{url}/model").json()["lineage"]["parameters"]["data"] == {"folder": "…/photos", "size": 64}
 
 
@@ -64,7 +64,7 @@ def test_ipv6_is_counted_by_network(url: str) -> None:
     assert other.status_code == 404
 
 
-def test_a_broken_log_is_not_described(tmp_path: Path) -> None:
+def test_errors_of_the_log_are_hidden_from_clients(tmp_path: Path) -> None:
     model, log = tiny_model(tmp_path / "model"), tmp_path / "secret-place.db"
     with running(model, tmp_path / "log", demo=False, log_url=f"sqlite:///{log}") as url:
         number = httpx.post(f"{url}/predict", files={"image": neptune()}).json()["request_id"]
@@ -82,7 +82,7 @@ def packed_exif(words: bytes) -> bytes:
     return chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(words, 9))
 
 
-def test_packed_metadata_is_unpacked_once_and_not_far() -> None:
+def test_compressed_metadata_is_unpacked_once_within_a_limit() -> None:
     good = neptune()
     for words in (b"\n" * 3_000_000, b"\n\n\nzz" + b"0" * 3_000_000, b"\n" * 150_000):
         content = good[:33] + packed_exif(words) * 400 + good[33:]
@@ -100,7 +100,7 @@ def test_exif_in_many_segments_is_joined_once() -> None:
     assert time.process_time() - began < 0.3
 
 
-def test_packed_metadata_still_says_how_a_picture_stands() -> None:
+def test_compressed_metadata_still_gives_the_orientation() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     digits = exif.tobytes().hex()
@@ -110,7 +110,7 @@ def test_packed_metadata_still_says_how_a_picture_stands() -> None:
     assert open_image(good[:33] + packed_exif(words) + good[33:]).orientation == 6
 
 
-def test_a_size_that_is_said_twice_leaves_no_line_that_is_not_json(url: str, folder: Path) -> None:
+def test_a_png_with_two_headers_leaves_only_json_in_the_log(url: str, folder: Path) -> None:
     "Pillow warns of it, though nobody decodes it."
     good = neptune()
     twice = good[:33] + chunk(b"IHDR", struct.pack(">IIBBBBB", 12_000, 12_000, 8, 2, 0, 0, 0)) + good[33:]
@@ -131,7 +131,9 @@ def champion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[
 
 
 @pytest.mark.parametrize("name", ["\0", "\ud800", "a" * 5000, "/etc", 7, None, ["tiny/7"]])
-def test_a_pointer_to_no_name_is_refused_and_the_next_one_taken(champion: tuple[Models, Path], name: object) -> None:
+def test_a_pointer_without_a_name_is_refused_and_the_next_one_accepted(
+    champion: tuple[Models, Path], name: object
+) -> None:
     models, _ = champion
     pointer = models_folder() / "champion.json"
     pointer.write_text(json.dumps({"model": name}))
@@ -160,7 +162,7 @@ def test_a_pointer_to_no_name_is_refused_and_the_next_one_taken(champion: tuple[
         ("sha256", None),
     ],
 )
-def test_a_description_of_other_types_is_refused(champion: tuple[Models, Path], field: str, value: object) -> None:
+def test_a_manifest_with_wrong_types_is_refused(champion: tuple[Models, Path], field: str, value: object) -> None:
     models, folder = champion
     good = read_json(folder / "model.json")
     before = models.now()

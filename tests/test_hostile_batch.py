@@ -132,7 +132,7 @@ def test_a_tar_keeps_every_picture(model: Predictor, tmp_path: Path) -> None:
     assert table.path.nunique() == 2 and table.row.tolist() == [0, 1, 7] and len(bad) == 5
 
 
-def test_what_a_tar_was_read_without(model: Predictor, tmp_path: Path) -> None:
+def test_ignored_members_of_a_tar_are_counted(model: Predictor, tmp_path: Path) -> None:
     content = tarred(("a.jpg", MARS), ("a.json", b"{}"), ("._a.jpg", b"x"), ("@eaDir/a.jpg", MARS))
     (tmp_path / "a.tar").write_bytes(content)
     result = batch(f"{tmp_path}/a.tar", tmp_path / "scores", model)
@@ -189,7 +189,7 @@ def pax(records: dict[str, str]) -> bytes:
 
 @pytest.mark.parametrize("name", BOMBS)
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
-def test_a_tar_that_lies(name: str, packed: bool, model: Predictor, tmp_path: Path) -> None:
+def test_a_tar_with_wrong_sizes(name: str, packed: bool, model: Predictor, tmp_path: Path) -> None:
     content = tarred(("a.jpg", MARS))[: 512 + -(-len(MARS) // 512) * 512] + BOMBS[name]()
     path = tmp_path / ("a.tar.gz" if packed else "a.tar")
     path.write_bytes(gzip.compress(content) if packed else content)
@@ -215,7 +215,7 @@ def test_a_member_of_gigabytes_of_zeros(model: Predictor, tmp_path: Path) -> Non
     assert ends(tmp_path / "a.tar.gz", tmp_path, model) == 1
 
 
-def test_an_end_without_end(model: Predictor, tmp_path: Path) -> None:
+def test_an_archive_with_endless_zeros_at_its_end(model: Predictor, tmp_path: Path) -> None:
     zeros(tmp_path / "a.tar.gz", tarred(("a.jpg", MARS)), 200)
     assert ends(tmp_path / "a.tar.gz", tmp_path, model) == 1
 
@@ -224,14 +224,14 @@ def test_an_end_without_end(model: Predictor, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"words", bytes(1024), b"\x1f\x8b\x08broken", b"BZh91AY&SYbroken", b"PK\x05\x06"]
 )
-def test_no_archive_at_all(suffix: str, content: bytes, model: Predictor, tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_archive(suffix: str, content: bytes, model: Predictor, tmp_path: Path) -> None:
     (tmp_path / f"a.{suffix}").write_bytes(content)
     with pytest.raises(CelestialError) as caught:
         batch(f"{tmp_path}/a.{suffix}", tmp_path / "scores", model)
     assert caught.value.exit_code == 2
 
 
-def test_damage_within_what_is_packed(model: Predictor, tmp_path: Path) -> None:
+def test_damaged_compressed_data(model: Predictor, tmp_path: Path) -> None:
     content = tarred(*((f"{i}.jpg", MARS) for i in range(20)))
     for name, packed in {"a.tar.gz": gzip.compress(content), "a.tar.bz2": bz2.compress(content)}.items():
         wrong = bytearray(packed)
@@ -269,7 +269,7 @@ def test_a_zip_keeps_every_picture(model: Predictor, tmp_path: Path) -> None:
     assert len(bad) == 5 and set(bad.values()) == {"unreadable"}
 
 
-def test_members_of_a_zip_that_lie(model: Predictor, tmp_path: Path) -> None:
+def test_a_zip_with_wrong_sizes(model: Predictor, tmp_path: Path) -> None:
     for at, value in ((24, 150_000_000), (24, 5), (42, 999_999), (10, 14), (8, 1)):
         content = bytearray(zipped(tmp_path / "a.zip", ("a.jpg", MARS), ("b.jpg", NEPTUNE)).read_bytes())
         entry = content.rindex(b"PK\x01\x02") + at
@@ -348,7 +348,7 @@ def test_types_that_hold_no_pictures(files: list[str], model: Predictor, tmp_pat
             assert caught.value.exit_code == 2 and len(str(caught.value)) < 1000
 
 
-def test_names_with_a_patterns_characters(files: list[str], model: Predictor, tmp_path: Path) -> None:
+def test_names_with_characters_of_a_pattern(files: list[str], model: Predictor, tmp_path: Path) -> None:
     for name in ("dir[1].parquet", "what?.parquet", "all*.parquet"):
         (tmp_path / name).mkdir()
         pq.write_table(pa.table({"path": files}), tmp_path / name / "part[0].parquet")
@@ -480,7 +480,9 @@ def test_a_folder(model: Predictor, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [TypeError, MemoryError, RecursionError, KeyError, AssertionError, SystemError])
-def test_an_exception_is_a_line(error: type, model: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_becomes_a_row_of_bad_jsonl(
+    error: type, model: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from celestial_ml.batch import scoring
 
     decode = scoring.decode_image

@@ -137,7 +137,7 @@ HEADS: dict[str, tuple[bytes, tuple[int, str]]] = {
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_head_that_is_no_good_is_answered_in_our_form(quick: Served, name: str) -> None:
+def test_malformed_heads_get_our_form_of_error(quick: Served, name: str) -> None:
     content, expected = HEADS[name]
     before = quick.figure("celestial_refusals_total", f'"{expected[1]}"')
     one = quick.connect()
@@ -168,7 +168,7 @@ def trickle(one: socket.socket, content: bytes, stop: threading.Event) -> None:
 
 
 @pytest.mark.parametrize("first", [b"", GET + b"\r\n"])
-def test_a_head_that_trickles_in_ends(quick: Served, first: bytes) -> None:
+def test_a_slow_head_times_out(quick: Served, first: bytes) -> None:
     one, stop = quick.connect(first), threading.Event()
     if first:
         assert b" 200 " in one.recv(65536)
@@ -183,7 +183,7 @@ def test_a_head_that_trickles_in_ends(quick: Served, first: bytes) -> None:
         thread.join()
 
 
-def test_a_body_that_nobody_reads_ends(quick: Served) -> None:
+def test_an_unread_body_is_cut_off(quick: Served) -> None:
     one, stop = (
         quick.connect(b"POST /nowhere HTTP/1.1\r\nHost: here\r\nContent-Length: 9999\r\n\r\n"),
         threading.Event(),
@@ -204,7 +204,7 @@ def test_an_idle_connection_is_closed(quick: Served) -> None:
         assert time.monotonic() - began < 3 and content.startswith(b"HTTP/1.1 200" if first else b"")
 
 
-def test_requests_one_behind_the_other_are_answered_in_order(quick: Served) -> None:
+def test_pipelined_requests_are_answered_in_order(quick: Served) -> None:
     content = answer(quick.connect(5 * (GET + b"\r\n")))
     assert content.count(b"HTTP/1.1 200 OK") == 5
     before = quick.resident_mb()
@@ -223,7 +223,7 @@ def test_a_client_that_never_reads_is_cut_off(quick: Served) -> None:
     until(lambda: quick.figure("celestial_refusals_total", '"not_read"') >= 1, 8, 0.2)
 
 
-def test_silent_connections_lock_nobody_out(tmp_path: Path) -> None:
+def test_silent_connections_do_not_block_new_ones(tmp_path: Path) -> None:
     with served(tmp_path, 512, address_connections=10_000) as server:
         before = server.descriptors()
         for kind in (b"", GET, POST + b"Content-Length: 9\r\n\r\n"):
@@ -237,7 +237,7 @@ def test_silent_connections_lock_nobody_out(tmp_path: Path) -> None:
         until(lambda: server.descriptors() <= before + 2)
 
 
-def test_one_address_has_its_share(tmp_path: Path) -> None:
+def test_connections_of_one_address_are_limited(tmp_path: Path) -> None:
     with served(tmp_path, address_connections=20) as server:
         held = [server.connect() for _ in range(50)]
         until(lambda: server.figure("celestial_connections ") <= 21)
@@ -245,7 +245,7 @@ def test_one_address_has_its_share(tmp_path: Path) -> None:
         assert all(answer(one) == b"" for one in held[:25]), "the oldest go"
 
 
-def test_a_new_one_is_refused_where_all_others_are_answered(tmp_path: Path) -> None:
+def test_a_new_connection_is_refused_when_all_others_are_busy(tmp_path: Path) -> None:
     times = {"connections": 8, "waiting": 64, "patience": 5, "explaining": 64}
     with served(tmp_path, **times) as server, ThreadPoolExecutor(8) as pool:
         stop, content = time.monotonic() + 3, neptune()
@@ -284,7 +284,7 @@ BODIES: dict[str, tuple[str, bytes, int]] = {
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_no_body_holds_up_the_others(quick: Served, name: str) -> None:
+def test_a_slow_body_does_not_delay_other_requests(quick: Served, name: str) -> None:
     path, body, expected = BODIES[name]
     kind = {"/predict": "multipart/form-data; boundary=b"}.get(path, "application/json")
     slowest, done = 0.0, threading.Event()
@@ -318,7 +318,7 @@ WORDS = [
 
 
 @pytest.mark.parametrize("body", WORDS)
-def test_odd_json_is_a_mistake_of_the_client(quick: Served, body: str | bytes) -> None:
+def test_odd_json_is_a_client_error(quick: Served, body: str | bytes) -> None:
     reply = httpx.post(f"{quick.url}/feedback", content=body, headers={"Content-Type": "application/json"})
     assert reply.status_code in (400, 422), reply.text
     assert set(reply.json()["error"]) == {"code", "message", "hint"} and reply.headers["x-request-id"]
@@ -332,7 +332,7 @@ def test_control_characters_in_a_path(quick: Served, path: str) -> None:
     assert code(answer(one)) == BAD
 
 
-def test_bodies_have_a_common_memory(tmp_path: Path) -> None:
+def test_all_bodies_share_one_memory_limit(tmp_path: Path) -> None:
     with served(tmp_path, body_memory=10_000_000, max_bytes=10_000_000, body_seconds=20) as server:
         before, start = server.resident_mb(), POST + b"Content-Length: 4000000\r\n\r\n" + EMPTY[:-2]
         for _ in range(2):  # these take eight of ten megabytes, and then nothing comes
@@ -352,7 +352,7 @@ def test_bodies_have_a_common_memory(tmp_path: Path) -> None:
         assert server.resident_mb() - before < 60
 
 
-def test_the_log_says_who_was_refused(tmp_path: Path) -> None:
+def test_the_log_names_refused_clients(tmp_path: Path) -> None:
     key, entry = new_key("observatory")
     with served(tmp_path, api_keys=entry, rate_limit="2/minute", head_seconds=0.5) as server:
         for _ in range(200):
@@ -400,7 +400,7 @@ def demo(tmp_path_factory) -> Iterator[Served]:
 
 
 @pytest.mark.parametrize("name", DEMO)
-def test_the_demo_answers_odd_json_in_our_form(demo: Served, name: str) -> None:
+def test_odd_json_to_the_demo_gets_our_form_of_error(demo: Served, name: str) -> None:
     body = json.dumps(DEMO[name])
     for path in ("queue/join", "run/said_right", "api/said_right", "call/said_right", "call/v2/said_right", "reset"):
         with httpx.Client(timeout=30, headers={"Content-Type": "application/json"}) as client:

@@ -111,7 +111,9 @@ def file_of(target: str, path: Any, **more: Any) -> Any:
 
 
 @pytest.mark.parametrize("target", TABS)
-def test_only_what_a_person_uploaded_is_read(page: Page, url: str, folder: Path, temporary: Path, target: str) -> None:
+def test_only_uploads_of_the_same_person_are_read(
+    page: Page, url: str, folder: Path, temporary: Path, target: str
+) -> None:
     picture = folder / "secret.png"
     picture.write_bytes(neptune())
     fifo, link = folder / "fifo", folder / "link.png"
@@ -149,7 +151,7 @@ def test_only_what_a_person_uploaded_is_read(page: Page, url: str, folder: Path,
 
 
 @pytest.mark.parametrize("shape", ["list", "nested", "extra", "number", "text", "state", "surrogate"])
-def test_a_file_hides_nowhere_else(page: Page, shape: str) -> None:
+def test_a_path_cannot_be_smuggled_in_other_fields(page: Page, shape: str) -> None:
     call = page.call("drop", "upload")
     hidden = {"path": "/etc/hostname"} | FILE
     inputs = {
@@ -170,7 +172,7 @@ def test_a_file_hides_nowhere_else(page: Page, shape: str) -> None:
         assert answer.status_code in (403, 422) and "hostname" not in answer.text
 
 
-def test_a_file_of_ones_own_is_answered_and_gone(page: Page, temporary: Path) -> None:
+def test_an_own_upload_is_answered_and_deleted(page: Page, temporary: Path) -> None:
     before = set(left(temporary))
     for target in TABS:
         name = page.send(neptune(), "../../neptune.png")
@@ -225,7 +227,7 @@ def test_routes_that_the_page_does_not_need_are_not_there(page: Page, folder: Pa
     assert page.client.get("/?deep_link=../../etc").status_code == 200
 
 
-def test_calls_that_no_page_makes_are_the_senders_mistake(page: Page, folder: Path) -> None:
+def test_calls_that_no_page_makes_are_client_errors(page: Page, folder: Path) -> None:
     good = page.body(page.call("drop", "upload"), None)
     wrong: list[Any] = [7, [], "x", {}, {"data": []}]
     wrong += [good | {"fn_index": index} for index in (None, -1, 10**9, "3", 1.0, True, [], {})]
@@ -262,7 +264,7 @@ def test_calls_that_no_page_makes_are_the_senders_mistake(page: Page, folder: Pa
     assert "Traceback" not in log
 
 
-def test_two_pages_with_one_name_share_nothing(url: str) -> None:
+def test_two_pages_with_the_same_session_name_share_nothing(url: str) -> None:
     one, other = Page(url), Page(url)
     assert "This is Neptune" in one.ask("drop", {"path": one.send(neptune())} | FILE, "same").text
     assert "img class" not in other.then(other.call("drop", "upload"), "same").text
@@ -287,7 +289,7 @@ def test_uploads_have_quotas_and_leave_room_for_others(page: Page, url: str, tem
         asker.hear()
 
 
-def test_an_upload_that_is_no_picture_costs_nothing(page: Page, temporary: Path) -> None:
+def test_an_upload_that_is_not_an_image_is_not_stored(page: Page, temporary: Path) -> None:
     before = {path: path.stat().st_size for path in left(temporary)}
     name = page.send(b"<html>" + bytes(3_000_000), "page.html")
     new = [path.stat().st_size for path in left(temporary) if path not in before]
@@ -385,7 +387,7 @@ def enter(client: httpx.Client, name: str = "anna", password: str = "per aspera"
     return client.post("/login", data={"username": name, "password": password})
 
 
-def test_a_login_ends_and_its_cookie_is_careful(guarded: str) -> None:
+def test_a_login_expires_and_its_cookie_is_protected(guarded: str) -> None:
     with httpx.Client(base_url=guarded, timeout=20) as client:
         for path in ("/config", "/gradio_api/info", "/gradio_api/queue/data?session_hash=a", "/gradio_api/heartbeat/a"):
             assert code(client.get(path)) == (401, "no_login")
@@ -440,7 +442,7 @@ def test_many_guesses_at_once_take_little_memory(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- judgements
 
 
-def test_one_judgement_a_person_and_request_counts(url: str, folder: Path) -> None:
+def test_one_judgement_per_person_and_request_counts(url: str, folder: Path) -> None:
     import sqlite3
 
     number = httpx.post(f"{url}/predict", files={"image": neptune()}).json()["request_id"]
@@ -452,7 +454,7 @@ def test_one_judgement_a_person_and_request_counts(url: str, folder: Path) -> No
     assert rows == [("Pluto",)], "the last one"
 
 
-def test_judgements_have_a_rate(tmp_path: Path) -> None:
+def test_judgements_are_rate_limited(tmp_path: Path) -> None:
     with running(tiny_model(tmp_path / "m"), tmp_path / "log", demo=False, feedback_limit="3/hour") as url:
         number = httpx.post(f"{url}/predict", files={"image": neptune()}).json()["request_id"]
         said = {"request_id": number, "correct": True}
@@ -472,7 +474,7 @@ server.serve({model!r}, "0.0.0.0", port=0, demo=add_demo, settings=serve_setting
 
 
 @pytest.mark.parametrize("opened", ["", "login", "open"])
-def test_the_demo_is_for_others_only_with_a_login_or_when_told(tmp_path: Path, opened: str) -> None:
+def test_the_demo_is_public_only_with_a_login_or_a_setting(tmp_path: Path, opened: str) -> None:
     more = {"login": {"demo_login": f"anna:{password_hash('x')}"}, "open": {"open_demo": "true"}}.get(opened, {})
     code = ELSEWHERE.format(model=str(tiny_model(tmp_path / "model")))
     with running(None, tmp_path / "log", serve=code, **more) as url:

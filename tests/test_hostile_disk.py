@@ -127,7 +127,7 @@ with hold(Path(sys.argv[1]), "the run x is being done already", "Wait."):
 """
 
 
-def test_a_second_holder_learns_who_has_it_and_a_dead_one_has_nothing(tmp_path: Path) -> None:
+def test_the_error_names_who_holds_a_lock_and_a_dead_process_holds_none(tmp_path: Path) -> None:
     lock = tmp_path / "deep" / ".lock"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", HOLDER, lock], env=env, text=True, stdout=subprocess.PIPE) as first:
@@ -143,13 +143,13 @@ def test_a_second_holder_learns_who_has_it_and_a_dead_one_has_nothing(tmp_path: 
     assert [path.name for path in lock.parent.iterdir()] in ([".lock"], [])
 
 
-def test_a_run_that_is_being_done_is_refused_with_its_process(project: Path, celestial: Callable) -> None:
+def test_a_run_that_is_running_is_refused_and_its_process_named(project: Path, celestial: Callable) -> None:
     with hold(project / "output/busy/.lock", "-", "-"):
         for arguments in (["run", "smoke", "--run", "busy"], ["run", "smoke", "--run", "busy", "--force"]):
             result = celestial(*arguments)
             assert result.returncode == 2 and f"process {os.getpid()} on" in result.stderr, result.stderr
             assert "Traceback" not in result.stderr and "busy" in result.stderr
-        swept = celestial("sweep", "smoke", "--name", "busy", "--grid", "seed=1")
+        swept = celestial("sweep", "smoke", "--run", "busy", "--grid", "seed=1")
         assert swept.returncode == 2 and f"process {os.getpid()} on" in swept.stderr
     assert sorted(path.name for path in (project / "output/busy").iterdir() if "lock" not in path.name) in (
         [],
@@ -222,7 +222,7 @@ def test_names_and_places_that_no_system_takes(tmp_path: Path) -> None:
         assert str(path.parent if "file" in str(path) else path)[:40] in refusal.message
 
 
-def test_what_only_words_are_left_of_is_recognised() -> None:
+def test_disk_errors_are_recognised_by_their_message() -> None:
     assert refused_by_machine("OSError: [Errno 28] No space left on device").exit_code == 2  # type: ignore[union-attr]
     words = "PermissionError: [Errno 13] Permission denied: '/srv/x'"
     assert "/srv/x" in refused_by_machine(words).message  # type: ignore[union-attr]
@@ -232,7 +232,7 @@ def test_what_only_words_are_left_of_is_recognised() -> None:
     assert refused_by_machine(KeyError("x")) is None
 
 
-def test_commands_end_in_words_on_a_full_disk(project: Path, celestial: Callable, small_disk: Path) -> None:
+def test_commands_report_a_full_disk(project: Path, celestial: Callable, small_disk: Path) -> None:
     (small_disk / "fill").write_bytes(bytes(900_000))
     for name in ("output", ".celestial"):
         shutil.rmtree(project / name, ignore_errors=True)
@@ -247,13 +247,13 @@ def test_commands_end_in_words_on_a_full_disk(project: Path, celestial: Callable
             (project / name).unlink()
 
 
-def test_commands_end_in_words_where_a_name_is_too_long(project: Path, celestial: Callable) -> None:
+def test_commands_report_a_name_that_is_too_long(project: Path, celestial: Callable) -> None:
     (project / "file").write_text("")
     for arguments in (
         ["run", "smoke", "--run", "n" * 300],
         ["data", "show", "--params", "smoke", "--out", "file/sheet.png"],
         ["new", "n" * 300],
-        ["sweep", "smoke", "--name", "n" * 300, "--grid", "seed=1"],
+        ["sweep", "smoke", "--run", "n" * 300, "--grid", "seed=1"],
         ["report", "n" * 300],
     ):
         result = celestial(*arguments)
@@ -268,7 +268,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("latin-1", "cp12
 
 
 @pytest.mark.parametrize("encoding", ["ascii", *SLOW])
-def test_every_encoding_of_a_terminal_shows_every_sign(project: Path, celestial: Callable, encoding: str) -> None:
+def test_every_terminal_encoding_shows_every_character(project: Path, celestial: Callable, encoding: str) -> None:
     code = "from celestial_ml.cli.app import _in_utf8; _in_utf8(); print(chr(10003), chr(215), chr(0xdce9)); import os;"
     code += "open(os.devnull, 'w').write(chr(10003))"
     for extra in ({"PYTHONIOENCODING": encoding}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
@@ -279,7 +279,7 @@ def test_every_encoding_of_a_terminal_shows_every_sign(project: Path, celestial:
         assert shown.returncode in (0, 1) and isinstance(json.loads(shown.stdout), list), shown.stderr
 
 
-def test_an_output_that_is_cut_off_or_full_is_no_accident(project: Path) -> None:
+def test_an_output_that_is_closed_or_full_ends_without_a_traceback(project: Path) -> None:
     env = os.environ | {"PYTHONPATH": str(project), "CELESTIAL_HOME": str(project / ".celestial")}
     cut = subprocess.Popen(
         [COMMAND, "params", "train"], cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -294,7 +294,7 @@ def test_an_output_that_is_cut_off_or_full_is_no_accident(project: Path) -> None
     assert result.returncode == 2 and b"output" in result.stderr and b"Traceback" not in result.stderr
 
 
-def test_streams_that_are_closed_are_no_accident(project: Path) -> None:
+def test_closed_standard_streams_end_without_a_traceback(project: Path) -> None:
     env = os.environ | {"PYTHONPATH": str(project), "CELESTIAL_HOME": str(project / ".celestial")}
     for closed in (">&-", "2>&-", "<&- >&- 2>&-"):
         command = ["/bin/sh", "-c", f"exec {COMMAND} params train {closed}"]
@@ -343,7 +343,7 @@ def test_a_step_refuses_parameters_that_it_does_not_have(project: Path, argument
 # -- what a transient fault leaves
 
 
-def test_a_model_is_taken_up_once_a_fault_has_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_loaded_once_a_fault_has_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from celestial_ml.core.testing import colour_model
     from celestial_ml.serve.live_models import Models
     from celestial_ml.serve.metrics import Metrics
@@ -396,7 +396,7 @@ def test_a_model_is_taken_up_once_a_fault_has_passed(tmp_path: Path, monkeypatch
 # -- batch and predict
 
 
-def test_batch_and_predict_end_in_words_where_nothing_can_be_written(tmp_path: Path, small_disk: Path) -> None:
+def test_batch_and_predict_report_a_place_that_cannot_be_written(tmp_path: Path, small_disk: Path) -> None:
     from serving import encoded, tiny_model
 
     from celestial_ml.planets.renderer import render
@@ -449,7 +449,7 @@ def test_batch_and_predict_end_in_words_where_nothing_can_be_written(tmp_path: P
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe{", b"[" * 99_999])
-def test_a_damaged_pointer_is_named_and_follows_from_the_log_again(
+def test_a_damaged_pointer_is_named_and_restored_from_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
     from celestial_ml.registry.audit import append, verify
@@ -494,7 +494,7 @@ def test_a_version_whose_file_is_a_folder_is_named(tmp_path: Path, monkeypatch: 
         read_version("tiny/1")
 
 
-def test_a_full_disk_refuses_no_lock(small_disk: Path) -> None:
+def test_a_lock_needs_no_disk_space(small_disk: Path) -> None:
     (small_disk / ".lock").touch()
     with pytest.raises(OSError, match="No space"):
         (small_disk / "fill").write_bytes(bytes(2_000_000))
@@ -502,7 +502,7 @@ def test_a_full_disk_refuses_no_lock(small_disk: Path) -> None:
         pass
 
 
-def test_a_step_on_its_own_keeps_off_a_run_that_is_being_done(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_on_its_own_is_refused_while_its_run_is_running(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from celestial_ml.flow.steps import open_step
 
     monkeypatch.chdir(project)
@@ -514,7 +514,7 @@ def test_a_step_on_its_own_keeps_off_a_run_that_is_being_done(project: Path, mon
     assert open_step("acquire", "held", None, None) and open_step("acquire", "held", None, None)
 
 
-def test_a_current_folder_that_is_gone_is_no_accident(tmp_path: Path) -> None:
+def test_a_deleted_current_folder_ends_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     command = f'rmdir "$PWD"; exec {COMMAND} predict a.jpg'
     env = {name: value for name, value in os.environ.items() if not name.startswith("CELESTIAL_")}

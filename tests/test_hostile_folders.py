@@ -23,7 +23,7 @@ from celestial_ml.data.catalog import image_files, make_catalog, split_folders, 
 from celestial_ml.data.checks import run_checks
 from celestial_ml.data.images import find_pictures
 from celestial_ml.data.sources import make_data_set
-from celestial_ml.flow.state import folder_checksum
+from celestial_ml.flow.freshness import folder_checksum
 from celestial_ml.flow.steps import run_folder
 from celestial_ml.registry.gate import Rule, Verdict, rules_table
 from celestial_ml.workbench.new_project import new_project, package_name
@@ -91,7 +91,7 @@ def hostile(folder: Path) -> dict[str, int]:
     }  # fmt: skip
 
 
-def test_data_check_says_what_was_passed_over_and_why(tmp_path: Path) -> None:
+def test_data_check_lists_ignored_files_and_why(tmp_path: Path) -> None:
     folder = fill(tmp_path / "photos")
     expected = hostile(folder)
     code, out, _ = celestial("data", "check", folder, "--json")
@@ -112,7 +112,7 @@ def test_a_file_of_a_terabyte_is_refused_unread(tmp_path: Path) -> None:
     assert code == 2 and len(out.splitlines()) == 3 and err.count("error: ") == 1 and "cat/0.png" in err
 
 
-def test_other_suffixes_of_jpeg_and_linked_folders_are_learned_from(tmp_path: Path) -> None:
+def test_other_suffixes_of_jpeg_and_linked_folders_are_read(tmp_path: Path) -> None:
     folder = fill(tmp_path / "photos")
     for n, suffix in enumerate((".jfif", ".JPE", ".pjpeg", ".pjp", ".JPEG")):
         picture(folder / f"cat/camera{suffix}", 50 + n, "JPEG")
@@ -126,7 +126,7 @@ def test_other_suffixes_of_jpeg_and_linked_folders_are_learned_from(tmp_path: Pa
     assert folder_checksum(folder) != before, "a run sees a change behind a link"
 
 
-def test_links_between_folders_end(tmp_path: Path) -> None:
+def test_links_in_a_circle_end(tmp_path: Path) -> None:
     "Twelve folders, each with links to all: as a tree of paths it has 12! leaves."
     for i in range(12):
         picture(tmp_path / f"photos/{i:02}/{i}.png", i)
@@ -147,7 +147,7 @@ def test_a_deep_folder_is_walked(tmp_path: Path) -> None:
     subprocess.run(["rm", "-rf", folder / "cat/abcd"], check=True)
 
 
-def test_an_unreadable_folder_is_named_and_the_rest_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_folder_is_named_and_the_rest_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, scan = fill(tmp_path / "photos"), os.scandir
     fill(folder, ("cat/locked",), 3, first=900)
 
@@ -163,7 +163,7 @@ def test_an_unreadable_folder_is_named_and_the_rest_is_taken(tmp_path: Path, mon
     assert seen["images"] == [str(folder / "cat/locked")]
 
 
-def test_a_picture_that_may_not_be_read_gets_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_picture_gets_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, read = fill(tmp_path / "photos"), os.open
 
     def refuse(path, *arguments, **options):
@@ -219,7 +219,7 @@ def test_composed_and_decomposed_are_one_class(tmp_path: Path) -> None:
     "content",
     ["file,weight\n", "file_name,label\ncat/0.png,cow\n", "file_name,w\ncat/0.png,1\ncat/0.png,2\n", "", b"file_name\n\xff\xfe"],
 )  # fmt: skip
-def test_metadata_that_cannot_be_joined_is_an_error_of_words(tmp_path: Path, content: str | bytes) -> None:
+def test_metadata_that_cannot_be_joined_is_an_error(tmp_path: Path, content: str | bytes) -> None:
     folder = fill(tmp_path / "photos", count=2)
     (folder / "metadata.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     code, _, err = celestial("data", "check", folder)
@@ -235,7 +235,7 @@ def test_classes_that_are_refused(tmp_path: Path, label: str) -> None:
         check_class(label)
 
 
-def test_a_split_that_is_there_is_used(tmp_path: Path) -> None:
+def test_an_existing_split_is_used(tmp_path: Path) -> None:
     for first, part in enumerate(("Train", "VALIDATION", "test")):
         fill(tmp_path / "photos" / part, count=6, first=1000 * first)
     folder = tmp_path / "photos"
@@ -265,7 +265,7 @@ def test_a_split_that_is_there_is_used(tmp_path: Path) -> None:
     assert code == 2 and "cow" in err
 
 
-def test_what_a_split_lacks_is_taken_from_train(tmp_path: Path) -> None:
+def test_a_missing_part_of_a_split_is_taken_from_train(tmp_path: Path) -> None:
     fill(tmp_path / "a/train", count=10)
     fill(tmp_path / "a/test", count=4, first=1000)
     splits = with_split(make_catalog(tmp_path / "a"), Data(), 7).split.value_counts().to_dict()
@@ -278,7 +278,7 @@ def test_what_a_split_lacks_is_taken_from_train(tmp_path: Path) -> None:
     assert catalog.split.value_counts().to_dict() == {"train": 12, "val": 4, "test": 4}
 
 
-def test_what_only_looks_like_a_split(tmp_path: Path) -> None:
+def test_folders_that_only_look_like_a_split(tmp_path: Path) -> None:
     fill(tmp_path / "vehicles", ("train", "bus", "test"))
     assert split_folders(tmp_path / "vehicles") == {} and set(image_files(tmp_path / "vehicles")) == {
         "train",
@@ -327,7 +327,7 @@ def test_one_rule_for_names(name: str, tmp_path: Path, monkeypatch: pytest.Monke
         run_folder(name)
     with pytest.raises(CelestialError):
         package_name(name)
-    for command in (("run", "smoke", f"--run={name}"), ("sweep", "smoke", "--grid", "seed=1,2", f"--name={name}"),
+    for command in (("run", "smoke", f"--run={name}"), ("sweep", "smoke", "--grid", "seed=1,2", f"--run={name}"),
                     ("report", "--", name), ("keys", "new", "--", name)):  # fmt: skip
         code, _, err = celestial(*command)
         assert code == 2 and "can't be the name of a" in err and "Traceback" not in err, command
@@ -337,7 +337,7 @@ def test_one_rule_for_names(name: str, tmp_path: Path, monkeypatch: pytest.Monke
         assert code == 2 and not list(tmp_path.iterdir())
 
 
-def test_names_that_are_taken(tmp_path: Path) -> None:
+def test_reserved_names_are_refused(tmp_path: Path) -> None:
     assert run_folder("größe") == Path("output/größe") and run_folder("sweep/lr-0.001_x~1") == Path(
         "output/sweep/lr-0.001_x~1"
     )
@@ -354,7 +354,7 @@ def test_a_project_does_not_take_the_name_of_a_package(name: str, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
-def test_a_class_is_text_in_cards_and_in_the_gates_table() -> None:
+def test_class_names_are_escaped_in_cards_and_in_the_gates_table() -> None:
     rule = Rule("worst class", "floor", 0.1, 0.7, False, "worst class (<b>, 'x') F1 is below")
     html = rules_table(Verdict("celestial/1", "refuse", False, (), (rule,), None, None)).to_html()
     assert "<b>" not in html and "&lt;b&gt;" in html

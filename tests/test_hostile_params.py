@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from celestial_ml.core.params import ParamsError, default_yaml, load_params, parse_yaml
-from celestial_ml.flow.sweep import parse_grid
+from celestial_ml.flow.grid import parse_grid
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_text_in_a_file_is_taken_literally(folder: Path, text: str) -> None:
     assert (params.track.experiment, params.data.folder) == (text, text)
 
 
-def test_quotes_and_null_say_what_cannot_be_said_without(folder: Path) -> None:
+def test_quotes_give_text_and_null_gives_none(folder: Path) -> None:
     for text, value in {"null": None, "~": None, "": None, "'null'": "null", '"a b "': "a b ", "''": ""}.items():
         assert load_params("default", [f"data.folder={text}"], folder).data.folder == value
 
@@ -91,7 +91,7 @@ def test_decimal_numbers_of_every_form_are_read(folder: Path, text: str, value: 
 
 
 @pytest.mark.parametrize("text", ["yes", "no", "on", "off", "True", "FALSE", "'true'", "1", "y"])
-def test_truth_is_true_or_false(folder: Path, text: str) -> None:
+def test_booleans_are_true_or_false(folder: Path, text: str) -> None:
     assert "true or false" in refusal(folder, f"train: {{augment: {text}}}").hint
     with pytest.raises(ParamsError):
         load_params("default", [f"train.augment={text}"], folder)
@@ -122,7 +122,7 @@ def test_a_damaged_file_is_refused_by_file_and_line(folder: Path, content: str |
     assert f"line {line}" in refusal(folder, content).message
 
 
-def test_what_is_no_params_file_is_refused(folder: Path) -> None:
+def test_a_file_that_is_not_yaml_parameters_is_refused(folder: Path) -> None:
     for content in ("- a\n- b\n", "text", "train: [1]\n", "train: 3\n", "12: 3\n", "<<: {seed: 3}\n"):
         refusal(folder, content)
     refusal(folder, b"# " + bytes(2_000_000))
@@ -155,7 +155,7 @@ def test_grids_and_spaces_take_values_as_set_does(folder: Path) -> None:
         load_params("default", ['tune.space={"train.lr": {low: 1e-4, high: 0x10}}'], folder)
 
 
-def test_random_text_ends_in_a_value_or_in_words(folder: Path) -> None:
+def test_random_text_gives_a_value_or_an_error(folder: Path) -> None:
     rng = random.Random(7)
     for _ in range(2000):
         text = "".join(rng.choice("ab:1 -[]{}#&*!|>'\"%@`,?\n\t\\=.é") for _ in range(rng.randrange(30)))

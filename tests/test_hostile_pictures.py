@@ -141,7 +141,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_it_takes_little_time_and_no_memory_here(kind: str) -> None:
+def test_hostile_pictures_take_little_time_and_memory(kind: str) -> None:
     make, code = HOSTILE[kind]
     content = make()
     decode_image(encoded(np.zeros((2049, 2049, 3), np.uint8)))  # the process is there
@@ -228,7 +228,7 @@ EXIF = {
 
 @pytest.mark.parametrize("kind", EXIF)
 @pytest.mark.parametrize("place", ["JPEG", "PNG", "WEBP"])
-def test_nonsense_in_exif_costs_nobody_a_picture(kind: str, place: str) -> None:
+def test_nonsense_in_exif_does_not_lose_a_picture(kind: str, place: str) -> None:
     exif, sideways = EXIF[kind]
     content = encoded(Image.new("RGB", (60, 40), "red"), place)
     if place == "JPEG":
@@ -243,13 +243,13 @@ def test_nonsense_in_exif_costs_nobody_a_picture(kind: str, place: str) -> None:
 
 
 @pytest.mark.skipif(not FAULTS.is_dir(), reason="the pictures that failed are not here")
-def test_pictures_that_took_down_a_batch() -> None:
+def test_pictures_that_crashed_a_batch_once() -> None:
     for path in sorted(FAULTS.glob("exif_*.img")):
         assert decode_image(path).shape == (60, 40, 3)
 
 
 @pytest.mark.parametrize("place", ["JPEG", "PNG", "WEBP"])
-def test_whatever_is_wrong_with_a_picture_is_a_refusal_and_no_warning(place: str) -> None:
+def test_a_wrong_picture_is_an_error_and_never_a_warning(place: str) -> None:
     chance = random.Random(place)
     exif = ifd(SIDEWAYS, (0x011A, 2, 4, b"abc\0"))[6:]
     whole = encoded(Image.effect_noise((40, 30), 60).convert("P" if place == "PNG" else "RGB"), place, exif=exif)
@@ -267,7 +267,7 @@ def test_whatever_is_wrong_with_a_picture_is_a_refusal_and_no_warning(place: str
 # -------------------------------------------------------------------------------------------------------- two in one
 
 
-def test_chance_is_no_web_page() -> None:
+def test_random_bytes_are_not_taken_for_a_web_page() -> None:
     words = [b"<svg ", b"<SCRIPT>", b"<html>", b"<?php "]
     pixels = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
     for kind, options in (("JPEG", {}), ("PNG", {}), ("WEBP", {"lossless": True})):
@@ -281,7 +281,7 @@ def test_chance_is_no_web_page() -> None:
                 assert refused.value.code == "polyglot"
 
 
-def test_text_is_sought_where_it_can_stand() -> None:
+def test_text_is_searched_only_where_it_can_be() -> None:
     page = b"<svg onload=alert(1)>"
     progressive = encoded(Image.effect_noise((64, 64), 60), "JPEG", progressive=True)
     scan = progressive.rindex(b"\xff\xda")
@@ -351,7 +351,7 @@ def test_threads_share_the_processes_and_a_fork_has_its_own() -> None:
 # ------------------------------------------------------------------------------------------------------------ the scorer
 
 
-def test_costly_pictures_hold_up_nobody_and_fill_a_few_places(tmp_path: Path) -> None:
+def test_costly_pictures_fill_few_places_and_do_not_delay_others(tmp_path: Path) -> None:
     model = Predictor(tiny_model(tmp_path / "model"))
     costly = encoded(Image.effect_noise((4000, 4000), 60), "JPEG", quality=90)
 
@@ -375,7 +375,7 @@ def test_costly_pictures_hold_up_nobody_and_fill_a_few_places(tmp_path: Path) ->
     assert len(waits) > 10 and float(np.quantile(waits, 0.9)) < 0.25
 
 
-def test_who_waits_is_answered_when_the_time_is_over(tmp_path: Path) -> None:
+def test_a_waiting_request_is_answered_when_its_time_is_over(tmp_path: Path) -> None:
     model = Predictor(tiny_model(tmp_path / "model"))
     stuck = threading.Event()
 
@@ -434,7 +434,7 @@ def test_a_request_of_many_large_pictures_is_answered(tmp_path: Path) -> None:
         assert answer.status_code == 200 and all("label" in one for one in answer.json()["answers"])
 
 
-def test_explain_heeds_the_limit_of_pixels(tmp_path: Path) -> None:
+def test_explain_obeys_the_limit_of_pixels(tmp_path: Path) -> None:
     with running(tiny_model(tmp_path / "model"), tmp_path / "log", demo=False, max_pixels=10_000) as url:
         for path in ("/predict", "/explain"):
             answer = httpx.post(f"{url}{path}", files={"image": neptune()}, timeout=30)

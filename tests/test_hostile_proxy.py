@@ -103,7 +103,7 @@ def test_the_demo_answers_behind_nginx(site: tuple[str, str]) -> None:
             assert any("process_completed" in line for line in stream.iter_lines())
 
 
-def test_login_behind_nginx_and_whose_address_counts(tmp_path: Path) -> None:
+def test_login_behind_nginx_and_the_address_that_counts(tmp_path: Path) -> None:
     settings = {"demo_login": f"me:{password_hash('per aspera')}", "rate_limit": "3/minute"}
     with running(tiny_model(tmp_path / "model"), tmp_path / "log", trusted_proxies="127.0.0.1", **settings) as url:
         with behind_nginx(tmp_path / "nginx", url) as base, httpx.Client(base_url=base, timeout=20) as client:
@@ -123,7 +123,7 @@ def test_login_behind_nginx_and_whose_address_counts(tmp_path: Path) -> None:
     assert '"address": "9.9.9.9"' in (tmp_path / "log").read_text()
 
 
-def test_nobody_is_believed_without_the_setting(tmp_path: Path) -> None:
+def test_forwarded_addresses_are_ignored_without_the_setting(tmp_path: Path) -> None:
     claims = {"X-Forwarded-Host": "evil.org", "X-Forwarded-Proto": "https", "X-Forwarded-Prefix": "/evil"}
     claims |= {"Forwarded": "for=9.9.9.9;host=evil.org", "X-Gradio-Server": "http://evil.org"}
     with running(tiny_model(tmp_path / "model"), tmp_path / "log", rate_limit="3/minute") as url:

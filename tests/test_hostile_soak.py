@@ -50,14 +50,14 @@ SETTINGS = {row[0].strip("`").lower(): row for row in table("Settings")}
 
 
 @pytest.mark.parametrize("name", ServeSettings.model_fields)
-def test_a_setting_stands_on_the_page_with_its_default(name: str) -> None:
+def test_the_page_lists_each_setting_with_its_default(name: str) -> None:
     assert name in SETTINGS, f"nbs/operations.md has no row `{name.upper()}` under Settings"
     default = ServeSettings.model_fields[name].get_default(call_default_factory=True)
     assert is_default(SETTINGS[name][1], default), f"its default is {default!r}"
     assert SETTINGS[name][2]
 
 
-def test_the_page_has_no_setting_that_is_gone() -> None:
+def test_the_page_lists_no_removed_setting() -> None:
     assert set(SETTINGS) == set(ServeSettings.model_fields)
     named = {name.lower() for row in table("Limits") for name in re.findall(r"`([A-Z_]+)`", " ".join(row))}
     assert named <= set(ServeSettings.model_fields)
@@ -109,7 +109,7 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     log.close()
 
 
-def test_every_limit_stands_on_the_page(app) -> None:
+def test_the_page_lists_every_limit(app) -> None:
     rows = table("Limits")
     listed = {(int(status), code) for row in rows for status, code in re.findall(r"(\d{3}) `(\w+)`", row[3])}
     raised = refusals()
@@ -119,7 +119,7 @@ def test_every_limit_stands_on_the_page(app) -> None:
     assert listed - raised - documented(app) == set(), "nobody answers these any more"
 
 
-def test_every_metric_of_the_page_is_there(app) -> None:
+def test_every_metric_of_the_page_exists(app) -> None:
     page = app.state.service.metrics.page().decode()
     measured = set(re.findall(r"^# TYPE (\w+)", page, re.MULTILINE))
     named = set(re.findall(r"`(celestial_\w+)", OPERATIONS))

@@ -372,7 +372,7 @@ def test_interrupt_ends_quietly(model):
     assert "Stopped." in out
 
 
-def test_a_missing_model_is_said(tmp_path):
+def test_a_missing_model_is_an_error(tmp_path):
     from celestial_ml.serve.predictor import ModelError
     from celestial_ml.serve.server import serve
 

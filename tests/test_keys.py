@@ -64,7 +64,7 @@ def test_a_terminal_hides_the_password() -> None:
     assert out.startswith(b"CELESTIAL_SERVE_DEMO_LOGIN='anna:")
 
 
-def test_mistakes_are_words() -> None:
+def test_mistakes_are_errors_without_a_traceback() -> None:
     for arguments, words, expected in (
         (("new", "a b"), "", "can't be the name of a key"),
         (("login", "a,b"), "per aspera\n", "can't be a name"),

@@ -27,8 +27,8 @@ from projects import ROOT, copy_project
 
 from celestial_ml.core.files import read_json
 from celestial_ml.core.params import load_params
+from celestial_ml.flow.freshness import inputs_file
 from celestial_ml.flow.pipeline import Plan
-from celestial_ml.flow.state import inputs_file
 from celestial_ml.flow.steps import step_parameters
 from celestial_ml.workbench.lab import ASSETS
 from celestial_ml.workbench.status_panel import pipeline_states, where_am_i
@@ -36,8 +36,8 @@ from celestial_ml.workbench.status_panel import pipeline_states, where_am_i
 SCREENSHOTS = ROOT / "nbs" / "images" if os.environ.get("CELESTIAL_SCREENSHOTS") else None
 UP_TO_TRAIN = """
 from pathlib import Path
-from celestial_ml.flow.pipeline import make_plan, run_pipeline
-run_pipeline(make_plan(Path.cwd(), "smoke", ["train.epochs=1"], "longer", until="train"))
+from celestial_ml.flow.pipeline import make_plan, execute
+execute(make_plan(Path.cwd(), "smoke", ["train.epochs=1"], "longer", until="train"))
 """
 
 
@@ -155,7 +155,7 @@ def test_git_merges_by_nbdev_and_compares_by_nbdime(lab: Lab, desk: Path) -> Non
     assert git(desk, "status", "--short") == "", "setting up changes no file of the project"
 
 
-def test_an_unpacked_archive_will_do(tmp_path: Path) -> None:
+def test_the_lab_starts_without_git(tmp_path: Path) -> None:
     copy_project(tmp_path / "project")
     env = environment(tmp_path / "project") | {"GIT_CEILING_DIRECTORIES": str(tmp_path)}
     said = command(sys.executable, "-m", "celestial_ml.workbench.lab", "--version", cwd=tmp_path / "project", **env)

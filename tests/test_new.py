@@ -162,7 +162,7 @@ def test_mistakes_leave_nothing(
     assert [path.name for path in tmp_path.rglob("*")] == ["there"]
 
 
-def test_a_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_creation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import copier
 
     def half(form: str, folder: Path, **more: object) -> None:
@@ -240,7 +240,7 @@ def test_a_wheel_holds_the_template(tmp_path: Path) -> None:
     assert f"LIBRARY ?= celestial-ml=={wheel.name.split('-')[1]}" in theirs["Makefile"]
 
 
-def test_answers_say_where_an_update_comes_from(pets: Path) -> None:
+def test_the_answers_file_names_the_source_of_updates(pets: Path) -> None:
     answers = yaml.safe_load((pets / ".copier-answers.yml").read_text())
     assert answers["classes"] == ["cat", "golden retriever", "Äffchen"] and answers["package"] == "my_pets"
     assert answers["_src_path"] and re.fullmatch(r"v[0-9.]+.*|[0-9a-f]{7,40}", answers["_commit"])

@@ -14,7 +14,8 @@ import papermill
 import pytest
 
 from celestial_ml.core.files import read_json
-from celestial_ml.flow.pipeline import Plan, make_plan, run_pipeline
+from celestial_ml.data.sources import SOURCES, Source
+from celestial_ml.flow.pipeline import Plan, execute, make_plan
 from celestial_ml.flow.steps import Task, load_tasks
 
 ALL = list(load_tasks(Path(__file__).parent.parent, "default"))
@@ -25,7 +26,7 @@ def rerun(root: Path, *settings: str, params: str = "smoke", **options: str) -> 
     tasks = load_tasks(root, options.get("run", params))
     before = {name: made(task) for name, task in tasks.items()}
     plan = make_plan(root, params, list(settings), **options)
-    run_pipeline(plan, quiet=True)
+    execute(plan, quiet=True)
     ran = [name for name, task in tasks.items() if made(task) != before[name]]
     assert ran == list(plan.stale), "the plan said what would run"
     assert make_plan(root, params, list(settings), **{k: v for k, v in options.items() if k == "run"}).stale == {}
@@ -109,8 +110,8 @@ def test_a_version_has_a_card_with_its_figures(smoke: Plan) -> None:
 def test_nothing_changed_nothing_runs_and_ploomber_is_not_imported(smoke: Plan, at_home: Path) -> None:
     assert make_plan(at_home, "smoke").stale == {}
     code = (
-        "import sys; from pathlib import Path; from celestial_ml.flow.pipeline import make_plan, run_pipeline;"
-        "plan = make_plan(Path.cwd(), 'smoke'); run_pipeline(plan); assert plan.stale == {};"
+        "import sys; from pathlib import Path; from celestial_ml.flow.pipeline import make_plan, execute;"
+        "plan = make_plan(Path.cwd(), 'smoke'); execute(plan); assert plan.stale == {};"
         "slow = {'ploomber', 'tensorflow', 'mlflow', 'pandas', 'papermill'} & set(sys.modules); assert not slow, slow"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=at_home)
@@ -139,7 +140,35 @@ def test_a_changed_notebook_reruns_what_depends_on_it(unspoilt: Path) -> None:
     assert list(make_plan(unspoilt, "smoke").stale) == ["explain", "register"]
 
 
-def test_values_in_the_parameters_cell_are_no_change(unspoilt: Path) -> None:
+def test_a_plan_only_reads(unspoilt: Path) -> None:
+    def state() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in unspoilt.rglob("*") if "__pycache__" not in path.parts}
+
+    before = state()
+    assert set(make_plan(unspoilt, "smoke", force=True).stale.values()) == {"you asked for it"}
+    assert make_plan(unspoilt, "smoke", run="new", start="train").stale["train"] == "you asked for it"
+    guide = make_plan(unspoilt, "smoke", ["data.source=guide"], run="guide")
+    assert guide.stale["acquire"] == "its images are to be fetched" and guide.inputs["acquire"]["images"] == ""
+    assert state() == before and not make_plan(unspoilt, "smoke").stale
+
+
+def test_images_are_fetched_when_the_plan_is_executed(
+    smoke: Plan, at_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(data: object, seed: int, root: Path, run: Path) -> Path:
+        if not (root / "fetched").exists():
+            shutil.copytree("output/smoke/images", root / "fetched", ignore=shutil.ignore_patterns("metadata.csv"))
+        return root / "fetched"
+
+    monkeypatch.setitem(SOURCES, "elsewhere", Source(fetch, lambda data, root: root / "fetched"))
+    plan = make_plan(at_home, "smoke", ["data.source=elsewhere"], run="fetched", until="acquire")
+    assert plan.stale == {"acquire": "its images are to be fetched"} and not (at_home / "fetched").exists()
+    execute(plan, quiet=True)
+    assert (at_home / "fetched").is_dir()
+    assert make_plan(at_home, "smoke", ["data.source=elsewhere"], run="fetched", until="acquire").stale == {}
+
+
+def test_values_in_the_parameters_cell_do_not_make_a_step_stale(unspoilt: Path) -> None:
     path = unspoilt / "nbs/steps/06_explain.ipynb"
     before = path.read_text()
     path.write_text(re.sub(r"stride = \d+", "stride = 5", before))
@@ -175,7 +204,7 @@ def test_a_changed_image_reruns_everything_that_saw_it(smoke: Plan, at_home: Pat
     photos = at_home / "photos"
     shutil.copytree("output/smoke/images", photos, ignore=shutil.ignore_patterns("metadata.csv"))
     settings = ["data.source=folder", "data.folder=photos"]
-    run_pipeline(make_plan(at_home, "smoke", settings, run="photos", until="acquire"), quiet=True)
+    execute(make_plan(at_home, "smoke", settings, run="photos", until="acquire"), quiet=True)
     assert "acquire" not in make_plan(at_home, "smoke", settings, run="photos").stale
     first, second = sorted((photos / "Mars").iterdir())[:2]
     shutil.copy2(second, first)
@@ -200,7 +229,7 @@ def test_from_and_force(unspoilt: Path) -> None:
         (["smoke", "--set", "model.network=compct"], "did you mean 'compact'?"),
         (["smoke", "--set", "data.source=gide"], "did you mean 'guide'?"),
         (["smoke", "--set", "data.source=folder"], "data.folder names none"),
-        (["smoke", "--set", "data.source=folder", "--set", "data.folder=nowhere"], "nowhere is no folder"),
+        (["smoke", "--set", "data.source=folder", "--set", "data.folder=nowhere"], "nowhere is not a folder"),
         (["smoke", "--from", "trian"], "did you mean 'train'?"),
         (["smoke", "--run", "../up"], "can't be the name of a run"),
         (["smoke", "--executor", "magic"], "inline or kernel"),
@@ -220,7 +249,7 @@ def test_a_typo_in_a_params_file_names_the_file(celestial, project: Path) -> Non
     (project / "params/typo.yaml").unlink()
 
 
-def test_a_class_with_one_image_is_a_no_with_the_notebook_to_look_at(celestial, project: Path, smoke: Plan) -> None:
+def test_a_class_with_one_image_fails_the_check_and_names_the_notebook(celestial, project: Path, smoke: Plan) -> None:
     few = project / "few"
     shutil.copytree("output/smoke/images", few, ignore=shutil.ignore_patterns("metadata.csv"))
     for path in sorted((few / "Moon").iterdir())[1:]:
@@ -233,7 +262,7 @@ def test_a_class_with_one_image_is_a_no_with_the_notebook_to_look_at(celestial, 
 
 
 @pytest.mark.parametrize("executor", ["inline", pytest.param("kernel", marks=pytest.mark.slow)])
-def test_a_broken_step_says_step_cell_message_and_notebook(celestial, unspoilt: Path, executor: str) -> None:
+def test_a_failed_step_names_step_cell_error_and_notebook(celestial, unspoilt: Path, executor: str) -> None:
     path = unspoilt / "nbs/steps/06_explain.ipynb"
     path.write_text(path.read_text().replace('\\"confidence\\", \\"path\\"]]', '\\"confidnce\\", \\"path\\"]]'))
     result = celestial("run", "smoke", "--executor", executor)
@@ -242,7 +271,7 @@ def test_a_broken_step_says_step_cell_message_and_notebook(celestial, unspoilt: 
     assert "output/smoke/explain.ipynb" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_step_whose_upstream_is_missing_says_so(at_home: Path) -> None:
+def test_a_step_without_its_upstream_is_an_error(at_home: Path) -> None:
     with pytest.raises(papermill.PapermillExecutionError, match="Run acquire first"):
         papermill.execute_notebook(
             "nbs/steps/02_check.ipynb", str(at_home / "x.ipynb"), {"run": "nothing-yet"}, progress_bar=False

@@ -25,33 +25,23 @@ from celestial_ml.cli.models import models_app
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.files import read_json, sha256_of, write_json
 from celestial_ml.core.params import Register, Track
+from celestial_ml.core.testing import mlflow_database
 from celestial_ml.registry.audit import append, audit_file, read_log, verify
 from celestial_ml.registry.decisions import register_version, retire, rollback, submit
 from celestial_ml.registry.gate import judge
 from celestial_ml.registry.state import champion, recover, sync_aliases
-from celestial_ml.registry.tracking import Run, mlflow_client, open_run
+from celestial_ml.registry.tracking import Run, open_run
 from celestial_ml.registry.versions import create_version, damage, publish, published, read_version, versions
 from celestial_ml.serve.predictor import Predictor, find_model
 
 Models = Callable[..., Result]
 
 
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "A home with a database of MLflow's in it, which takes seconds to make."
-    home = tmp_path_factory.mktemp("empty")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CELESTIAL_HOME", str(home))
-        mlflow_client(Track()).search_registered_models()
-    return home
-
-
 @pytest.fixture
-def home(empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    "A home of one's own."
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    "A state folder with an empty registry."
     folder = tmp_path / "home"
-    folder.mkdir()
-    (folder / "mlflow.db").write_bytes((empty / "mlflow.db").read_bytes())
+    mlflow_database(folder / "mlflow.db")
     monkeypatch.setenv("CELESTIAL_HOME", str(folder))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return folder
@@ -89,7 +79,7 @@ def wait_for_aliases(run: Run, wanted: dict[str, int]) -> None:
 # ---------------------------------------------------------------------------------------------------- the gate
 
 
-def test_the_champion_is_asked_about_the_candidates_images(home: Path, run: Run, tmp_path: Path) -> None:
+def test_the_champion_answers_the_candidates_images(home: Path, run: Run, tmp_path: Path) -> None:
     "Measured elsewhere, it's measured again here; and not on what it has learned from."
     paths, shas = photographs(tmp_path / "new", 40)
     old = package(tmp_path / "a", learned=tuple(shas[:4]))
@@ -128,7 +118,7 @@ def test_a_package_that_cannot_be_served_is_no_champion(home: Path, run: Run, tm
     assert "fails its self-test" in verdict.reasons[0] and champion() is None
 
 
-def test_a_gate_that_was_asked_about_the_wrong_champion_is_asked_again(
+def test_the_gate_judges_again_when_the_champion_has_changed(
     home: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     "Somebody else promotes while the gate is at work: the verdict is about the new champion."
@@ -176,7 +166,7 @@ def test_every_decision_is_in_the_log_with_its_evidence(home: Path, run: Run, tm
 
 
 @pytest.mark.parametrize("byte", range(0, 4000, 397))
-def test_no_byte_of_the_log_changes_unnoticed(home: Path, run: Run, tmp_path: Path, byte: int) -> None:
+def test_every_changed_byte_of_the_log_is_noticed(home: Path, run: Run, tmp_path: Path, byte: int) -> None:
     submit(register_version(package(tmp_path / "a"), "celestial", run), Register())
     content = bytearray(audit_file().read_bytes())
     at = byte % (len(content) - 1)
@@ -361,7 +351,7 @@ def dies_at(point: int, action: Callable[[], object]) -> bool:
 
 
 @pytest.mark.parametrize("what", ["register", "promote", "rollback", "retire"])
-def test_killed_before_any_change_of_the_disk_it_is_done_or_not_done(
+def test_a_decision_killed_at_any_write_is_done_or_not_done(
     home: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     "Each point in turn; done again afterwards it ends as if nothing had happened."
@@ -419,7 +409,7 @@ def test_killed_before_any_change_of_the_disk_it_is_done_or_not_done(
     assert what not in ("promote", "rollback") or any(behind for _, behind, _ in found)
 
 
-def test_a_decision_whose_line_was_torn_was_never_made(home: Path, run: Run, tmp_path: Path) -> None:
+def test_a_decision_with_a_half_written_line_was_never_made(home: Path, run: Run, tmp_path: Path) -> None:
     submit(register_version(package(tmp_path / "a"), "celestial", run), Register())
     whole = audit_file().read_bytes()
     submit(register_version(package(tmp_path / "b", 0.96), "celestial", run), Register())
@@ -456,7 +446,7 @@ def test_published_versions_never_change(home: Path, run: Run, tmp_path: Path) -
     assert register_version(folder, "celestial", run) == "celestial/2"
 
 
-def test_a_home_from_before_the_log_is_taken_over(home: Path, run: Run, tmp_path: Path) -> None:
+def test_a_state_folder_older_than_the_log_is_migrated(home: Path, run: Run, tmp_path: Path) -> None:
     model = create_version(package(tmp_path / "a"), "celestial", run)
     publish(tmp_path / "a", model)
     write_json(home / "models/champion.json", {"model": model})
@@ -468,7 +458,7 @@ def test_a_home_from_before_the_log_is_taken_over(home: Path, run: Run, tmp_path
 # ------------------------------------------------------------------------------------------- the commands
 
 
-def test_rollback_moves_what_servers_read_before_it_hears_of_mlflow(home: Path, run: Run, tmp_path: Path) -> None:
+def test_rollback_moves_the_servers_pointer_before_mlflow(home: Path, run: Run, tmp_path: Path) -> None:
     for name, share in (("a", 0.95), ("b", 0.96)):
         submit(register_version(package(tmp_path / name, share), "celestial", run), Register())
     code = (
@@ -536,7 +526,7 @@ def test_the_commands_from_the_first_version_to_a_retired_one(
     assert models("audit", "--verify").exit_code == 0 and champion()["version"] == "1"
 
 
-def test_a_wrong_name_is_answered_with_the_nearest(home: Path, run: Run, models: Models, tmp_path: Path) -> None:
+def test_an_unknown_name_gets_the_nearest_one(home: Path, run: Run, models: Models, tmp_path: Path) -> None:
     assert "nothing is registered" in models("show", "celestial/1").stderr
     register_version(package(tmp_path / "a"), "celestial", run)
     wrong = models("promote", "celestal/1")

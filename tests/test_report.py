@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 from celestial_ml.cli.app import app
 from celestial_ml.core.files import read_json, write_json
 from celestial_ml.core.params import Register
-from celestial_ml.flow.pipeline import Plan, make_plan, run_pipeline
+from celestial_ml.flow.pipeline import Plan, execute, make_plan
 from celestial_ml.registry.decisions import submit
 from celestial_ml.registry.evidence import EVIDENCE, Evidence
 from celestial_ml.registry.versions import publish, published, read_version
@@ -110,7 +110,7 @@ def test_a_run_without_a_champion_has_its_page(smoke: Plan) -> None:
 def test_a_champion_has_its_page(smoke: Plan, at_home: Path) -> None:
     plan = make_plan(at_home, "smoke", LET_PASS)
     assert list(plan.stale) == ["register"]
-    run_pipeline(plan, quiet=True)
+    execute(plan, quiet=True)
     page, text, told = page_of("smoke")
     assert read_json("output/smoke/register.json")["decision"] == "promote"
     assert told["since"] is None and "There is no champion to compare it with" in text
@@ -123,7 +123,7 @@ def test_a_champion_has_its_page(smoke: Plan, at_home: Path) -> None:
     assert {"data/report.html", "data/report.md", "data/report.json"} <= kept
 
 
-def test_a_run_says_where_its_page_is(smoke: Plan, at_home: Path) -> None:
+def test_a_run_prints_the_path_of_its_page(smoke: Plan, at_home: Path) -> None:
     done = CliRunner().invoke(app, ["run", "smoke", *(arg for s in LET_PASS for arg in ("--set", s))])
     assert done.exit_code == 0 and "look:  output/smoke/report.html" in done.output, done.output
 
@@ -159,7 +159,7 @@ def written(folder: Path, model: str, verdict: dict[str, Any]) -> tuple[str, str
     return report.markdown(), report.html()
 
 
-def test_a_worse_run_is_said_to_be_worse_and_by_which_test(home: Path, tmp_path: Path) -> None:
+def test_a_worse_run_is_reported_with_its_test(home: Path, tmp_path: Path) -> None:
     "Against the champion, then promoted over it by a lax gate, and once more when it's champion itself."
     champion = registered(tmp_path, 1, 0.95)
     first = submit(champion, Register()).to_dict()
@@ -187,7 +187,7 @@ def test_a_worse_run_is_said_to_be_worse_and_by_which_test(home: Path, tmp_path:
     assert "less accurate than celestial/1" in written(tmp_path, worse, kept)[0]
 
 
-def test_no_difference_is_said_as_such(home: Path, tmp_path: Path) -> None:
+def test_no_difference_is_reported_as_none(home: Path, tmp_path: Path) -> None:
     submit(registered(tmp_path, 1, 0.95), Register())
     other = np.arange(200) < 190
     other[[3, 195]] = ~other[[3, 195]]  # one lost, one gained
@@ -239,7 +239,7 @@ def celestial(*arguments: object) -> Result:
     return done
 
 
-def test_a_changed_parameter_and_a_worse_accuracy_are_told(repository: Path) -> None:
+def test_a_changed_parameter_and_a_worse_accuracy_are_reported(repository: Path) -> None:
     fill(repository, "default", 0.75, 0.1)
     done = celestial("report", "default", "--base", "main")
     assert done.exit_code == 0, done.output
@@ -256,7 +256,7 @@ def test_a_changed_parameter_and_a_worse_accuracy_are_told(repository: Path) -> 
     assert "**Gate.** It became champion" in done.output and "![" not in done.output
 
 
-def test_answers_that_are_at_hand_are_paired(repository: Path) -> None:
+def test_available_answers_are_compared_in_pairs(repository: Path) -> None:
     "Kept by another run here, or by the revision itself."
     fill(repository, "default", 0.93, 0.003)
     by_intervals = json.loads(celestial("report", "--base", "main", "--json").output)[0]["comparison"]
@@ -281,7 +281,7 @@ def test_answers_that_are_at_hand_are_paired(repository: Path) -> None:
     }
 
 
-def test_what_is_missing_is_said_in_words(repository: Path) -> None:
+def test_missing_files_are_errors_without_a_traceback(repository: Path) -> None:
     for arguments, said in {
         ("report",): "there is no run 'default' yet",
         ("report", "--base", "main"): "there is no run 'default' yet",
@@ -343,7 +343,7 @@ def workflow() -> dict[str, Any]:
     return yaml.safe_load(WORKFLOW.read_text())
 
 
-def test_code_of_a_pull_request_never_meets_a_token_that_writes(workflow: dict[str, Any]) -> None:
+def test_code_of_a_pull_request_never_gets_a_token_that_writes(workflow: dict[str, Any]) -> None:
     jobs = workflow["jobs"]
     assert set(workflow[True]) == {"pull_request"} and workflow["permissions"] == {}
     assert jobs["run"]["permissions"] == {"contents": "read"} and jobs["comment"]["permissions"] == {
@@ -366,7 +366,7 @@ def test_actions_are_pinned_and_nothing_of_the_event_is_pasted_into_code(workflo
     assert not any("${{" in step.get("run", "") for step in steps)
 
 
-def test_the_report_step_runs_and_tells_a_missing_base(
+def test_the_report_step_runs_and_reports_a_missing_base(
     workflow: dict[str, Any], repository: Path, tmp_path: Path
 ) -> None:
     "The step's own shell, with the command itself: once with a base that has metrics, once with one that has none."

@@ -132,7 +132,7 @@ def test_a_bad_champion_is_refused_and_the_old_one_goes_on(registry, harm: str) 
 
 
 @pytest.mark.parametrize("mode", ["shadow", "canary"])
-def test_a_challenger_sees_its_share(tmp_path: Path, mode: str) -> None:
+def test_a_challenger_gets_its_share_of_requests(tmp_path: Path, mode: str) -> None:
     home = tmp_path / "home"
     for version, role in (("1", "champion"), ("2", "challenger")):
         publish(home, version)
@@ -153,7 +153,7 @@ def test_a_challenger_sees_its_share(tmp_path: Path, mode: str) -> None:
 # -------------------------------------------------------------------------------------------------- keys and headers
 
 
-def test_keys_rates_and_logins(tmp_path: Path) -> None:
+def test_keys_rate_limits_and_logins(tmp_path: Path) -> None:
     (key, entry), (other, second) = new_key("observatory"), new_key("school")
     model = tiny_model(tmp_path / "model")
     settings = {"api_keys": f"{entry},{second}", "rate_limit": "5/minute"}
@@ -178,7 +178,7 @@ def test_one_rate_for_all_routes(tmp_path: Path) -> None:
         assert code(client.get("/model")) == code(send(client, neptune())) == (429, "too_many_requests")
 
 
-def test_the_demo_asks_for_its_login(tmp_path: Path) -> None:
+def test_the_demo_requires_its_login(tmp_path: Path) -> None:
     kept = password_hash("per aspera")
     with running(tiny_model(tmp_path / "model"), tmp_path / "log", demo_login=f"anna:{kept}") as url:
         with httpx.Client(base_url=url, timeout=30, follow_redirects=True) as client:
@@ -189,7 +189,7 @@ def test_the_demo_asks_for_its_login(tmp_path: Path) -> None:
             assert client.get("/gradio_api/info").status_code == 200
 
 
-def test_headers_are_careful_and_other_pages_are_not_let_in(tmp_path: Path) -> None:
+def test_security_headers_are_set_and_other_origins_refused(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model")
     ask = {"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST"}
     with running(model, tmp_path / "log", demo=False) as url, httpx.Client(base_url=url) as client:
@@ -204,7 +204,7 @@ def test_headers_are_careful_and_other_pages_are_not_let_in(tmp_path: Path) -> N
             assert send(client, neptune(), Origin="https://elsewhere.example").json()["label"] == "Neptune"
 
 
-def test_settings_that_make_no_sense_are_named(tmp_path: Path) -> None:
+def test_invalid_settings_are_named(tmp_path: Path) -> None:
     serve = [str(Path(sys.executable).with_name("celestial")), "serve", "--model", str(tiny_model(tmp_path / "m"))]
     for name, value, words in (
         ("CELESTIAL_SERVE_WATING", "3", "Did you mean CELESTIAL_SERVE_WAITING?"),
@@ -223,7 +223,7 @@ def slow_picture() -> bytes:
     return encoded(Image.effect_noise((5000, 5000), 60).convert("RGB"), "JPEG", quality=90)
 
 
-def test_more_than_may_wait_hear_503_and_when_to_come_back(tmp_path: Path) -> None:
+def test_requests_beyond_the_queue_get_503_and_retry_after(tmp_path: Path) -> None:
     model, content = tiny_model(tmp_path / "model"), slow_picture()
     with running(model, tmp_path / "log", demo=False, waiting=2, max_bytes=60_000_000) as url:
         with ThreadPoolExecutor(8) as pool, httpx.Client(base_url=url, timeout=60) as client:
@@ -235,7 +235,7 @@ def test_more_than_may_wait_hear_503_and_when_to_come_back(tmp_path: Path) -> No
             assert send(client, neptune()).status_code == 200, "and it goes on"
 
 
-def test_a_huge_picture_holds_up_nobody(tmp_path: Path) -> None:
+def test_a_huge_picture_does_not_delay_others(tmp_path: Path) -> None:
     model, content = tiny_model(tmp_path / "model"), slow_picture()
     with running(model, tmp_path / "log", demo=False, max_bytes=60_000_000) as url:
         with ThreadPoolExecutor(3) as pool, httpx.Client(base_url=url, timeout=60) as client:
@@ -331,7 +331,7 @@ def malformed(seed: int) -> bytes:
 
 
 @pytest.mark.parametrize("uploads", [250, pytest.param(3000, marks=pytest.mark.slow)])
-def test_malformed_uploads_are_the_senders_mistake(tmp_path: Path, uploads: int) -> None:
+def test_malformed_uploads_are_client_errors(tmp_path: Path, uploads: int) -> None:
     model = tiny_model(tmp_path / "model")
     with running(model, tmp_path / "log", demo=False) as url, httpx.Client(base_url=url, timeout=60) as client:
         pid = int(figure(client, "celestial_process_id"))

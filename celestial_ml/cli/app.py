@@ -71,14 +71,14 @@ def run(
 ) -> None:
     "Run the pipeline: only the steps whose inputs changed."
     from celestial_ml.core.files import read_json
-    from celestial_ml.flow.pipeline import make_plan, run_pipeline
+    from celestial_ml.flow.pipeline import execute, make_plan
 
     plan = make_plan(enter_project(), params, set_, name, from_, force, beside=with_ or ())
     if not json_:
         print(f"{plan.run}: {len(plan.stale) or 'nothing'} to do, of {len(plan.tasks)} steps")
         for step, why in plan.stale.items():
             print(f"  · {step:<10}{why}")
-    run_pipeline(plan, executor, quiet=json_)
+    execute(plan, executor, quiet=json_)
     folder = Path("output") / plan.run
     metrics, verdict = read_json(folder / "model.json")["metrics"], read_json(folder / "register.json")
     if json_:
@@ -206,7 +206,6 @@ def _read_catalog(folder: str | None, params: str) -> "tuple[pd.DataFrame, Param
     "The catalog of a folder, or of a params file's source."
     from celestial_ml.core.params import load_params
     from celestial_ml.data.sources import make_data_set
-    from celestial_ml.planets import source as rendered  # noqa: F401  # registers the source `render`
 
     settings = [f"data.folder={json.dumps(str(Path(folder).resolve()))}", "data.source=folder"] if folder else []
     root = project_root()

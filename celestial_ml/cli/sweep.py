@@ -34,45 +34,45 @@ def sweep(
     workers: Annotated[int | None, typer.Option(min=1, help="runs side by side; the cores if not given")] = None,
     memory: Annotated[float | None, typer.Option(min=0.1, help="gigabytes for all; 0.9 of what's free")] = None,
     retries: Annotated[int, typer.Option(min=0, help="more tries of a run that failed by surprise")] = 1,
-    name: Annotated[str | None, typer.Option(help="folder under output/; PARAMS-sweep if not given")] = None,
+    run: Annotated[str | None, typer.Option(help="folder under output/; PARAMS-sweep if not given")] = None,
     json_: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
-    """Run notebooks with many parameters, side by side; the same command goes on where it was stopped.
+    """Run notebooks with many parameters, side by side; the same command goes on where it stopped.
 
-    Every combination is checked before anything starts. Leaves with 1 if a run failed.
+    Every combination is checked before anything starts. The exit code is 1 if a run failed.
     """
     with errors_as_text():
-        from celestial_ml.flow.sweep import known_runs, plan_sweep, run_sweep
+        from celestial_ml.flow.sweep import plan_sweep, read_outcomes, run_sweep
         from celestial_ml.reports.sweep_page import write_gallery
 
         if notebook and until:
             raise CelestialError(
                 "--until and --notebook exclude each other", "Name the pipeline's last step, or notebooks."
             )
-        given = [str(Path(path).resolve()) for path in notebook or []]
+        notebooks = [str(Path(path).resolve()) for path in notebook or []]
         files = [str(Path(file).resolve()) if Path(file).suffix in (".yaml", ".yml") else file for file in params or []]
         root = project_root()
         os.chdir(root)
         os.environ["CELESTIAL_TERMINAL"] = "1"
-        plan = plan_sweep(root, files, grid, set_, given, until, name)
+        plan = plan_sweep(root, files, grid, set_, notebooks, until, run)
         if not json_:
-            left = sum(bool(job.stale) for job in plan.jobs)
-            print(f"{plan.name}: {left or 'nothing'} to do, of {len(plan.jobs)} runs of {len(plan.sources)} notebooks")
+            left, steps = sum(bool(one.plan.stale) for one in plan.runs), len(plan.runs[0].plan.tasks)
+            print(f"{plan.name}: {left or 'nothing'} to do, of {len(plan.runs)} runs of {steps} notebooks")
         try:
             run_sweep(plan, workers, memory, retries, quiet=json_)
         finally:  # also after Ctrl-C
-            page = write_gallery(plan.name, known_runs(plan))
-        _print_result(plan, known_runs(plan), page, json_)
+            page = write_gallery(plan.name, read_outcomes(plan))
+        _print_result(plan, read_outcomes(plan), page, json_)
 
 # %% ../../nbs/cli/05_sweep.ipynb #print-result
 def _print_result(plan: "Sweep", outcomes: "list[Outcome]", page: Path, as_json: bool) -> None:
-    "What a sweep came to; `AnswerIsNo` if a run of it failed."
+    "Print the result of a sweep; `AnswerIsNo` if a run of it failed."
     from celestial_ml.reports.sweep_page import best_row, columns, rows_of
 
     rows = rows_of(outcomes)
     best = best_row(rows, columns(rows)[1])
-    mine = {job.run for job in plan.jobs}
-    failed = [o for o in outcomes if o.status == "failed" and o.run in mine]
+    names = {run.plan.run for run in plan.runs}
+    failed = [o for o in outcomes if o.status == "failed" and o.run in names]
     if as_json:
         runs = [vars(row.outcome) | {"metrics": row.metrics} for row in rows]
         print(json.dumps({"sweep": plan.name, "runs": runs, "best": best and best.outcome.run, "page": str(page)}))
@@ -81,7 +81,7 @@ def _print_result(plan: "Sweep", outcomes: "list[Outcome]", page: Path, as_json:
         print(f"\nbest: {best.outcome.run} ({figures})")
     if failed:
         first = f"{Path(failed[0].run).name}: {failed[0].error}\n{failed[0].hint}"
-        raise AnswerIsNo(f"{len(failed)} of {len(mine)} runs failed", f"{first}\nlook:  {page}")
+        raise AnswerIsNo(f"{len(failed)} of {len(names)} runs failed", f"{first}\nlook:  {page}")
     if not as_json:
         served = best and (best.folder / "model.json").is_file()
         after = (

@@ -42,7 +42,7 @@ class Section(BaseModel):
 # %% ../../nbs/core/04_params.ipynb #data
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-# %% ../../nbs/core/04_params.ipynb #data-x
+
 class Data(Section):
     "The images: where they come from, and which of them are held out."
 
@@ -61,7 +61,7 @@ class Data(Section):
         None, description="the source of the test images, where it isn't the same: none is trained on"
     )
 
-# %% ../../nbs/core/04_params.ipynb #check
+
 class Check(Section):
     "What the images must fulfil before any is learned from."
 
@@ -71,7 +71,7 @@ class Check(Section):
     max_passed_over: Fraction = Field(0.0, description="share of pictures passed over that gives no warning")
     max_imbalance: float = Field(20.0, ge=1, description="largest class over smallest class, at most")
 
-# %% ../../nbs/core/04_params.ipynb #prepare
+
 class Prepare(Section):
     "From a picture of any size to the network's input."
 
@@ -88,7 +88,7 @@ class Model(Section):
     embedding: int = Field(64, ge=4, le=2048, description="size of the layer below the logits")
     dropout: Fraction = Field(0.2, description="share of the embedding that is dropped while training")
 
-# %% ../../nbs/core/04_params.ipynb #train
+
 class Train(Section):
     "How the network learns."
 
@@ -101,7 +101,7 @@ class Train(Section):
     class_weights: Literal["none", "balanced"] = Field("none", description="balanced: rare classes count for more")
     patience: int = Field(0, ge=0, description="epochs without a lower val_loss before it stops; 0: it never does")
 
-# %% ../../nbs/core/04_params.ipynb #evaluate
+
 class Evaluate(Section):
     "What the model is measured on."
 
@@ -111,7 +111,7 @@ class Evaluate(Section):
     min_slice: int = Field(15, ge=1, description="images that a slice needs to be judged")
     strangers: int = Field(60, ge=4, le=10_000, description="pictures of each kind of thing that is no known class")
 
-# %% ../../nbs/core/04_params.ipynb #stress
+
 class Stress(Section):
     "What the step `stress` tries on a trained model, beside the chain."
 
@@ -127,7 +127,7 @@ class Explain(Section):
     patch: int = Field(12, ge=2, le=128, description="side of the square that is covered, in input pixels")
     stride: int = Field(4, ge=1, le=64, description="step between two covers, in input pixels")
 
-# %% ../../nbs/core/04_params.ipynb #package
+
 class Package(Section):
     "What the served file must fulfil."
 
@@ -194,7 +194,7 @@ class Span(Section):
     high: float
     log: bool = False  # search it on a logarithmic scale
 
-# %% ../../nbs/core/04_params.ipynb #tune
+
 class Tune(Section):
     "Which parameters `celestial tune` searches, and for how long."
 
@@ -214,7 +214,7 @@ class Tune(Section):
         description="what is searched: of model and train, a range or a list of values",
     )
 
-# %% ../../nbs/core/04_params.ipynb #score
+
 class Score(Section):
     "What the step `score` scores, beside the chain."
 
@@ -224,7 +224,7 @@ class Score(Section):
     workers: int | None = Field(None, ge=1, description="threads or processes; null: as many as cores")
     max_bad: float = Field(0.05, ge=0, le=1, description="share of the images that may be unreadable")
 
-# %% ../../nbs/core/04_params.ipynb #track
+
 class Track(Section):
     "Where experiments are tracked."
 
@@ -276,8 +276,8 @@ def allowed(
         "pattern": "of the form",
         "minLength": "with a length of at least",
     }
-    said = ", ".join(f"{word} {field[key]}" for key, word in limits.items() if key in field)
-    return f"{words.get(field.get('type', ''), field.get('type', ''))} {said}".strip()
+    range_ = ", ".join(f"{word} {field[key]}" for key, word in limits.items() if key in field)
+    return f"{words.get(field.get('type', ''), field.get('type', ''))} {range_}".strip()
 
 # %% ../../nbs/core/04_params.ipynb #known-keys
 def known_keys() -> dict[str, dict[str, Any]]:  # {"train.lr": its JSON schema, …}
@@ -292,15 +292,15 @@ def known_keys() -> dict[str, dict[str, Any]]:  # {"train.lr": its JSON schema, 
         keys |= {f"{name}.{key}": sub for key, sub in section["properties"].items()}
     return keys
 
-# %% ../../nbs/core/04_params.ipynb #nearest-key
-def _nearest_key(key: str, known: list[str]) -> str | None:
-    "The known key that was probably meant: the same leaf elsewhere, or a similar one."
+
+def _nearest_key(key: str, keys: list[str]) -> str | None:
+    "The most similar key: the same leaf elsewhere, or a similar one."
     leaf = key.rpartition(".")[2]
-    return next((k for k in known if k.rpartition(".")[2] == leaf), None) or nearest(key, known)
+    return next((k for k in keys if k.rpartition(".")[2] == leaf), None) or nearest(key, keys)
 
 # %% ../../nbs/core/04_params.ipynb #yaml
 class Plain(str):
-    "A scalar as it stands in YAML without quotes: what a parameter takes decides what it is."
+    "A scalar without quotes in YAML: the parameter's type decides what it is."
 
 
 _NULL = ("", "null", "~")
@@ -317,7 +317,7 @@ def number(text: str) -> int | float | None:  # None: it isn't one
 
 # %% ../../nbs/core/04_params.ipynb #parse-yaml
 class _Events:
-    "What stands in a YAML text, one thing after the other, on a budget."
+    "The events of a YAML text, on a budget."
 
     def __init__(self, text: str, where: str):
         # The parser in C takes a tenth of the time. It builds nothing, so that depth and size are bounded here.
@@ -325,7 +325,7 @@ class _Events:
         self.where, self.left = where, 100_000
 
     def refuse(self, event: Any, why: str) -> ParamsError:
-        "The error for what stands at an event."
+        "The error at an event."
         return ParamsError(f"{self.where}, line {event.start_mark.line + 1}: {why}", "Mend that line.")
 
     def until(self, end: type[yaml.Event]) -> Iterator[Any]:
@@ -451,7 +451,7 @@ _HABITS: dict[str, Callable[[re.Match[str]], str]] = {
     r"(?i)(no|off|n|false)": lambda m: "false",
 }  # a notation → how it's written here
 
-# %% ../../nbs/core/04_params.ipynb #instead-y
+
 def instead(value: Any, field: dict[str, Any]) -> str:
     "How a value of another notation is written here; nothing where that isn't clear."
     kinds = {option.get("type") for option in field.get("anyOf", [field])}
@@ -477,11 +477,11 @@ def _short(value: Any) -> str:
 
 # %% ../../nbs/core/04_params.ipynb #params-error
 def params_error(
-    error: ValidationError,  # what pydantic found
-    section: type[Section] | None = None,  # the section it was found in, None for the whole of `Params`
+    error: ValidationError,
+    section: type[Section] | None = None,  # where it is; None: the whole of `Params`
     origin: dict[str, str] | None = None,  # dotted key → the file that set it
 ) -> ParamsError:
-    "The first mistake that pydantic found, as words that help."
+    "The first mistake that pydantic found, for people."
     keys = known_keys()
     if section:  # as a step notebook sees them: by their bare names
         keys = section.model_json_schema()["properties"]
@@ -491,14 +491,14 @@ def params_error(
     if first["type"] == "extra_forbidden":
         near = _nearest_key(key, list(keys))
         beside = [k for k in keys if k.startswith(f"{key.partition('.')[0]}.")]
-        known = beside or dict.fromkeys(k.partition(".")[0] for k in keys)  # all hundred help nobody
+        names = beside or dict.fromkeys(k.partition(".")[0] for k in keys)  # a hundred keys are too many to read
         return ParamsError(
             f"{where}: {key} is no parameter" + (f"; did you mean {near}?" if near else ""),
-            f"Known: {', '.join(known)}.",
+            f"Known: {', '.join(names)}.",
         )
-    if key not in keys:  # a section that is no mapping
-        names = ", ".join(k for k in keys if k.startswith(f"{key}."))
-        return ParamsError(f"{where}: {key} must hold parameters, not {_short(first['input'])}", f"Known: {names}.")
+    if key not in keys:  # a section that isn't a mapping
+        inside = ", ".join(k for k in keys if k.startswith(f"{key}."))
+        return ParamsError(f"{where}: {key} must hold parameters, not {_short(first['input'])}", f"Known: {inside}.")
     what, other = keys[key].get("description", ""), instead(first["input"], keys[key])
     hint = f"Allowed: {allowed(keys[key])} ({what})." + (f"\nWrite {other}." if other else "")
     return ParamsError(f"{where}: {key} can't be {_short(first['input'])}", hint)
@@ -563,11 +563,11 @@ def split_setting(
     return key.strip(), value
 
 
-def _setting(text: str, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _setting(text: str, keys: dict[str, dict[str, Any]]) -> dict[str, Any]:
     "`train.lr=0.001` as an overlay."
     key, value = split_setting(text)
     section, dot, name = key.rpartition(".")
-    parsed = parse_value(value, known.get(key, {}), f"--set {_short(text)[1:-1]}")
+    parsed = parse_value(value, keys.get(key, {}), f"--set {_short(text)[1:-1]}")
     return {section: {name: parsed}} if dot else {name: parsed}
 
 # %% ../../nbs/core/04_params.ipynb #params-path
@@ -583,38 +583,38 @@ def params_path(
         raise unknown("params file", str(name), [p.stem for p in Path(folder).glob("*.yaml")])
     return path
 
-# %% ../../nbs/core/04_params.ipynb #load-params
+
 def load_params(
     name: Path | str = "default",  # "smoke", or a file's path
-    settings: list[str] | None = None,  # ["train.lr=0.001"]: the last word
+    settings: list[str] | None = None,  # ["train.lr=0.001"]: they win
     folder: Path | str = "params",  # where `default.yaml` is
 ) -> Params:
     "The parameters of a run: the defaults, the named overlay, then the settings, checked as a whole."
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
-    known = known_keys()
+    keys = known_keys()
     for path in dict.fromkeys([Path(folder) / "default.yaml", params_path(name, folder)]):
         _overlay(values, read_params(path), origin, str(path))
     for text in settings or []:
-        _overlay(values, _setting(text, known), origin, f"--set {_short(text)[1:-1]}")
+        _overlay(values, _setting(text, keys), origin, f"--set {_short(text)[1:-1]}")
     try:
-        return Params.model_validate(_typed_sections(values, known))
+        return Params.model_validate(_typed_sections(values, keys))
     except ValidationError as e:
         raise params_error(e, origin=origin) from None
 
-# %% ../../nbs/core/04_params.ipynb #typed-sections
-def _typed_sections(values: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+
+def _typed_sections(values: dict[str, Any], keys: dict[str, dict[str, Any]]) -> dict[str, Any]:
     "Sections of parameters, each value as its parameter takes it."
     result: dict[str, Any] = {}
     for name, section in values.items():
-        if name in known or not isinstance(section, dict):
-            result[name] = typed(section, known.get(name, {}))
+        if name in keys or not isinstance(section, dict):
+            result[name] = typed(section, keys.get(name, {}))
             continue
-        result[name] = {key: typed(value, known.get(f"{name}.{key}", {})) for key, value in section.items()}
+        result[name] = {key: typed(value, keys.get(f"{name}.{key}", {})) for key, value in section.items()}
         if isinstance(space := section.get("space"), dict) and name == "tune":
             span = {"properties": Span.model_json_schema()["properties"]}
             result[name]["space"] = {
-                key: typed(inner, span if isinstance(inner, dict) else {"items": known.get(key, {})})
+                key: typed(inner, span if isinstance(inner, dict) else {"items": keys.get(key, {})})
                 for key, inner in space.items()
             }
     return result
@@ -641,7 +641,7 @@ def default_yaml() -> str:  # YAML
             lines += [f"    {key}: {json.dumps(inner)}" for key, inner in value.items()]
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/core/04_params.ipynb #attribute
+
 def _attribute(section: str) -> str:
     "The attribute of `Params` that holds a section: `register_` for register."
     return next(name for name, field in Params.model_fields.items() if section in (name, field.alias))

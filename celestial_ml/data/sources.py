@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..core.domains import domains
 from ..core.errors import CelestialError, unknown
 from ..core.names import check_path
 from ..core.params import Data
@@ -41,9 +42,10 @@ def get_source(
     "The project's own or the registered source of that name; `CelestialError` where there is none."
     if own := find_plugin("source (data.source)", name):
         return own
-    if name not in SOURCES:
-        raise unknown("source (data.source)", name, SOURCES)
-    return SOURCES[name]
+    sources = SOURCES | {key: source for domain in domains() for key, source in domain.sources().items()}
+    if name not in sources:
+        raise unknown("source (data.source)", name, sources)
+    return sources[name]
 
 # %% ../../nbs/data/06_sources.ipynb #folder
 def _folder(data: Data, root: Path) -> Path:
@@ -56,6 +58,30 @@ def _folder(data: Data, root: Path) -> Path:
 SOURCES["folder"] = Source(lambda data, seed, root, run: _folder(data, root), _folder)
 SOURCES["guide"] = Source(
     lambda data, seed, root, run: get_guide(root / "data"), lambda data, root: root / "data" / "raw"
+)
+
+# %% ../../nbs/data/06_sources.ipynb #folder
+def _folder(data: Data, root: Path) -> Path:
+    if data.folder is None:
+        raise CelestialError(
+            "data.source is folder, but data.folder names none",
+            "Say which: --set data.folder=path/to/images",
+        )
+    folder = (root / check_path(data.folder).expanduser()).resolve()
+    if not folder.is_dir():
+        raise CelestialError(f"{folder} is not a folder", "Name a folder that holds a folder of images for each class.")
+    return folder
+
+
+SOURCES["folder"] = Source(lambda data, seed, root, run: _folder(data, root), _folder)
+SOURCES["guide"] = Source(
+    lambda data, seed, root, run: get_guide(root / "data"), lambda data, root: root / "data" / "raw"
+)
+
+# %% ../../nbs/data/06_sources.ipynb #200685ee
+SOURCES["guide"] = Source(
+    fetch=lambda data, seed, root, run: get_guide(root / "data"),
+    inputs=lambda data, root: root / "data" / "raw",
 )
 
 # %% ../../nbs/data/06_sources.ipynb #make-data-set

@@ -6,53 +6,35 @@
 __all__ = ['build_demo']
 
 # %% ../../nbs/demo/07_page.ipynb #11bdf8bc
-import inspect
 import os
 from typing import TYPE_CHECKING, Any
 
-from .adversarial import build_fool
+from ..core.domains import domain_of
+from .adversarial import build_fool, drawable
 from .bulk import build_many
-from .elements import foot, hero, title
+from .elements import foot, hero
 from .identify import Host, build_identify
 from .performance import build_performance
 from .side_by_side import build_compare
-from .wording import are_worlds
 
 if TYPE_CHECKING:
     import gradio as gr
 
-# %% ../../nbs/demo/07_page.ipynb #import-gradio
-def import_gradio() -> None:
-    "Import Gradio without its writing type stubs beside itself, which takes a quarter of the time and a writable disk."
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
-    known = inspect.getfile
-
-    def file_of(thing: Any) -> str:
-        if isinstance(thing, type) and thing.__module__.startswith("gradio."):
-            raise OSError("for this class there is no stub to write")  # Gradio goes on without one then
-        return known(thing)
-
-    inspect.getfile = file_of  # type: ignore[assignment]
-    try:
-        import gradio  # noqa: F401
-    finally:
-        inspect.getfile = known
-
 # %% ../../nbs/demo/07_page.ipynb #build-demo
 def build_demo(host: Host) -> "gr.Blocks":
     "The page, to be mounted into an app."
-    import_gradio()
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
     import gradio as gr
 
     block: dict[str, Any] = {"apply_default_css": False}
     classes = host.about.get("classes", ())
-    with gr.Blocks(title=title(classes), analytics_enabled=False) as page:
+    with gr.Blocks(title=domain_of(classes).question, analytics_enabled=False) as page:
         gr.HTML(hero(classes), elem_id="hero", **block)
         footer = gr.HTML(lambda: foot(host.about), elem_id="foot", render=False, **block)
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap"):
             with gr.Tab("Identify"):
                 build_identify(host, footer)
-            if are_worlds(classes):
+            if drawable(host.about):
                 with gr.Tab("Try to fool it") as tab:
                     build_fool(host, tab)
             with gr.Tab("Compare") as tab:

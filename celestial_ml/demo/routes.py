@@ -16,13 +16,14 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette._utils import get_route_path
 from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
@@ -31,7 +32,7 @@ from starlette.types import Message, Receive, Scope, Send
 from ..core.errors import CelestialError
 from .elements import static
 from .identify import Host
-from .login import Logins
+from .login import ConcurrencyLimit, Logins
 from .page import build_demo
 from .uploads import Uploads, expire_uploads, receive_uploads, upload_figures
 from ..serve.api import Feedback, Service, score_picture, store_judgement
@@ -42,65 +43,64 @@ from ..serve.scorer import busy
 if TYPE_CHECKING:
     import gradio as gr
 
+_log = logging.getLogger(__name__)
+
 # %% ../../nbs/demo/10_routes.ipynb #ga-bad
-log = logging.getLogger(__name__)
-
-
-def bad_call() -> CelestialError:
+def _bad_call() -> CelestialError:
     "The answer to a call that no page of ours makes."
     return CelestialError(
-        "the page asks what this server doesn't understand", "Load the page again.", "invalid_request"
+        "the page sent a call that this server doesn't know", "Load the page again.", "invalid_request"
     )
 
 
-def plain_word(value: object, most: int) -> str:
+def _plain_word(value: object, most: int) -> str:
     "A text without half characters; `CelestialError` for anything else."
     if not isinstance(value, str) or len(value) > most or any("\ud800" <= c <= "\udfff" for c in value):
-        raise bad_call()
+        raise _bad_call()
     return value
 
-# %% ../../nbs/demo/10_routes.ipynb #ga-number
-def plain_number(value: object, low: float = -math.inf, high: float = math.inf) -> int | float:
+
+def _plain_number(value: object, low: float = -math.inf, high: float = math.inf) -> int | float:
     "A finite number between two; `CelestialError` for anything else."
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e15 or not low <= value <= high:
-        raise bad_call()
+        raise _bad_call()
     return value
 
 
-def uploaded(uploads: Uploads, owner: str, value: object) -> dict[str, Any]:
-    "A file as Gradio wants it, for the name of an upload; `CelestialError` where it isn't one of this person's."
+def _uploaded(uploads: Uploads, owner: str, value: object) -> dict[str, Any]:
+    "A file as Gradio reads it, for the name of an upload; `CelestialError` where it isn't one of this person's."
     path = value.get("path") if isinstance(value, dict) else value
     upload = uploads.of(path if isinstance(path, str) else "", owner)
     # A stream's file is left where it is; Gradio would copy any other one.
     return {"path": str(upload.path), "is_stream": True, "meta": {"_type": "gradio.FileData"}}
 
 # %% ../../nbs/demo/10_routes.ipynb #ga-value
-MANY = 2000  # files of one call
+_MOST = 2000  # files of one call
 
 
-def fitting(block: Any, value: object, uploads: Uploads, owner: str) -> Any:
+def _fitting(block: Any, value: object, uploads: Uploads, owner: str) -> Any:
     "A value for one input of a call; `CelestialError` for one that doesn't fit."
     kind = type(block).__name__
     if kind == "State":
         return None  # it stays on the server
-    if kind == "File" and isinstance(value, list) and block.file_count != "single" and len(value) <= MANY:
-        return [uploaded(uploads, owner, one) for one in value]
+    if kind == "File" and isinstance(value, list) and block.file_count != "single" and len(value) <= _MOST:
+        return [_uploaded(uploads, owner, one) for one in value]
     if kind == "File":
-        return None if value is None else uploaded(uploads, owner, value)
+        return None if value is None else _uploaded(uploads, owner, value)
     if kind == "Number":
-        return plain_number(value)
+        return _plain_number(value)
     if kind == "Slider":
-        return plain_number(value, block.minimum, block.maximum)
+        return _plain_number(value, block.minimum, block.maximum)
     if kind == "Dropdown" and block.choices:
         if value not in [choice for _, choice in block.choices]:
-            raise bad_call()
+            raise _bad_call()
         return value
     if kind in ("Dropdown", "Textbox"):
-        return None if value is None else plain_word(value, 100 if kind == "Dropdown" else block.max_length or 100)
-    raise bad_call()
+        return None if value is None else _plain_word(value, 100 if kind == "Dropdown" else block.max_length or 100)
+    raise _bad_call()
 
 # %% ../../nbs/demo/10_routes.ipynb #ga-call
-def fitting_call(
+def _fitting_call(
     page: "gr.Blocks",
     body: object,  # that was sent
     queued: bool,  # whether it goes through Gradio's queue
@@ -112,31 +112,30 @@ def fitting_call(
     index, data = sent.get("fn_index"), sent.get("data")
     call = page.fns.get(index) if type(index) is int else None
     if call is None or not call.fn or (call.queue is not False) != queued:
-        raise bad_call()
+        raise _bad_call()
     if not isinstance(data, list) or len(data) != len(call.inputs):
-        raise bad_call()
-    values = [fitting(block, value, uploads, owner) for block, value in zip(call.inputs, data, strict=True)]
+        raise _bad_call()
+    values = [_fitting(block, value, uploads, owner) for block, value in zip(call.inputs, data, strict=True)]
     trigger, event = sent.get("trigger_id"), sent.get("event_data")
     if call.collects_event_data:
-        event = {"cell": plain_word(event.get("cell") if isinstance(event, dict) else None, 500)}
+        event = {"cell": _plain_word(event.get("cell") if isinstance(event, dict) else None, 500)}
     return {
         "fn_index": index,
         "data": values,
-        "session_hash": plain_word(sent.get("session_hash"), 64),
+        "session_hash": _plain_word(sent.get("session_hash"), 64),
         "trigger_id": trigger if type(trigger) is int and trigger in [block for block, _ in call.targets] else None,
         "event_data": event if call.collects_event_data else None,
     }
 
 # %% ../../nbs/demo/10_routes.ipynb #ga-routes
-FILE = r"/(?:assets|static)(?:/[\w.@+-]{1,200}){1,8}"  # no longer than what a file may be called
-OPEN = re.compile(rf"/|/(?:theme\.css|favicon\.ico|manifest\.json|robots\.txt)|{FILE}", re.ASCII)
-INSIDE = re.compile(r"/config|/gradio_api/(?:info|theme\.css|startup-events)")
-HEARTBEAT = "/gradio_api/heartbeat/"
-BODY, FORM = 1_000_000, 16_000  # bytes of a call, of the login
-DONE = 'data: {"msg": "done"}\n\n'  # what a page that asks how far its upload is hears
+_FILE = r"/(?:assets|static)(?:/[\w.@+-]{1,200}){1,8}"  # no longer than what a file may be called
+_OPEN = re.compile(rf"/|/(?:theme\.css|favicon\.ico|manifest\.json|robots\.txt)|{_FILE}", re.ASCII)
+_INSIDE = re.compile(r"/config|/gradio_api/(?:info|theme\.css|startup-events)")
+_HEARTBEAT = "/gradio_api/heartbeat/"
+_BODY, _FORM = 1_000_000, 16_000  # bytes of a call, of the login
 
 
-async def read_body(request: Request, most: int) -> bytes:
+async def _read_body(request: Request, most: int) -> bytes:
     "A body of so many bytes; `CelestialError` with 413 for a longer one."
     body = bytearray()
     async for chunk in request.stream():
@@ -145,18 +144,10 @@ async def read_body(request: Request, most: int) -> bytes:
             raise CelestialError("the request is too long", "Load the page again.", "too_many_bytes")
     return bytes(body)
 
-# %% ../../nbs/demo/10_routes.ipynb #ga-json
-def as_object(body: bytes) -> object:
-    "What JSON means; `CelestialError` where it's none, or nested too deeply."
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        raise CelestialError("the body is not JSON", "Load the page again.", "bad_request") from None
 
-
-async def read_login(request: Request) -> tuple[str, str]:  # name, password
+async def _read_login(request: Request) -> tuple[str, str]:  # name, password
     "What somebody fills in; `CelestialError` with 400 where it isn't that."
-    body = await read_body(request, FORM)
+    body = await _read_body(request, _FORM)
 
     async def again() -> Message:
         return {"type": "http.request", "body": body}
@@ -164,92 +155,66 @@ async def read_login(request: Request) -> tuple[str, str]:  # name, password
     try:
         async with Request(request.scope, again).form(max_files=1, max_fields=10) as form:
             name, password = form.get("username"), form.get("password")
-    except (MultiPartException, ValueError, KeyError):
-        name = password = None
-    except Exception as e:
-        if getattr(e, "status_code", 0) != 400:
-            raise
+    except (MultiPartException, HTTPException, ValueError, KeyError):
         name = password = None
     if not isinstance(name, str) or not isinstance(password, str):
         raise CelestialError("there is no name or no password", "Fill in both.", "bad_request")
     return name, password
 
-# %% ../../nbs/demo/10_routes.ipynb #ga-places
-class Places:
-    "So many at a time, and so many of one address."
-
-    def __init__(self, most: int, each: int):
-        self.most, self.each, self.taken = most, each, Counter[str]()
-
-    @contextmanager
-    def one(self, address: str) -> Iterator[None]:
-        "A place while the block runs; `CelestialError` with 503 where there is none."
-        address = rate_address(address)
-        if self.taken.total() >= self.most or self.taken[address] >= self.each:
-            raise busy()
-        self.taken[address] += 1
-        try:
-            yield
-        finally:
-            self.taken[address] -= 1
-            self.taken += Counter()  # without those that are 0
-
 # %% ../../nbs/demo/10_routes.ipynb #ga-gate
-TIDY = 5.0  # seconds between two times of clearing up
-
-
-class Gate:
+class _Gate:
     "What stands in front of Gradio."
 
     def __init__(self, app: Any, uploads: Uploads, logins: Logins | None, seconds: float):
         self.app, self.page, self.uploads, self.logins, self.seconds = app, app.get_blocks(), uploads, logins, seconds
         self.cookie = f"access-token-unsecure-{app.cookie_id}"  # where Gradio looks for the token of a login
-        self.calls, self.sending, self.streams = Places(64, 16), Places(16, 4), Places(256, 32)
-        self.listening = Counter[str]()  # sessions that are told what comes of their calls
-        self.silent = Counter[str]()  # how often in a row a session was met that isn't
+        self.calls, self.sending = ConcurrencyLimit(64, 16), ConcurrencyLimit(16, 4)
+        self.streams = ConcurrencyLimit(256, 32)
+        self.listening = Counter[str]()  # sessions that wait for answers to their calls
+        self.silent = Counter[str]()  # how often in a row a session was met that doesn't
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await send({"type": "websocket.close"})
         request = Request(scope, receive)
         try:
-            await answer(self, request, get_route_path(scope), send)
+            await _answer(self, request, get_route_path(scope), send)
         except CelestialError as e:
             await (await refuse(request, e))(scope, receive, send)
 
 # %% ../../nbs/demo/10_routes.ipynb #ga-fingerprint
-def fingerprint(*words: str) -> str:
+def _fingerprint(*words: str) -> str:
     "A name for what must not be shown."
     return hashlib.sha256("\n".join(words).encode("utf-8", "replace")).hexdigest()[:32]
 
 
-def address_of(connection: HTTPConnection) -> str:
+def _address_of(connection: HTTPConnection) -> str:
     "Where a request comes from."
     return connection.client.host if connection.client else ""
 
 
-def person_of(gate: Gate, request: Request) -> str:
+def _person_of(gate: _Gate, request: Request) -> str:
     "Who asks; `CelestialError` with 401 where a login is needed and there is none."
     token = request.cookies.get(gate.cookie, "")
     if gate.logins and (name := gate.logins.get(token)):
-        return f"login {name} {fingerprint(token)}"
+        return f"login {name} {_fingerprint(token)}"
     if gate.logins:
         raise CelestialError("this needs a login", "Load the page again.", "no_login")
-    return f"session {fingerprint(token)}" if token else f"address {address_of(request)}"
+    return f"session {_fingerprint(token)}" if token else f"address {_address_of(request)}"
 
-# %% ../../nbs/demo/10_routes.ipynb #ga-cookie
-def set_cookie(gate: Gate, request: Request, response: Response, token: str) -> None:
+
+def _set_cookie(gate: _Gate, request: Request, response: Response, token: str) -> None:
     "Let the browser keep a token, for us alone and for a time."
     path, secure = request.scope.get("root_path") or "/", request.url.scheme == "https"
     response.set_cookie(gate.cookie, token, int(gate.seconds), path=path, secure=secure, httponly=True, samesite="lax")
 
 
-def greeted(gate: Gate, request: Request, send: Send) -> Send:
+def _greeted(gate: _Gate, request: Request, send: Send) -> Send:
     "A `send` that gives whoever opens the page a cookie, if there is none and no login."
     if gate.logins or request.cookies.get(gate.cookie):
         return send
     carrier = Response()
-    set_cookie(gate, request, carrier, secrets.token_urlsafe(32))
+    _set_cookie(gate, request, carrier, secrets.token_urlsafe(32))
 
     async def send_with_cookie(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -259,15 +224,15 @@ def greeted(gate: Gate, request: Request, send: Send) -> Send:
     return send_with_cookie
 
 # %% ../../nbs/demo/10_routes.ipynb #ga-login
-async def login(gate: Gate, logins: Logins, request: Request) -> Response:
+async def _login(gate: _Gate, logins: Logins, request: Request) -> Response:
     "Let somebody in."
-    name, password = await read_login(request)
+    name, password = await _read_login(request)
     response = JSONResponse({"success": True})
-    set_cookie(gate, request, response, await logins.enter(name, password, address_of(request)))
+    _set_cookie(gate, request, response, await logins.enter(name, password, _address_of(request)))
     return response
 
 
-def logout(gate: Gate, logins: Logins, request: Request) -> Response:
+def _logout(gate: _Gate, logins: Logins, request: Request) -> Response:
     "End a login."
     logins.leave(request.cookies.get(gate.cookie))
     path = request.scope.get("root_path") or "/"
@@ -276,7 +241,7 @@ def logout(gate: Gate, logins: Logins, request: Request) -> Response:
     return response
 
 # %% ../../nbs/demo/10_routes.ipynb #ga-forward
-async def forward(gate: Gate, request: Request, send: Send, body: bytes = b"", **changes: Any) -> None:
+async def _forward(gate: _Gate, request: Request, send: Send, body: bytes = b"", **changes: Any) -> None:
     "Ask Gradio, without what only its other routes heed."
     dropped = (b"x-gradio-server", b"content-length", b"transfer-encoding")
     headers = [(name, value) for name, value in request.scope["headers"] if name not in dropped]
@@ -289,7 +254,7 @@ async def forward(gate: Gate, request: Request, send: Send, body: bytes = b"", *
     await gate.app({**request.scope, "query_string": b"", "headers": headers, **changes}, receive, send)
 
 
-def without_mistake(request: Request, send: Send) -> Send:
+def _without_mistake(request: Request, send: Send) -> Send:
     "A `send` that answers in our form where Gradio says that a function failed."
     failed = False
 
@@ -304,119 +269,124 @@ def without_mistake(request: Request, send: Send) -> Send:
 
     return send_ours
 
-# %% ../../nbs/demo/10_routes.ipynb #ga-call-routes
-async def checked_call(gate: Gate, request: Request, person: str, queued: bool) -> bytes:
-    "The body for Gradio, written anew; `CelestialError` for a call that the page doesn't make."
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise CelestialError(
-            "the body is not JSON", "Load the page again.", "bad_request", status=415
-        )  # a form of another site is none
-    sent = as_object(await read_body(request, BODY))
-    call = fitting_call(gate.page, sent, queued, gate.uploads, person)
-    call["session_hash"] = fingerprint(person, call["session_hash"])
-    return json.dumps(call).encode()
 
-
-async def run(gate: Gate, request: Request, person: str, send: Send) -> None:
-    "A call that is answered at once."
-    with gate.calls.one(address_of(request)):
-        body = await checked_call(gate, request, person, queued=False)
-        await forward(gate, request, without_mistake(request, send), body)
-
-
-async def join(gate: Gate, request: Request, person: str, send: Send) -> None:
-    "A call that waits in Gradio's queue."
-    body = await checked_call(gate, request, person, queued=True)
-    queue, address = gate.page._queue, address_of(request)
-    waiting = [event for one in queue.event_queue_per_concurrency_id.values() for event in one.queue]
-    if len(waiting) >= QUEUE or sum(address_of(event.request) == address for event in waiting) >= QUEUE // 4:
-        raise busy()
-    await forward(gate, request, without_mistake(request, send), body)
-
-
-async def upload(gate: Gate, request: Request, person: str, send: Send) -> None:
-    "Files that somebody drops. Who has no cookie yet gets one, or couldn't be told from others."
-    token = "" if gate.logins or request.cookies.get(gate.cookie) else secrets.token_urlsafe(32)
-    owner = f"session {fingerprint(token)}" if token else person
-    with gate.sending.one(address_of(request)):
-        names = await receive_uploads(gate.uploads, request, owner, rate_address(address_of(request)))
-    response = JSONResponse(names)
-    if token:
-        set_cookie(gate, request, response, token)
-    await response(request.scope, request.receive, send)
-
-# %% ../../nbs/demo/10_routes.ipynb #ga-stream
-async def stream(gate: Gate, request: Request, path: str, person: str, send: Send) -> None:
+async def _stream(gate: _Gate, request: Request, path: str, person: str, send: Send) -> None:
     "A connection that a page keeps open: to hear what comes of its calls, or to show that it's there."
-    is_heartbeat = path.startswith(HEARTBEAT)
-    name = path.removeprefix(HEARTBEAT) if is_heartbeat else request.query_params.get("session_hash", "")
-    session = fingerprint(person, plain_word(name, 64))
-    changes: dict[str, Any] = {"path": f"{request.scope.get('root_path', '')}{HEARTBEAT}{session}", "raw_path": b""}
+    is_heartbeat = path.startswith(_HEARTBEAT)
+    name = path.removeprefix(_HEARTBEAT) if is_heartbeat else request.query_params.get("session_hash", "")
+    session = _fingerprint(person, _plain_word(name, 64))
+    changes: dict[str, Any] = {"path": f"{request.scope.get('root_path', '')}{_HEARTBEAT}{session}", "raw_path": b""}
     if not is_heartbeat:
         if session not in gate.page._queue.pending_messages_per_session or gate.listening[session]:
             raise CelestialError("there is nothing to hear for this page", "Load the page again.", "no_session")
         changes = {"query_string": f"session_hash={session}".encode()}
-    with gate.streams.one(address_of(request)):
+    with gate.streams.slot(_address_of(request)):
         gate.listening[session] += not is_heartbeat
         try:
-            await forward(gate, request, send, **changes)
+            await _forward(gate, request, send, **changes)
         except Exception as e:  # half of it is out, and Gradio has ended it
-            log.info("a page's connection ended: %r", e)
+            _log.info("a page's connection ended: %r", e)
         finally:
             gate.listening[session] -= not is_heartbeat
             gate.listening += Counter()
 
+# %% ../../nbs/demo/10_routes.ipynb #ga-call-routes
+async def _checked_call(gate: _Gate, request: Request, person: str, queued: bool) -> bytes:
+    "The body for Gradio, written anew; `CelestialError` for a call that the page doesn't make."
+    bad = CelestialError("the body is not JSON", "Load the page again.", "bad_request")
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        bad.status = 415  # another site's form is not JSON
+        raise bad
+    try:
+        sent = json.loads(await _read_body(request, _BODY))
+    except (ValueError, RecursionError):
+        raise bad from None
+    call = _fitting_call(gate.page, sent, queued, gate.uploads, person)
+    call["session_hash"] = _fingerprint(person, call["session_hash"])
+    return json.dumps(call).encode()
+
+
+async def _run(gate: _Gate, request: Request, person: str, send: Send) -> None:
+    "A call that is answered at once."
+    with gate.calls.slot(_address_of(request)):
+        body = await _checked_call(gate, request, person, queued=False)
+        await _forward(gate, request, _without_mistake(request, send), body)
+
+
+async def _join(gate: _Gate, request: Request, person: str, send: Send) -> None:
+    "A call that waits in Gradio's queue."
+    body = await _checked_call(gate, request, person, queued=True)
+    queue, address = gate.page._queue, _address_of(request)
+    waiting = [event for one in queue.event_queue_per_concurrency_id.values() for event in one.queue]
+    if len(waiting) >= _QUEUE or sum(_address_of(event.request) == address for event in waiting) >= _QUEUE // 4:
+        raise busy()
+    await _forward(gate, request, _without_mistake(request, send), body)
+
+
+async def _upload(gate: _Gate, request: Request, person: str, send: Send) -> None:
+    "Files that somebody drops. Who has no cookie yet gets one, or couldn't be told from others."
+    token = "" if gate.logins or request.cookies.get(gate.cookie) else secrets.token_urlsafe(32)
+    owner = f"session {_fingerprint(token)}" if token else person
+    with gate.sending.slot(_address_of(request)):
+        names = await receive_uploads(gate.uploads, request, owner, rate_address(_address_of(request)))
+    response = JSONResponse(names)
+    if token:
+        _set_cookie(gate, request, response, token)
+    await response(request.scope, request.receive, send)
+
 # %% ../../nbs/demo/10_routes.ipynb #ga-answer
-async def answer(gate: Gate, request: Request, path: str, send: Send) -> None:
+async def _answer(gate: _Gate, request: Request, path: str, send: Send) -> None:
     "Let a route of the page answer; `CelestialError` for everything else."
     method, scope = request.method, request.scope
     is_read = method in ("GET", "HEAD")
-    if is_read and OPEN.fullmatch(path) and ".." not in path:
-        return await forward(gate, request, greeted(gate, request, send) if path == "/" else send)
+    if is_read and _OPEN.fullmatch(path) and ".." not in path:
+        return await _forward(gate, request, _greeted(gate, request, send) if path == "/" else send)
     if gate.logins and method == "POST" and path == "/login":
-        return await (await login(gate, gate.logins, request))(scope, request.receive, send)
+        return await (await _login(gate, gate.logins, request))(scope, request.receive, send)
     if gate.logins and path == "/logout":
-        return await logout(gate, gate.logins, request)(scope, request.receive, send)
-    person = scope.setdefault("state", {})["person"] = person_of(gate, request)
-    posts: dict[str, Callable[..., Any]] = {"/gradio_api/upload": upload, "/gradio_api/queue/join": join}
+        return await _logout(gate, gate.logins, request)(scope, request.receive, send)
+    person = scope.setdefault("state", {})["person"] = _person_of(gate, request)
+    posts: dict[str, Callable[..., Any]] = {"/gradio_api/upload": _upload, "/gradio_api/queue/join": _join}
     if method == "POST" and (path in posts or path.startswith("/gradio_api/run/")):
-        return await posts.get(path, run)(gate, request, person, send)
+        return await posts.get(path, _run)(gate, request, person, send)
     if is_read and path == "/gradio_api/upload_progress":
-        return await Response(DONE, media_type="text/event-stream")(scope, request.receive, send)
-    if method == "GET" and (path == "/gradio_api/queue/data" or path.startswith(HEARTBEAT)):
-        return await stream(gate, request, path, person, send)
-    if is_read and INSIDE.fullmatch(path):
-        return await forward(gate, request, send)
+        done = 'data: {"msg": "done"}\n\n'  # nobody watches how far an upload is
+        return await Response(done, media_type="text/event-stream")(scope, request.receive, send)
+    if method == "GET" and (path == "/gradio_api/queue/data" or path.startswith(_HEARTBEAT)):
+        return await _stream(gate, request, path, person, send)
+    if is_read and _INSIDE.fullmatch(path):
+        return await _forward(gate, request, send)
     raise CelestialError(f"there is nothing at {path[:100]}", "GET /docs shows what there is.", "not_found")
 
 # %% ../../nbs/demo/10_routes.ipynb #ga-tidy
-PATIENCE = 4  # times that a session may be met without a listener
+_TIDY = 5.0  # seconds between two times of clearing up
+_PATIENCE = 4  # times that a session may be met without a listener
 
 
-async def forget_silent(gate: Gate) -> None:
+async def _forget_silent(gate: _Gate) -> None:
     "Drop calls and answers of sessions that nobody listens to."
     queue = gate.page._queue
     waiting = list(queue.pending_messages_per_session)
     gate.silent = Counter({one: gate.silent[one] + 1 for one in waiting if not gate.listening[one]})
     for session, times in gate.silent.items():
-        if times > PATIENCE:
+        if times > _PATIENCE:
             await queue.clean_events(session_hash=session)
             queue.pending_messages_per_session.pop(session, None)
             queue.pending_event_ids_session.pop(session, None)
 
 
 @asynccontextmanager
-async def tidying(gate: Gate) -> AsyncIterator[None]:
+async def _tidying(gate: _Gate) -> AsyncIterator[None]:
     "Clear up while the block runs, and at its end."
 
     async def tidy() -> None:
         while True:
-            await asyncio.sleep(TIDY)
+            await asyncio.sleep(_TIDY)
             try:
                 expire_uploads(gate.uploads)
-                await forget_silent(gate)
+                await _forget_silent(gate)
             except Exception:
-                log.exception("the demo couldn't clear up")
+                _log.exception("the demo couldn't clear up")
 
     task = asyncio.create_task(tidy())
     try:
@@ -425,20 +395,20 @@ async def tidying(gate: Gate) -> AsyncIterator[None]:
         task.cancel()
         gate.uploads.close()
 
-# %% ../../nbs/demo/10_routes.ipynb #ga-mount
-QUEUE = 64  # calls that may wait
+# %% ../../nbs/demo/10_routes.ipynb #ga-mount-x
+_QUEUE = 64  # calls that may wait
 
 
-def own_limits(page: "gr.Blocks") -> None:
-    "What Gradio itself bounds, if it's told to."
+def _own_limits(page: "gr.Blocks") -> None:
+    "The limits that Gradio has itself."
     page.max_threads = 8
     page.state_session_capacity = 256  # some 0.1 MB each, and a picture
-    page.queue(max_size=QUEUE)
+    page.queue(max_size=_QUEUE)
     page._queue.ANALYTICS_MAX_EVENTS = 1  # it makes a table of them after each call
     page._queue.ANAYLTICS_CACHE_FREQUENCY = 10**9
     page.has_launched = True
 
-# %% ../../nbs/demo/10_routes.ipynb #ga-mount-x
+
 def mount_demo(
     app: FastAPI,
     host: Host,
@@ -452,9 +422,9 @@ def mount_demo(
     page = build_demo(host)
     import gradio as gr
 
-    own_limits(page)
+    _own_limits(page)
     theme = gr.themes.Base(font=["ui-sans-serif", "system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    gates: list[Gate] = []
+    gates: list[_Gate] = []
     gr.mount_gradio_app(
         app,
         page,
@@ -467,12 +437,12 @@ def mount_demo(
         show_error=False,
         allowed_paths=[],
         auth=(lambda *_: False) if logins else None,
-        app_kwargs={"exception_handlers": handlers, "lifespan": lambda _: tidying(gates[0])},
+        app_kwargs={"exception_handlers": handlers, "lifespan": lambda _: _tidying(gates[0])},
     )
     gradio_app = app.routes.pop().app  # type: ignore[attr-defined]
     if logins:
         gradio_app.tokens = logins
-    gates.append(Gate(gradio_app, host.uploads, logins, seconds))
+    gates.append(_Gate(gradio_app, host.uploads, logins, seconds))
     app.router.default = gates[0]  # see "The app" in the notebook of the API
 
 # %% ../../nbs/demo/10_routes.ipynb #ga-add
@@ -481,8 +451,8 @@ def add_demo(app: FastAPI, service: Service) -> None:
     settings, uploads = service.settings, Uploads(service.settings)
     service.metrics.collect(lambda: upload_figures(uploads))
 
-    async def take_feedback(who: str, **said: Any) -> None:
-        await store_judgement(service, Feedback(**said), who)
+    async def take_feedback(who: str, **judgement: Any) -> None:
+        await store_judgement(service, Feedback(**judgement), who)
 
     answered, alone = partial(score_picture, service, picture=True), partial(service.scorer.score, picture=True)
     host = Host(service.models.now, answered, take_feedback, alone, uploads)

@@ -7,28 +7,29 @@ __all__ = ['published_versions', 'choices', 'version_card', 'verdict', 'compare'
 
 # %% ../../nbs/demo/04_side_by_side.ipynb #68b9758f
 import asyncio
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
+from ..core.domains import Domain, domain_of
 from ..core.errors import CelestialError
-from .elements import example, example_names, picture_uri, sky
+from .elements import picture_uri, sky
 from .identify import QUIET, Host, drop_area, sorry, upload_path
 from .uploads import forget_uploads, read_file
-from .wording import apology, bars, named, percent, text, track_record
+from .wording import apology, card, in_sentence, model_name, percent, text, track_record
 from ..serve.predictor import Prediction, Predictor, models_folder
 from ..serve.scorer import Scored
 
 # %% ../../nbs/demo/04_side_by_side.ipynb #published-versions
 def published_versions() -> dict[str, Path]:  # "celestial/3" → its folder, by name, the newest first
     "The versions that the registry has published."
-    found = [path.parent for path in models_folder().glob("*/*/model.json") if path.parent.name.isdigit()]
-    ordered = sorted(found, key=lambda folder: (folder.parent.name, -int(folder.name)))
+    folders = [path.parent for path in models_folder().glob("*/*/model.json") if path.parent.name.isdigit()]
+    ordered = sorted(folders, key=lambda folder: (folder.parent.name, -int(folder.name)))
     return {f"{folder.parent.name}/{folder.name}": folder for folder in ordered}
 
-# %% ../../nbs/demo/04_side_by_side.ipynb #choices
+
 def choices(
     current: Predictor | None,  # that answers now
 ) -> dict[str, Path]:  # what to call it → its folder; the current one first
@@ -36,89 +37,70 @@ def choices(
     versions = published_versions()
     if current is None:
         return versions
-    name = next((name for name, folder in versions.items() if folder == current.folder), current.version)
-    return {f"{name} (answers now)": current.folder} | {n: f for n, f in versions.items() if f != current.folder}
+    others = {name: folder for name, folder in versions.items() if folder != current.folder}
+    return {f"{model_name(current.about)} (answers now)": current.folder} | others
 
-# %% ../../nbs/demo/04_side_by_side.ipynb #open-version
+
 @lru_cache(maxsize=4)
-def open_version(folder: Path) -> Predictor:
+def _open_version(folder: Path) -> Predictor:
     "A version's model, kept while it's compared; a published one never changes."
     return Predictor(folder)
 
 # %% ../../nbs/demo/04_side_by_side.ipynb #version-card
 def version_card(name: str, prediction: Prediction, about: dict[str, Any]) -> str:
-    "What one version says."
-    record, threshold = track_record(about), about["ood_threshold"]
-    headline = prediction.label if prediction.known else "Nothing I know"
-    sure = f"{percent(prediction.confidence)} sure" if prediction.known else f"likest to {named(prediction.label)}"
-    strange = f"Strangeness {prediction.ood_score:.1f}; unknown begins at {threshold:.1f}."
-    more = f"On the test, {record}." if record else ""
-    return (
-        f'<div class="says version"><p class=eyebrow>{text(name)}</p><h2>{text(headline)}</h2>'
-        f"<p class=plain>{text(sure)}</p>{bars(prediction.probabilities, prediction.known)}"
-        f"<p class=fine>{text(strange)} {text(more)}</p></div>"
-    )
+    "One version's answer."
+    record, headline, sure = track_record(about), prediction.label, f"{percent(prediction.confidence)} sure"
+    if not prediction.known:
+        headline, sure = "Nothing I know", f"most like {in_sentence(prediction.label, prediction.probabilities)}"
+    fine = f"Strangeness {prediction.ood_score:.1f}; unknown begins at {about['ood_threshold']:.1f}."
+    fine += f" On the test, {record}." if record else ""
+    return card(name, headline, sure, prediction, "version", fine=fine)
 
-# %% ../../nbs/demo/04_side_by_side.ipynb #trouble-card
-def trouble_card(name: str, words: str) -> str:
-    "A version that can't answer."
-    return f'<div class="says version"><p class=eyebrow>{text(name)}</p><p class=plain>{text(words)}</p></div>'
 
-# %% ../../nbs/demo/04_side_by_side.ipynb #verdict
 def verdict(one: Prediction | None, other: Prediction | None) -> str:
     "Whether they agree, in a sentence."
     if one is None or other is None:
         return ""
-    names = [f"“{said.label}”" if said.known else "“nothing I know”" for said in (one, other)]
+    names = [f"“{prediction.label}”" if prediction.known else "“nothing I know”" for prediction in (one, other)]
     agree = names[0] == names[1]
     words = f"Both say {names[0]}." if agree else f"They disagree: {names[0]} against {names[1]}."
     return f'<p class="plain verdict">{text(words)}</p>'
 
-# %% ../../nbs/demo/04_side_by_side.ipynb #one-side
-async def one_side(host: Host, name: str | None, folder: Path | None, content: bytes) -> tuple[str, Scored | None]:
+# %% ../../nbs/demo/04_side_by_side.ipynb #compare
+async def _one_side(host: Host, name: str | None, folder: Path | None, content: bytes) -> tuple[str, Scored | None]:
     "A version's card and its answer; `CelestialError` for a picture that can't be read."
     if name is None or folder is None:
-        return trouble_card("", "Choose a version."), None
+        return card("", "", "Choose a version.", kind="version"), None
     try:
-        model = await run_in_threadpool(open_version, folder)
+        model = await run_in_threadpool(_open_version, folder)
         scored = await host.score(content, model)
     except CelestialError as e:
         if e.status < 500:  # the picture's fault, not this version's
             raise
-        return trouble_card(name, f"This version can't answer: {e.message}."), None
+        return card(name, "", f"This version can't answer: {e.message}.", kind="version"), None
     return version_card(name, scored.prediction, model.about), scored
 
-# %% ../../nbs/demo/04_side_by_side.ipynb #compare
+
 async def compare(
     host: Host,
     content: bytes,  # of an image file
     names: tuple[str | None, str | None],  # of `choices`
 ) -> tuple[str, str, str, str]:  # picture, two cards, verdict
-    "The same picture to two versions."
+    "The same picture to two versions; `CelestialError` for a picture that can't be read."
     folders = await run_in_threadpool(choices, host.current())
-    try:
-        sides = [await one_side(host, name, folders.get(name or ""), content) for name in names]
-    except CelestialError as e:
-        return sky(None), sorry(apology(e)), "", ""
+    sides = [await _one_side(host, name, folders.get(name or ""), content) for name in names]
     pictures = [scored.picture for _, scored in sides if scored and scored.picture is not None]
     shown = await run_in_threadpool(picture_uri, pictures[0]) if pictures else None
     (one, first), (other, second) = sides
     words = verdict(*(scored.prediction if scored else None for scored in (first, second)))
     return sky(shown, "The picture that both see"), one, other, words
 
-# %% ../../nbs/demo/04_side_by_side.ipynb #picture-of
-async def picture_of(source: str | None, host: Host) -> bytes:  # an image file
-    "The picture that was chosen: a file that was dropped, or one to try."
-    if source and source in example_names():
-        return example(source)
-    return await run_in_threadpool(read_file, host.uploads, source) if source and host.uploads else b""
 
-# %% ../../nbs/demo/04_side_by_side.ipynb #instead
-def instead(host: Host, source: str | None, before: str | None) -> str | None:
-    "The picture to show from now on; the one before is deleted, unless it's an example."
-    if host.uploads:
-        forget_uploads(host.uploads, before)
-    return source
+async def _content(host: Host, domain: Domain, source: str) -> bytes:
+    "The file of an example, or of an upload."
+    if source in domain.examples:
+        return domain.picture(source) or b""
+    return await run_in_threadpool(read_file, host.uploads, source) if host.uploads else b""
 
 # %% ../../nbs/demo/04_side_by_side.ipynb #build-compare
 def build_compare(host: Host, tab: Any) -> None:
@@ -126,12 +108,12 @@ def build_compare(host: Host, tab: Any) -> None:
     import gradio as gr
 
     block: dict[str, Any] = {"apply_default_css": False}
-    names = example_names(host.about.get("classes", ()))
-    chosen = "Saturn" if names else None
-    source = gr.State(chosen)
+    domain = domain_of(host.about.get("classes", ()))
+    chosen = next(iter(domain.examples), None)
+    source = gr.State(chosen)  # an example, or the path of an upload
     with gr.Row(elem_id="compare-choices"):
-        label = "Picture to try"
-        picture = gr.Dropdown(names, value=chosen, label=label, elem_id="compare-picture", visible=bool(names))
+        picture = gr.Dropdown(list(domain.examples), value=chosen, label="Picture to try", elem_id="compare-picture")
+        picture.visible = chosen is not None
         one = gr.Dropdown([], label="One version", elem_id="one-version")
         other = gr.Dropdown([], label="Another version", elem_id="other-version")
     with gr.Row(elem_id="compare"):
@@ -142,7 +124,6 @@ def build_compare(host: Host, tab: Any) -> None:
         with gr.Column(elem_classes="card"):
             second = gr.HTML("", elem_id="second", **block)
     both = gr.HTML("", elem_id="both", **block)
-
     slots = asyncio.Semaphore(2)  # comparisons at once; the next waits
 
     async def show(source: str | None, one: str | None, other: str | None) -> tuple[str, str, str, str]:
@@ -150,21 +131,25 @@ def build_compare(host: Host, tab: Any) -> None:
             return sky(None), "", "", ""
         try:
             async with slots:
-                return await compare(host, await picture_of(source, host), (one, other))
+                return await compare(host, await _content(host, domain, source), (one, other))
         except CelestialError as e:
             return sky(None), sorry(apology(e)), "", ""
 
+    def replace(source: str | None, before: str | None) -> str | None:
+        if host.uploads:
+            forget_uploads(host.uploads, before)  # unless it's an example
+        return source
+
+    def dropped(file: dict[str, Any] | None, before: str | None) -> tuple[str | None, None, None]:
+        return replace(upload_path(file), before), None, None
+
     def opened() -> list[Any]:
         names = list(choices(host.current()))
-        second = names[1] if len(names) > 1 else None
-        return [gr.Dropdown(names, value=names[0] if names else None), gr.Dropdown(names, value=second)]
+        return [gr.Dropdown(names, value=value) for value in ([*names, None, None])[:2]]
 
     raw: dict[str, Any] = QUIET | {"preprocess": False}  # Gradio would open the file
-    asked: dict[str, Any] = {"fn": show, "inputs": [source, one, other], "outputs": [left, first, second, both]} | raw
-    tab.select(opened, None, [one, other], **QUIET).then(**asked)
-    gr.on([one.input, other.input], **asked)
-    picture.input(partial(instead, host), [picture, source], source, **raw).then(**asked)
-    dropped = [source, drop, picture]
-    drop.upload(
-        lambda file, old: (instead(host, upload_path(file), old), None, None), [drop, source], dropped, **raw
-    ).then(**asked)
+    run: dict[str, Any] = {"fn": show, "inputs": [source, one, other], "outputs": [left, first, second, both]} | raw
+    tab.select(opened, None, [one, other], **QUIET).then(**run)
+    gr.on([one.input, other.input], **run)
+    picture.input(replace, [picture, source], source, **raw).then(**run)
+    drop.upload(dropped, [drop, source], [source, drop, picture], **raw).then(**run)

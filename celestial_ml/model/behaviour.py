@@ -16,10 +16,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..planets.bodies import BODIES
-from ..planets.renderer import render
+from ..core.domains import domain_of
 
-# %% ../../nbs/model/12_behaviour.ipynb #rolled
+# %% ../../nbs/model/12_behaviour.ipynb #harmless-changes
 Probabilities = Callable[[Sequence[np.ndarray]], np.ndarray]  # uint8 (h, w, 3) pictures → float (n, classes)
 QUALITIES = (95, 80, 60, 40)  # of JPEG files
 
@@ -31,8 +30,8 @@ def rolled(
     "The picture turned about its centre, with black corners."
     return np.asarray(Image.fromarray(image).rotate(degrees, Image.Resampling.BILINEAR, fillcolor=(0, 0, 0)))
 
-# %% ../../nbs/model/12_behaviour.ipynb #as-jpeg
-def as_jpeg(
+
+def _as_jpeg(
     image: np.ndarray,  # uint8 (h, w, 3)
     quality: int,  # 1 to 95
 ) -> np.ndarray:  # uint8, the same shape
@@ -41,7 +40,7 @@ def as_jpeg(
     Image.fromarray(image).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file))
 
-# %% ../../nbs/model/12_behaviour.ipynb #harmless-changes
+
 def harmless_changes(
     image: np.ndarray,  # uint8 (h, w, 3)
     rng: np.random.Generator,  # of the angles
@@ -51,10 +50,10 @@ def harmless_changes(
     return {
         "roll": [rolled(image, float(a)) for a in angles],
         "mirror": [image[:, ::-1].copy()],
-        "jpeg": [as_jpeg(image, q) for q in QUALITIES],
+        "jpeg": [_as_jpeg(image, q) for q in QUALITIES],
     }
 
-# %% ../../nbs/model/12_behaviour.ipynb #outcome
+# %% ../../nbs/model/12_behaviour.ipynb #invariance-tests
 def _outcome(
     passed: np.ndarray,  # bool (n,)
     labels: np.ndarray,  # int (n,)
@@ -68,7 +67,7 @@ def _outcome(
         "by_class": {name: float(passed[labels == c].mean()) for c, name in enumerate(classes) if (labels == c).any()},
     }
 
-# %% ../../nbs/model/12_behaviour.ipynb #invariance-tests
+
 def invariance_tests(
     images: Sequence[np.ndarray],  # uint8 (h, w, 3)
     labels: np.ndarray,  # int (n,), into classes
@@ -81,16 +80,16 @@ def invariance_tests(
     changed = [harmless_changes(image, np.random.default_rng((seed, i))) for i, image in enumerate(images)]
     tests = {}
     for name, first in changed[0].items():
-        said = [probabilities_of([each[name][k] for each in changed]).argmax(axis=1) for k in range(len(first))]
-        same = np.stack(said) == answered
+        versions = [[each[name][k] for each in changed] for k in range(len(first))]
+        same = np.stack([probabilities_of(images).argmax(axis=1) for images in versions]) == answered
         tests[name] = _outcome(same.all(axis=0), labels, classes) | {"answers_kept": float(same.mean())}
     return tests
 
-# %% ../../nbs/model/12_behaviour.ipynb #0debb499
+# %% ../../nbs/model/12_behaviour.ipynb #shrunk
 SCALES = (1.0, 0.7, 0.5, 0.35, 0.2, 0.1)
 EXPOSURES = (1.0, 0.5, 0.25, 0.12, 0.06, 0.02)
 
-# %% ../../nbs/model/12_behaviour.ipynb #shrunk
+
 def shrunk(
     image: np.ndarray,  # uint8 (h, w, 3)
     scale: float,  # 0 … 1
@@ -103,7 +102,7 @@ def shrunk(
     frame.paste(small, ((width - small.width) // 2, (height - small.height) // 2))
     return np.asarray(frame)
 
-# %% ../../nbs/model/12_behaviour.ipynb #darkened
+
 def darkened(
     image: np.ndarray,  # uint8 (h, w, 3)
     exposure: float,  # 0 … 1, factor on the values
@@ -111,7 +110,7 @@ def darkened(
     "The picture with less light."
     return (image * np.float32(exposure) + 0.5).astype(np.uint8)
 
-# %% ../../nbs/model/12_behaviour.ipynb #directional-tests
+
 def directional_tests(
     images: Sequence[np.ndarray],  # uint8 (h, w, 3)
     labels: np.ndarray,  # int (n,), into classes
@@ -128,33 +127,28 @@ def directional_tests(
         }
     return tests
 
-# %% ../../nbs/model/12_behaviour.ipynb #855369dc
-RENDERED = (
-    "The exemplars are renders. A model trained on photographs may treat a render as foreign, and a miss here is "
-    "then a matter of the renderer as much as of the model."
-)
-
 # %% ../../nbs/model/12_behaviour.ipynb #exemplar-test
 def exemplar_test(
     classes: Sequence[str],
     probabilities_of: Probabilities,
     size: int = 128,  # pixels along an edge
-) -> dict[str, Any]:  # `passed` is None where the renderer knows no class
-    "Whether the plain portrait of every class that the renderer knows is answered right."
-    known = [name for name in classes if name in BODIES]
-    if not known:
-        return {"passed": None, "images": 0, "failing": [], "answers": {}, "note": "The renderer knows no class."}
-    probabilities = probabilities_of([render(name, size=size) for name in known])
-    said = [classes[best] for best in probabilities.argmax(axis=1)]
+) -> dict[str, Any]:  # `passed` is None where no class can be drawn
+    "Whether the plain portrait of every class that the domain can draw is answered right."
+    domain = domain_of(classes)
+    portraits = {name: picture for name in classes if (picture := domain.exemplar(name, size)) is not None}
+    if not portraits:
+        return {"passed": None, "images": 0, "failing": [], "answers": {}, "note": "No class can be drawn."}
+    best = probabilities_of(list(portraits.values())).argmax(axis=1)
+    answers = {name: classes[i] for name, i in zip(portraits, best, strict=True)}
     return {
-        "passed": float(np.mean([a == b for a, b in zip(said, known, strict=True)])),
-        "images": len(known),
-        "failing": [list(classes).index(name) for name, answer in zip(known, said, strict=True) if answer != name],
-        "answers": dict(zip(known, said, strict=True)),
-        "note": RENDERED,
+        "passed": float(np.mean([name == answer for name, answer in answers.items()])),
+        "images": len(portraits),
+        "failing": [list(classes).index(name) for name, answer in answers.items() if answer != name],
+        "answers": answers,
+        "note": "The portraits are drawn. To a model that was trained on photographs a drawing may look foreign.",
     }
 
-# %% ../../nbs/model/12_behaviour.ipynb #behaviour-report
+
 def behaviour_report(
     images: Sequence[np.ndarray],  # uint8 (h, w, 3), of any sizes; at least one
     labels: np.ndarray,  # int (n,), into classes

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['View', 'image_plane', 'body_frame', 'meet_spheroid', 'linear', 'encode', 'reflectance', 'texture', 'Scene',
-           'make_scene', 'ring_table', 'slab', 'shade_rings', 'trace', 'render', 'sample_view', 'render_many']
+           'make_scene', 'ring_table', 'slab', 'shade_rings', 'trace', 'picture', 'render', 'sample_view',
+           'render_many']
 
 # %% ../../nbs/planets/02_renderer.ipynb #80f7dab8
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,12 @@ from .bodies import BODIES, Body, get_body
 from .surfaces import relief, sample_map, slopes, surface_map
 
 # %% ../../nbs/planets/02_renderer.ipynb #view
+_RANGES: dict[str, tuple[float, float]] = {
+    **{"latitude_deg": (-90, 90), "phase_deg": (0, 180), "radius": (0.02, 5), "exposure": (0, 10)},
+    **{"fov_deg": (0, 150), "limb_darkening": (0, 1), "warmth": (-0.5, 0.5)},
+}
+
+
 @dataclass(frozen=True)
 class View:
     "Where the camera and the light are. The defaults are the plain portrait."
@@ -37,7 +44,7 @@ class View:
         angles = (self.longitude_deg, self.roll_deg, self.light_angle_deg, *self.centre)
         if not np.isfinite(angles).all():
             raise ValueError("longitude, roll, light angle and centre: allowed are finite numbers")
-        for name, (low, high) in _ALLOWED.items():
+        for name, (low, high) in _RANGES.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}, allowed are {low:g} to {high:g}")
         if self.distance <= 1.05:
@@ -49,85 +56,58 @@ class View:
         "From the camera to the body's centre in equatorial radii, infinite for an orthographic view."
         return 1 / (self.radius * np.tan(np.radians(self.fov_deg / 2))) if self.fov_deg else float("inf")
 
-# %% ../../nbs/planets/02_renderer.ipynb #ba3e583c
-_ALLOWED = {
-    "latitude_deg": (-90, 90),
-    "phase_deg": (0, 180),
-    "radius": (0.02, 5),
-    "exposure": (0, 10),
-    "fov_deg": (0, 150),
-    "limb_darkening": (0, 1),
-    "warmth": (-0.5, 0.5),
-}
-
 # %% ../../nbs/planets/02_renderer.ipynb #image-plane
 def image_plane(
     view: View,
     size: int,  # pixels along an edge
 ) -> tuple[np.ndarray, np.ndarray]:  # x and y of the pixels' centres in equatorial radii, y upwards
     "Where the pixels lie on the plane through the body's centre."
-    edge = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
-    x, y = (edge - view.centre[0]) / view.radius, (-edge - view.centre[1]) / view.radius
-    across, down = np.meshgrid(x.astype(np.float32), y.astype(np.float32))
+    edge = (np.arange(size) + 0.5) * (2 / size) - 1
+    across, down = np.meshgrid((edge - view.centre[0]) / view.radius, (-edge - view.centre[1]) / view.radius)
     return across, down
 
-# %% ../../nbs/planets/02_renderer.ipynb #body-frame
+
 def body_frame(
     view: View,
-) -> np.ndarray:  # float32 (3, 3); rows: the body's x, y and z axes in the camera's frame
+) -> np.ndarray:  # float (3, 3); rows: the body's x, y and z axes in the camera's frame
     "The rotation from camera to body coordinates."
     lon, lat, roll = np.radians([view.longitude_deg, view.latitude_deg, view.roll_deg])
     toward = [np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)]
     east = [-np.sin(lon), np.cos(lon), 0]
     north = [-np.sin(lat) * np.cos(lon), -np.sin(lat) * np.sin(lon), np.cos(lat)]
     unroll = np.array([[np.cos(roll), np.sin(roll), 0], [-np.sin(roll), np.cos(roll), 0], [0, 0, 1]])
-    return (np.array([east, north, toward]).T @ unroll).astype(np.float32)
+    return np.array([east, north, toward]).T @ unroll
 
-# %% ../../nbs/planets/02_renderer.ipynb #light-direction
-def light_direction(view: View) -> np.ndarray:  # float32 (3,), unit, camera's frame
-    "Towards the Sun."
-    phase, around = np.radians([view.phase_deg, view.light_angle_deg])
-    x, y = np.sin(phase) * np.cos(around), np.sin(phase) * np.sin(around)
-    return np.array([x, y, np.cos(phase)], np.float32)
+# %% ../../nbs/planets/02_renderer.ipynb #meet-spheroid
+_Points = tuple[np.ndarray, np.ndarray, np.ndarray]  # x, y and z of many points, kept apart for speed
 
-# %% ../../nbs/planets/02_renderer.ipynb #c5a65c76
-Points = tuple[np.ndarray, np.ndarray, np.ndarray]  # x, y and z of many points, kept apart for speed
 
-# %% ../../nbs/planets/02_renderer.ipynb #dot
-def dot(a: Points | np.ndarray, b: Points | np.ndarray) -> np.ndarray:
+def _dot(a: _Points | np.ndarray, b: _Points | np.ndarray) -> np.ndarray:
     "Dot products of points, or of points and one vector."
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
-# %% ../../nbs/planets/02_renderer.ipynb #meet-spheroid
+
 def meet_spheroid(
-    o: Points,  # origins of the rays
-    d: Points | np.ndarray,  # and their directions
+    o: _Points,  # origins of the rays
+    d: _Points | np.ndarray,  # and their directions
     pole: np.ndarray,  # of the spheroid, a unit vector
-    e: float | np.floating,  # its coefficient
+    e: float,  # its coefficient
 ) -> tuple[np.ndarray, np.ndarray]:  # t of the larger root, discriminant (negative where the ray misses)
     "Where rays leave a spheroid."
-    od, dd, no, nd = dot(o, d), dot(d, d), dot(o, pole), dot(d, pole)
-    a, b, c = dd + e * nd * nd, od + e * no * nd, dot(o, o) + e * no * no - 1
+    od, dd, no, nd = _dot(o, d), _dot(d, d), _dot(o, pole), _dot(d, pole)
+    a, b, c = dd + e * nd * nd, od + e * no * nd, _dot(o, o) + e * no * no - 1
     discriminant = b * b - a * c
     return (np.sqrt(np.maximum(discriminant, 0)) - b) / a, discriminant
-
-# %% ../../nbs/planets/02_renderer.ipynb #edge-distance
-def edge_distance(
-    discriminant: np.ndarray,  # on the pixel grid
-) -> np.ndarray:  # pixels, positive inside
-    "Signed distance to the silhouette."
-    down, across = np.gradient(discriminant)
-    return discriminant / np.sqrt(down * down + across * across + 1e-12)
 
 # %% ../../nbs/planets/02_renderer.ipynb #linear
 def linear(colour: np.ndarray | Sequence[float]) -> np.ndarray:
     "Display colour to light (a gamma of 2.2 stands for the sRGB curve)."
-    return np.power(np.asarray(colour, np.float32), np.float32(2.2))
+    return np.asarray(colour, float) ** 2.2
 
-# %% ../../nbs/planets/02_renderer.ipynb #encode
+
 def encode(light: np.ndarray) -> np.ndarray:  # uint8
     "Light to display colour."
-    return (np.clip(light, 0, 1) ** np.float32(1 / 2.2) * 255 + np.float32(0.5)).astype(np.uint8)
+    return (np.clip(light, 0, 1) ** (1 / 2.2) * 255 + 0.5).astype(np.uint8)
 
 # %% ../../nbs/planets/02_renderer.ipynb #reflectance
 def reflectance(
@@ -140,20 +120,20 @@ def reflectance(
     mu0, mu = np.maximum(mu0, 0), np.maximum(mu, 0.04)
     if body.law == "lommel-seeliger":
         return np.minimum(2 * mu0 / (mu0 + mu), 1.2)  # the limb of a real, rough surface does not flare
-    k = np.float32(0.5 + (body.minnaert_k - 0.5) * strength)
+    k = 0.5 + (body.minnaert_k - 0.5) * strength
     return np.minimum(mu0**k * mu ** (k - 1), 1.06)
 
-# %% ../../nbs/planets/02_renderer.ipynb #b19cc663
-WEATHERS = 6  # maps per body with weather
+# %% ../../nbs/planets/02_renderer.ipynb #texture
+_WEATHERS = 6  # maps per body with weather
 _RELIEF = {"Mercury": 0.75, "Moon": 0.75, "Mars": 0.4, "Pluto": 0.5}  # exaggeration of the slopes, by eye
 
-# %% ../../nbs/planets/02_renderer.ipynb #texture
+
 @lru_cache(maxsize=24)
 def texture(
     body: str,
-    weather: int,  # 0 to `WEATHERS` - 1
+    weather: int,  # 0 to 5
     width: int,
-) -> np.ndarray:  # float32 (width // 2, width, 3 or 5)
+) -> np.ndarray:  # float (width // 2, width, 3 or 5)
     "The map that the renderer reads; the first call paints it."
     colours = linear(surface_map(body, weather, width))
     if body not in _RELIEF:
@@ -167,11 +147,11 @@ class Scene:
 
     body: Body
     view: View
-    x: np.ndarray  # image plane, float32 (n, n)
+    x: np.ndarray  # image plane, float (n, n)
     y: np.ndarray
-    q: np.float32  # one over the camera's distance
+    q: float  # one over the camera's distance
     axes: np.ndarray  # `body_frame`
-    light: np.ndarray  # `light_direction`
+    light: np.ndarray  # float (3,), unit, camera's frame: towards the Sun
 
     @property
     def pole(self) -> np.ndarray:
@@ -179,28 +159,29 @@ class Scene:
         return self.axes[2]
 
     @property
-    def e(self) -> np.float32:
+    def e(self) -> float:
         "The spheroid's coefficient."
-        return np.float32((1 - self.body.oblateness) ** -2 - 1)
+        return (1 - self.body.oblateness) ** -2 - 1
 
-    def ray(self, at: np.ndarray) -> tuple[Points, Points]:
+    def ray(self, at: np.ndarray) -> tuple[_Points, _Points]:
         "Origins and directions of the rays through some pixels (flat indices)."
         x, y = self.x.ravel()[at], self.y.ravel()[at]
         return (x, y, np.zeros_like(x)), (-self.q * x, -self.q * y, np.ones_like(x))
 
-# %% ../../nbs/planets/02_renderer.ipynb #make-scene
+
 def make_scene(body: Body, view: View, size: int) -> Scene:
     "The scene on a grid of pixels."
-    x, y = image_plane(view, size)
-    return Scene(body, view, x, y, np.float32(1 / view.distance), body_frame(view), light_direction(view))
+    phase, around = np.radians([view.phase_deg, view.light_angle_deg])
+    light = np.array([np.sin(phase) * np.cos(around), np.sin(phase) * np.sin(around), np.cos(phase)])
+    return Scene(body, view, *image_plane(view, size), 1 / view.distance, body_frame(view), light)
 
-# %% ../../nbs/planets/02_renderer.ipynb #walk
-def walk(o: Points, d: Points | np.ndarray, t: np.ndarray) -> Points:
+# %% ../../nbs/planets/02_renderer.ipynb #shade-globe
+def _walk(o: _Points, d: _Points | np.ndarray, t: np.ndarray) -> _Points:
     "The points at t along rays."
     return o[0] + t * d[0], o[1] + t * d[1], o[2] + t * d[2]
 
-# %% ../../nbs/planets/02_renderer.ipynb #shade-globe
-def shade_globe(
+
+def _shade_globe(
     scene: Scene,
     at: np.ndarray,  # pixels that see the globe (flat indices)
     skin: np.ndarray,  # `texture`
@@ -208,26 +189,26 @@ def shade_globe(
     "The lit surface."
     o, d = scene.ray(at)
     t, _ = meet_spheroid(o, d, scene.pole, scene.e)
-    p = walk(o, d, t)
-    normal = walk(p, scene.pole, scene.e * dot(p, scene.pole))
-    shrink = 1 / np.sqrt(dot(normal, normal))
-    mu0 = dot(normal, scene.light) * shrink
-    mu = dot(normal, d) * shrink / np.sqrt(dot(d, d))
-    bx, by, bz = (dot(p, axis) for axis in scene.axes)
-    bz = np.clip(bz / np.float32(1 - scene.body.oblateness), -1, 1)
+    p = _walk(o, d, t)
+    normal = _walk(p, scene.pole, scene.e * _dot(p, scene.pole))
+    shrink = 1 / np.sqrt(_dot(normal, normal))
+    mu0 = _dot(normal, scene.light) * shrink
+    mu = _dot(normal, d) * shrink / np.sqrt(_dot(d, d))
+    bx, by, bz = (_dot(p, axis) for axis in scene.axes)
+    bz = np.clip(bz / (1 - scene.body.oblateness), -1, 1)
     values = sample_map(skin, np.arctan2(by, bx), np.arcsin(bz))
     if values.shape[1] > 3:
         risen = np.clip(mu0 * 7 + 0.3, 0, 1)  # past the terminator only the peaks catch the Sun
-        mu0 = mu0 - risen * np.clip(mu * 4, 0, 1) * tilt(scene, (bx, by, bz), values[:, 3], values[:, 4])
-    twilight = np.float32(scene.body.atmosphere.twilight if scene.body.atmosphere else 0)
+        mu0 = mu0 - risen * np.clip(mu * 4, 0, 1) * _tilt(scene, (bx, by, bz), values[:, 3], values[:, 4])
+    twilight = scene.body.atmosphere.twilight if scene.body.atmosphere else 0
     lit = reflectance(scene.body, (mu0 + twilight) / (1 + twilight), mu, scene.view.limb_darkening)
-    lit = lit * ring_shadow(scene, p)
-    return values[:, :3] * lit[:, None] + haze(scene, mu0, mu), t
+    lit = lit * _ring_shadow(scene, p)
+    return values[:, :3] * lit[:, None] + _haze(scene, mu0, mu), t
 
-# %% ../../nbs/planets/02_renderer.ipynb #tilt
-def tilt(
+
+def _tilt(
     scene: Scene,
-    place: Points,  # unit vectors, body's frame
+    place: _Points,  # unit vectors, body's frame
     east: np.ndarray,  # slope: rise per run
     north: np.ndarray,
 ) -> np.ndarray:  # to be taken from the cosine of incidence
@@ -240,28 +221,28 @@ def tilt(
     return east * light_east + north * light_north
 
 # %% ../../nbs/planets/02_renderer.ipynb #haze
-def haze(scene: Scene, mu0: np.ndarray, mu: np.ndarray) -> np.ndarray:  # light (m, 3), or zero
+def _haze(scene: Scene, mu0: np.ndarray, mu: np.ndarray) -> np.ndarray:  # light (m, 3), or zero
     "Air seen edge-on in front of the limb."
     air = scene.body.atmosphere
     if air is None:
-        return np.zeros(3, np.float32)
+        return np.zeros(3)
     path = (1 - np.clip(mu, 0, 1)) ** 4 * np.clip(mu0 * 1.5 + air.twilight, 0, 1)
-    return (np.float32(22 * air.height) * path)[:, None] * linear(air.colour)
+    return (22 * air.height * path)[:, None] * linear(air.colour)
 
-# %% ../../nbs/planets/02_renderer.ipynb #glow
-def glow(
+
+def _glow(
     scene: Scene,
     outside: np.ndarray,  # distance beyond the limb in radii, (n, n)
 ) -> np.ndarray:  # light (n, n, 3), or zero
     "The air's thin bright line beyond the lit limb."
     air = scene.body.atmosphere
     if air is None:
-        return np.zeros(3, np.float32)
-    r = np.sqrt(scene.x**2 + scene.y**2) + np.float32(1e-6)
+        return np.zeros(3)
+    r = np.sqrt(scene.x**2 + scene.y**2) + 1e-6
     mu0 = (scene.x * scene.light[0] + scene.y * scene.light[1]) / r
     sunlit = np.clip((mu0 + air.twilight) / (0.3 + air.twilight), 0, 1)
     amount = np.exp(-np.clip(outside / air.height, 0, 30)) * sunlit
-    return (np.float32(0.55) * amount)[..., None] * linear(air.colour)
+    return (0.55 * amount)[..., None] * linear(air.colour)
 
 # %% ../../nbs/planets/02_renderer.ipynb #ring-table
 @lru_cache(maxsize=4)
@@ -279,40 +260,38 @@ def ring_table(
         inside = (r * body.equatorial_km >= ring.inner_km) & (r * body.equatorial_km <= ring.outer_km)
         depth[inside] = ring.optical_depth * np.exp(0.5 * ringlets[inside])
         colour[inside] = linear(ring.colour) * (1 + 0.14 * ringlets[inside, None])
-    return depth, colour.astype(np.float32)
+    return depth, colour
 
-# %% ../../nbs/planets/02_renderer.ipynb #ring-integral
+# %% ../../nbs/planets/02_renderer.ipynb #ring-lookup
 @lru_cache(maxsize=4)
-def ring_integral(name: str) -> np.ndarray:  # float64 (cells + 1,)
+def _ring_integral(name: str) -> np.ndarray:  # float (cells + 1,)
     "The running sum of the optical depth over the ring table."
     return np.concatenate([[0], np.cumsum(ring_table(name)[0])])
 
-# %% ../../nbs/planets/02_renderer.ipynb #ring-lookup
-def ring_lookup(
+
+def _ring_lookup(
     body: Body,
     r: np.ndarray,  # radii
     spread: np.ndarray | float,  # how far a pixel reaches in radius
-) -> tuple[np.ndarray, np.ndarray]:  # mean optical depth, float32; index into the colours
+) -> tuple[np.ndarray, np.ndarray]:  # mean optical depth; index into the colours
     "The rings as seen through a pixel."
-    total = ring_integral(body.name)
+    total = _ring_integral(body.name)
     cells = len(total) - 1
     per_radius = (cells - 1) / (body.outer_radius - 1)
     middle, half = (r - 1) * per_radius + 0.5, np.maximum(spread * (per_radius / 2), 0.5)
-    low, high = (np.clip(edge, 0, cells) for edge in (middle - half, middle + half))
-    depth = (total[high.astype(np.int32)] - total[low.astype(np.int32)]) / np.maximum(2 * half, 1)
-    return depth.astype(np.float32), np.clip(middle, 0, cells - 1).astype(np.int32)
+    low, high = (np.clip(edge, 0, cells).astype(np.int32) for edge in (middle - half, middle + half))
+    return (total[high] - total[low]) / np.maximum(2 * half, 1), np.clip(middle, 0, cells - 1).astype(np.int32)
 
-# %% ../../nbs/planets/02_renderer.ipynb #ring-shadow
-def ring_shadow(scene: Scene, p: Points) -> np.ndarray | np.float32:  # share of the sunlight that arrives
-    "The rings' shadow on the globe."
+
+def _ring_shadow(scene: Scene, p: _Points) -> np.ndarray | float:  # share of the sunlight that arrives
+    "The rings' shadow on the globe: a point is in it if the line to the Sun meets the ring plane inside a ring."
     sine = float(scene.pole @ scene.light)
     if not scene.body.rings or abs(sine) < 1e-3:
-        return np.float32(1)
-    t = -dot(p, scene.pole) / np.float32(sine)
-    foot = walk(p, scene.light, t)
-    depth, _ = ring_lookup(scene.body, np.sqrt(dot(foot, foot)), 0.02)  # the Sun is not a point: soft edges
-    through = np.exp(-np.minimum(depth / np.float32(abs(sine)), 30))
-    return np.where(t > 0, through, np.float32(1))
+        return 1.0
+    t = -_dot(p, scene.pole) / sine
+    foot = _walk(p, scene.light, t)
+    depth, _ = _ring_lookup(scene.body, np.sqrt(_dot(foot, foot)), 0.02)  # the Sun is not a point: soft edges
+    return np.where(t > 0, np.exp(-np.minimum(depth / abs(sine), 30)), 1.0)
 
 # %% ../../nbs/planets/02_renderer.ipynb #slab
 def slab(
@@ -324,66 +303,71 @@ def slab(
     "Light scattered once in a thin layer."
     if same_side:
         return 2 * mu0 / (mu0 + mu) * (1 - np.exp(-depth * (1 / mu0 + 1 / mu)))
-    mu = np.where(np.abs(mu - mu0) < 0.01, np.float32(mu0 + 0.01), mu)  # the formula is 0/0 where they meet
+    mu = np.where(np.abs(mu - mu0) < 0.01, mu0 + 0.01, mu)  # the formula is 0/0 where they meet
     return 2 * mu0 / (mu - mu0) * (np.exp(-depth / mu) - np.exp(-depth / mu0))
-
-# %% ../../nbs/planets/02_renderer.ipynb #ring-plane
-def ring_plane(
-    scene: Scene,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # t, radius and cosine, each (n, n)
-    "Where the rays of all pixels meet the plane of the rings."
-    drop = scene.x * scene.pole[0] + scene.y * scene.pole[1]
-    cosine = scene.pole[2] - scene.q * drop
-    cosine = np.where(np.abs(cosine) < 0.01, np.float32(0.01), cosine)  # edge-on they stay a line
-    t = -drop / cosine
-    x, y = scene.x * (1 - scene.q * t), scene.y * (1 - scene.q * t)
-    return t, np.sqrt(x * x + y * y + t * t), np.abs(cosine)
 
 # %% ../../nbs/planets/02_renderer.ipynb #shade-rings
 def shade_rings(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     "Pixels that see the rings (flat indices), their light (m, 3), opacity (m,) and t along the rays (m,)."
-    t, r, mu = ring_plane(scene)
-    down, across = np.gradient(r)
-    depth, cell = ring_lookup(scene.body, r, np.hypot(down, across))
+    drop = scene.x * scene.pole[0] + scene.y * scene.pole[1]
+    cosine = scene.pole[2] - scene.q * drop
+    cosine = np.where(np.abs(cosine) < 0.01, 0.01, cosine)  # edge-on they stay a line
+    t = -drop / cosine
+    r = np.sqrt((scene.x**2 + scene.y**2) * (1 - scene.q * t) ** 2 + t * t)  # where the rays meet the rings' plane
+    depth, cell = _ring_lookup(scene.body, r, np.hypot(*np.gradient(r)))
     at = np.flatnonzero((depth > 1e-4) & (t * scene.q < 0.98))
-    t, mu, depth, cell = (grid.ravel()[at] for grid in (t, mu, depth, cell))
+    t, mu, depth, cell = (grid.ravel()[at] for grid in (t, np.abs(cosine), depth, cell))
     sine = float(scene.pole @ scene.light)
-    p = walk(*scene.ray(at), t)
-    lit = slab(depth, max(abs(sine), 0.02), mu, sine * float(scene.pole[2]) > 0) * globe_shadow(scene, p)
+    p = _walk(*scene.ray(at), t)
+    lit = slab(depth, max(abs(sine), 0.02), mu, sine * float(scene.pole[2]) > 0) * _globe_shadow(scene, p)
     colour = ring_table(scene.body.name)[1][cell]
     return at, colour * np.minimum(lit, 1.3)[:, None], 1 - np.exp(-np.minimum(depth / mu, 30)), t
 
-# %% ../../nbs/planets/02_renderer.ipynb #globe-shadow
-def globe_shadow(scene: Scene, p: Points) -> np.ndarray:  # 1 in the sun, 0 in the shadow
+
+def _globe_shadow(scene: Scene, p: _Points) -> np.ndarray:  # 1 in the sun, 0 in the shadow
     "The globe's shadow on the rings, with a soft edge."
     t, discriminant = meet_spheroid(p, scene.light, scene.pole, scene.e)
-    return np.where(t > 0, 1 - np.clip(discriminant * 25 + 0.5, 0, 1), np.float32(1))
+    return np.where(t > 0, 1 - np.clip(discriminant * 25 + 0.5, 0, 1), 1.0)
 
 # %% ../../nbs/planets/02_renderer.ipynb #trace
 def trace(
     scene: Scene,
     skin: np.ndarray,  # `texture`
-) -> np.ndarray:  # light, float32 (n, n, 3)
+) -> np.ndarray:  # light, float (n, n, 3)
     "The light of every pixel."
     n = len(scene.x)
     o, d = scene.ray(np.arange(n * n))
-    edge = edge_distance(meet_spheroid(o, d, scene.pole, scene.e)[1].reshape(n, n))
+    discriminant = meet_spheroid(o, d, scene.pole, scene.e)[1].reshape(n, n)
+    down, across = np.gradient(discriminant)
+    edge = discriminant / np.sqrt(down * down + across * across + 1e-12)  # pixels to the silhouette, positive inside
     cover = np.clip(edge + 0.5, 0, 1)
     at = np.flatnonzero(cover)
-    light, depth = np.zeros((n * n, 3), np.float32), np.full(n * n, -np.inf, np.float32)
-    globe, depth[at] = shade_globe(scene, at, skin)
+    light, depth = np.zeros((n * n, 3)), np.full(n * n, -np.inf)
+    globe, depth[at] = _shade_globe(scene, at, skin)
     light[at] = globe * cover.ravel()[at, None]
-    light += (glow(scene, -edge * (2 / n / scene.view.radius)) * (1 - cover)[..., None]).reshape(-1, 3)
+    light += (_glow(scene, -edge * (2 / n / scene.view.radius)) * (1 - cover)[..., None]).reshape(-1, 3)
     if scene.body.rings:
         ring, ring_light, opacity, t = shade_rings(scene)
-        hidden = np.where(t > depth[ring], 0, cover.ravel()[ring]).astype(np.float32)
-        front = np.where(t > depth[ring], opacity, 0).astype(np.float32)
+        hidden = np.where(t > depth[ring], 0, cover.ravel()[ring])
+        front = np.where(t > depth[ring], opacity, 0)
         light[ring] = light[ring] * (1 - front)[:, None] + ring_light * (1 - hidden)[:, None]
     return light.reshape(n, n, 3)
 
 # %% ../../nbs/planets/02_renderer.ipynb #render
+def picture(
+    body: Body,
+    skin: np.ndarray,  # `texture`
+    view: View,
+    size: int,  # pixels along an edge
+) -> np.ndarray:  # uint8 (size, size, 3), RGB on black
+    "What the camera makes of a body: the light, averaged over four rays a pixel, exposed and encoded."
+    light = trace(make_scene(body, view, 2 * size), skin)
+    small = (light[::2, ::2] + light[1::2, ::2] + light[::2, 1::2] + light[1::2, 1::2]) / 4
+    return encode(small * np.array([1 + view.warmth, 1, 1 - view.warmth]) * view.exposure)
+
+
 def render(
-    body: str,  # one of the ten
+    name: str,  # one of the ten
     view: View = View(),
     size: int = 128,  # pixels along an edge
     seed: int = 0,  # the weather, for bodies that have any
@@ -392,23 +376,19 @@ def render(
     "The portrait of a body."
     if size < 8:
         raise ValueError(f"size is {size}, allowed are 8 and more pixels")
-    known = get_body(body)
-    width = width or (512 if size <= 160 else 1024)
-    skin = texture(body, seed % WEATHERS if known.weather else 0, width)
-    light = trace(make_scene(known, view, 2 * size), skin)
-    small = (light[::2, ::2] + light[1::2, ::2] + light[::2, 1::2] + light[1::2, 1::2]) / 4
-    balance = np.array([1 + view.warmth, 1, 1 - view.warmth], np.float32)
-    return encode(small * balance * np.float32(view.exposure))
+    body = get_body(name)
+    skin = texture(name, seed % _WEATHERS if body.weather else 0, width or (512 if size <= 160 else 1024))
+    return picture(body, skin, view, size)
 
 # %% ../../nbs/planets/02_renderer.ipynb #sample-view
 def sample_view(body: str, rng: np.random.Generator) -> View:
     "A random view from the default data set's distribution."
-    known = get_body(body)
-    season = min(known.obliquity_deg, 180 - known.obliquity_deg)  # how far from the equator the Sun gets
+    subject = get_body(body)
+    season = min(subject.obliquity_deg, 180 - subject.obliquity_deg)  # how far from the equator the Sun gets
     roll = rng.normal(0, 14) if rng.random() < 0.8 else rng.uniform(-180, 180)
     phase = min(abs(rng.normal(0, 38)), 75) if rng.random() < 0.93 else rng.uniform(75, 110)
-    radius = rng.uniform(0.30, 0.42) if known.rings else rng.uniform(0.55, 0.9)
-    spare = max(1 - radius * known.outer_radius, 0.02)
+    radius = rng.uniform(0.30, 0.42) if subject.rings else rng.uniform(0.55, 0.9)
+    spare = max(1 - radius * subject.outer_radius, 0.02)
     # The Moon always shows us the same side; its far side is seen from spacecraft only.
     near_side = body == "Moon" and rng.random() < 0.8
     return View(
@@ -421,7 +401,7 @@ def sample_view(body: str, rng: np.random.Generator) -> View:
         centre=(rng.uniform(-0.5, 0.5) * spare, rng.uniform(-0.5, 0.5) * spare),
         exposure=rng.uniform(0.75, 1.15),
         fov_deg=rng.choice([0.0, rng.uniform(5, 45)]),
-        limb_darkening=rng.uniform(0, 1) ** 0.7,
+        limb_darkening=round(rng.uniform(0, 1) ** 0.7, 9),
         warmth=np.clip(rng.normal(0, 0.03), -0.1, 0.1),
     )
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
+from ..core.database import find_database, table_lock
 from ..core.errors import refused_by_machine
-from ..core.files import atomic, hold, home, make_folder
+from ..core.files import atomic, home, make_folder
 from ..core.params import Track
 
 if TYPE_CHECKING:
@@ -36,8 +37,7 @@ def tracking_uri(
 # %% ../../nbs/registry/01_tracking.ipynb #make-database
 def _database_lock() -> AbstractContextManager[None]:
     "One process at a time makes the database, or mends it."
-    busy = f"the database {home() / 'mlflow.db'} is being made"
-    return hold(home() / "database.lock", busy, "Try again in a minute.", timeout=120, again=True)
+    return table_lock(find_database(None, "tracking database", "mlflow.db"))
 
 
 def make_database(

@@ -96,12 +96,8 @@ def find_answers(
 ) -> Evidence | None:
     "The answers that these metrics were computed from, if the registry or a run still has them."
     for folder in [*map(published, versions()), *sorted((root / "output").glob("*"))]:
-        files = (folder / "model.json", folder / EVIDENCE)
-        if (
-            all(file.is_file() for file in files)
-            and read_json(files[0]).get("metrics") == metrics
-            and not damage(folder)
-        ):
+        complete = (folder / EVIDENCE).is_file() and (folder / "model.json").is_file()
+        if complete and read_json(folder / "model.json").get("metrics") == metrics and not damage(folder):
             return Evidence.load(folder)
     return None
 

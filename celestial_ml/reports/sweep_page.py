@@ -16,9 +16,10 @@ from typing import Any
 from ..core.files import atomic
 from ..core.page_builder import Page, as_text, html_part
 from ..core.progress import as_time
-from ..flow.pipeline import failed_cell
+from ..flow.dag import failed_cell
+from ..flow.figures import run_metrics
 from ..flow.steps import run_folder
-from ..flow.sweep import Outcome, run_metrics
+from ..flow.sweep import Outcome
 
 # %% auto #0
 __all__ = ['LOW', 'lower_is_better', 'RunRow', 'rows_of', 'columns', 'best_row', 'parallel_coordinates', 'sweep_page',

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['log', 'TheService', 'TheModel', 'api', 'NO_MODEL', 'NO_KEY', 'BUSY', 'FORM', 'BAD_FORM', 'BAD_IMAGE', 'FOR_PICTURES',
-           'Log', 'Service', 'score_silently', 'cut_form', 'metrics', 'build_app']
+           'Log', 'Service', 'score_silently', 'metrics', 'build_app']
 
 # %% ../../nbs/serve/20_api.ipynb #979f28ab
 import asyncio
+import io
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -25,8 +26,6 @@ from limits import parse
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from pydantic import BaseModel, ConfigDict, Field
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette._utils import get_route_path
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse
@@ -37,6 +36,7 @@ from ..core.errors import CelestialError
 from ..core.files import without_folders
 from ..data.images import Limits
 from .error_responses import HANDLERS, errors, refuse
+from .forms import read_form
 from .guard import Door, Guard, Proxies
 from .live_models import Models
 from .metrics import Metrics
@@ -292,20 +292,32 @@ async def score_silently(
     service.metrics.shadow.labels("true" if agrees else "false").inc()
 
 # %% ../../nbs/serve/20_api.ipynb #read-files
+class _InMemory(io.BytesIO):
+    "A file of a form that can be read when it is complete."
+
+    def close(self) -> None:
+        "Keep the content."
+
+
 async def read_files(
     request: Request,
     field: str,  # name of the form's field
     most: int,  # files
 ) -> list[tuple[str, bytes]]:  # (file name, content), in order
-    "The files of a form; `CelestialError` for none, for too many, and for a body that is not a form."
-    kind, options = parse_options_header(request.headers.get("content-type", ""))
-    chunks, files = request.stream(), []
+    "The files of a form; `CelestialError` for none, for too many and for what is no form."
+    chunks, files = request.stream(), list[tuple[str, _InMemory]]()
+
+    def open_part(name: str, file: str) -> _InMemory | None:
+        if name != field:
+            return None
+        if len(files) == most:
+            message = f"the request has more than {most} files in its form field '{field}'"
+            raise CelestialError(message, "Send several requests.", "too_many_files")
+        files.append((file, _InMemory()))
+        return files[-1][1]
+
     try:
-        if kind == b"multipart/form-data":
-            boundary = options.get(b"boundary")
-            if not boundary:
-                raise CelestialError("the form has no boundary", "GET /docs shows what is expected.", "bad_request")
-            files = await cut_form(chunks, boundary, field, most)
+        await read_form(request.headers.get("content-type", ""), chunks, open_part, most + 32)
         if not files:
             message = f"the request has no file in its form field '{field}'"
             raise CelestialError(message, f"Send one: curl -F {field}=@saturn.jpg {request.url}", "no_image")
@@ -313,91 +325,7 @@ async def read_files(
         async for _ in chunks:  # or a client that is still sending would not get the answer
             pass
         raise
-    return files
-
-# %% ../../nbs/serve/20_api.ipynb #form-x
-class _Parts:
-    "Collects the parts of a form."
-
-    def __init__(self, field: str, most: int):
-        self.field, self.most, self.parts, self.complete = field, most, 0, False
-        self.header, self.value, self.headers = bytearray(), bytearray(), dict[bytes, bytes]()
-        self.files: list[tuple[str, bytes]] = []
-        self.name: str | None = None  # of the file that is being received; None: this part is dropped
-        self.content: list[bytes] = []
-
-    def begin_part(self) -> None:
-        "Count the part; a form may have some fields beside the files."
-        self.headers.clear()
-        self.parts += 1
-        if self.parts > self.most + 32:
-            message = f"the form has more than {self.most + 32} parts"
-            raise CelestialError(message, "Send several requests.", "too_many_parts")
-
-    def end_header(self) -> None:
-        "Store a header of the part."
-        self.headers[bytes(self.header).lower()] = bytes(self.value)
-        self.header.clear()
-        self.value.clear()
-
-    def end_headers(self) -> None:
-        "Decide whether the part is a file of the field; a part without file name or image type is text."
-        _, options = parse_options_header(self.headers.get(b"content-disposition", b""))
-        name, file = (options.get(key, b"").decode("utf-8", "replace") for key in (b"name", b"filename"))
-        is_file = b"filename" in options or self.headers.get(b"content-type", b"").startswith(b"image/")
-        self.name = file if is_file and name == self.field else None
-        if self.name is not None and len(self.files) == self.most:
-            message = f"the request has more than {self.most} files in its form field '{self.field}'"
-            raise CelestialError(message, "Send several requests.", "too_many_files")
-
-    def add(self, data: bytes, start: int, end: int) -> None:
-        "Store a piece of a file."
-        if self.name is not None:
-            self.content.append(data[start:end])
-
-    def end_part(self) -> None:
-        "Store the file."
-        if self.name is not None:
-            self.files.append((self.name, b"".join(self.content)))
-        self.content.clear()
-
-# %% ../../nbs/serve/20_api.ipynb #form-callbacks
-class _Form(_Parts):
-    "The callbacks of the parser."
-
-    def callbacks(self) -> Any:
-        "For the parser."
-        return {
-            "on_part_begin": self.begin_part,
-            "on_header_field": lambda data, start, end: self.header.extend(data[start:end]),
-            "on_header_value": lambda data, start, end: self.value.extend(data[start:end]),
-            "on_header_end": self.end_header,
-            "on_headers_finished": self.end_headers,
-            "on_part_data": self.add,
-            "on_part_end": self.end_part,
-            "on_end": lambda: setattr(self, "complete", True),
-        }
-
-# %% ../../nbs/serve/20_api.ipynb #cut-form
-async def cut_form(
-    chunks: AsyncIterator[bytes],  # of a form's body
-    boundary: bytes,
-    field: str,
-    most: int,  # files of this field
-) -> list[tuple[str, bytes]]:  # (file name, content), in order
-    "The files of a form's field. `CelestialError` with 400 where the form is broken, with 413 where it has too many parts."
-    form, empty = _Form(field, most), True
-    try:
-        parser = MultipartParser(boundary, form.callbacks())
-        async for chunk in chunks:
-            empty = empty and not chunk
-            parser.write(chunk)
-        parser.finalize()
-    except FormParserError as e:
-        raise CelestialError(f"the form is broken: {e}", "GET /docs shows what is expected.", "bad_request") from None
-    if not (empty or form.complete):
-        raise CelestialError("the form ends too early", "Send it again, the whole of it.", "bad_request")
-    return form.files
+    return [(name, file.getvalue()) for name, file in files]
 
 # %% ../../nbs/serve/20_api.ipynb #the-service
 async def the_service(request: Request) -> Service:

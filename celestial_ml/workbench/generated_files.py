@@ -9,13 +9,10 @@ __all__ = ['readme', 'draw_pipeline']
 import re
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
-
 from ..core.files import atomic, project_root
+from ..core.page_builder import html_part
 from ..core.params import default_yaml
 from ..flow.steps import Task, load_tasks
-from ..model.plots import save_figure
 
 # %% ../../nbs/workbench/00_generated_files.ipynb #readme
 def readme(
@@ -32,31 +29,19 @@ def readme(
 # %% ../../nbs/workbench/00_generated_files.ipynb #draw-pipeline
 def draw_pipeline(
     tasks: dict[str, Task],  # of `load_tasks`
-) -> Figure:
+) -> str:  # SVG
     "The steps in their order of execution, and the products of each."
-    makes = {n: [p.name for k, p in t.product.items() if k not in ("notebook", "html")] for n, t in tasks.items()}
-    lines = max(map(len, makes.values()))
-    fig, ax = plt.subplots(figsize=(1.6 * len(tasks), 0.18 * (lines + 3)), layout="constrained")
-    box = {"boxstyle": "round,pad=0.6", "facecolor": "#16233f", "edgecolor": "#f0b354", "linewidth": 1.5}
-    for place, (name, files) in enumerate(makes.items()):
-        ax.text(place, 0, name, ha="center", va="center", color="#f5f1e6", fontsize=12, bbox=box, zorder=2)
-        ax.text(place, -1.6, "\n".join(files), ha="center", va="top", color="#4a5266", fontsize=8.5, linespacing=1.5)
-        if place:
-            ax.annotate(
-                "", (place - 0.3, 0), (place - 0.7, 0), arrowprops={"arrowstyle": "-|>", "color": "#4a5266"}, zorder=1
-            )
-    ax.set(xlim=(-0.55, len(tasks) - 0.45), ylim=(-lines - 1.8, 1.2))  # in lines
-    ax.axis("off")
-    return fig
+    products = {n: [p.name for k, p in t.product.items() if k not in ("notebook", "html")] for n, t in tasks.items()}
+    return html_part("pipeline", "overview", list(products.items()))
 
 # %% ../../nbs/workbench/00_generated_files.ipynb #publish
 def _publish(root: Path) -> None:
     "Write `README.md`, `params/default.yaml` and the picture of the pipeline."
     texts = {"README.md": readme(root / "nbs" / "index.ipynb"), "params/default.yaml": default_yaml()}
+    texts["nbs/images/pipeline.svg"] = draw_pipeline(load_tasks(root, "default"))
     for name, text in texts.items():
         with atomic(root / name) as f:
             f.write_text(text, encoding="utf-8")
-    save_figure(draw_pipeline(load_tasks(root, "default")), root / "nbs" / "images" / "pipeline.png")
 
 
 if __name__ == "__main__" and "__file__" in globals():  # `python -m`, not a notebook

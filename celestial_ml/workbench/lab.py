@@ -81,6 +81,7 @@ def lab_settings(
         "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
         "LabApp.extension_manager": "readonly",
         "ServerApp.log_level": "WARN",
+        "LabApp.log_level": "WARN",
     }
 
 # %% ../../nbs/workbench/03_lab.ipynb #main

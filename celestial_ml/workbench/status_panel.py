@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from contextlib import chdir
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +16,8 @@ from ..core.errors import unknown
 from ..core.files import project_root, read_json, sha256_of
 from ..core.page_builder import html_part
 from ..core.params import Params, load_params
-from ..flow.state import BY_HAND, by_hand, inputs_file, notebook_cells, stale_steps
+from ..core.quiet import quiet_tensorflow
+from ..flow.freshness import BY_HAND, by_hand, inputs_file, notebook_cells, stale_steps
 from ..flow.steps import Task, load_tasks, run_folder, step_parameters
 
 if TYPE_CHECKING:
@@ -155,8 +155,12 @@ def pipeline_states(
         if task.name == name:
             parameters = {key: values.get(key, value) for key, value in parameters.items()}
         inputs[task.name] = present_inputs(task, parameters | {"run": run}, root, checksums)
-    with chdir(root):
-        return tasks, step_states(tasks, inputs)
+    absolute = {
+        key: replace(task, product={name: root / path for name, path in task.product.items()})
+        for key, task in tasks.items()
+    }
+    states = step_states(absolute, inputs)
+    return tasks, {key: replace(state, why=state.why.replace(f"{root}/", "")) for key, state in states.items()}
 
 # %% ../../nbs/workbench/01_status_panel.ipynb #where-am-i
 def where_am_i(
@@ -169,6 +173,7 @@ def where_am_i(
     from IPython.core.getipython import get_ipython
     from IPython.display import HTML
 
+    quiet_tensorflow()  # the step may import it next
     root, shell = project_root(), get_ipython()
     if values is None:
         values = shell.user_ns if shell else {}

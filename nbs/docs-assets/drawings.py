@@ -47,7 +47,7 @@ def svg(width: float, height: float, parts: list[str], words: str) -> str:
 @cache
 def imports(root: Path) -> dict[str, dict[str, bool]]:
     "What each module of the package imports of it, and whether it does so when it is itself imported."
-    from celestial_ml.flow.state import imported_modules
+    from celestial_ml.flow.freshness import imported_modules
 
     package = root / "celestial_ml"
     found: dict[str, dict[str, bool]] = {}
