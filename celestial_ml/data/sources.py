@@ -39,7 +39,7 @@ SOURCES: dict[str, Source] = {}
 def get_source(
     name: str,  # as in the parameter data.source
 ) -> Source:
-    "The project's own or the registered source of that name; `CelestialError` where there is none."
+    "The project's own, a registered or a domain's source of that name; `CelestialError` where there is none."
     if own := find_plugin("source (data.source)", name):
         return own
     sources = SOURCES | {key: source for domain in domains() for key, source in domain.sources().items()}
@@ -52,21 +52,6 @@ def _folder(data: Data, root: Path) -> Path:
     if data.folder is None:
         hint = "Name it: --set data.folder=path/to/images"
         raise CelestialError("data.source is folder, but data.folder is not set", hint)
-    return (root / check_path(data.folder).expanduser()).resolve()
-
-
-SOURCES["folder"] = Source(lambda data, seed, root, run: _folder(data, root), _folder)
-SOURCES["guide"] = Source(
-    lambda data, seed, root, run: get_guide(root / "data"), lambda data, root: root / "data" / "raw"
-)
-
-# %% ../../nbs/data/06_sources.ipynb #folder
-def _folder(data: Data, root: Path) -> Path:
-    if data.folder is None:
-        raise CelestialError(
-            "data.source is folder, but data.folder names none",
-            "Say which: --set data.folder=path/to/images",
-        )
     folder = (root / check_path(data.folder).expanduser()).resolve()
     if not folder.is_dir():
         raise CelestialError(f"{folder} is not a folder", "Name a folder that holds a folder of images for each class.")
@@ -76,12 +61,6 @@ def _folder(data: Data, root: Path) -> Path:
 SOURCES["folder"] = Source(lambda data, seed, root, run: _folder(data, root), _folder)
 SOURCES["guide"] = Source(
     lambda data, seed, root, run: get_guide(root / "data"), lambda data, root: root / "data" / "raw"
-)
-
-# %% ../../nbs/data/06_sources.ipynb #200685ee
-SOURCES["guide"] = Source(
-    fetch=lambda data, seed, root, run: get_guide(root / "data"),
-    inputs=lambda data, root: root / "data" / "raw",
 )
 
 # %% ../../nbs/data/06_sources.ipynb #make-data-set
