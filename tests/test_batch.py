@@ -151,7 +151,7 @@ def test_another_model_or_changed_pictures_are_refused(photos: Path, model: Path
     with pytest.raises(OtherJob):
         batch(str(mine), out, Predictor(model))
     assert batch(str(mine), out, Predictor(other), restart=True).rows == 41
-    assert set(pd.read_parquet(out).model_version) == {"8"}
+    assert set(pd.read_parquet(out).model_version) == {"tiny/8"}
 
 
 def test_the_score_step_writes_an_answer_for_each_image(smoke: Plan) -> None:

@@ -21,7 +21,7 @@ from ..core.errors import CelestialError
 from ..core.files import atomic
 from ..core.page_builder import Page, html_part
 from ..data.images import decode_image
-from ..serve.explanation import shrink
+from ..data.thumbnails import shrink
 
 if TYPE_CHECKING:
     import pyarrow as pa

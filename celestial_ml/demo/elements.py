@@ -18,8 +18,8 @@ from PIL import Image
 
 from ..core.domains import domain_of
 from ..data.images import decode_image
+from ..data.thumbnails import shrink
 from .wording import model_name, part, track_record
-from ..serve.explanation import shrink
 
 # %% ../../nbs/demo/01_elements.ipynb #static
 def static(

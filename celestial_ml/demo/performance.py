@@ -18,9 +18,9 @@ from markupsafe import Markup
 from ..core.domains import domain_of
 from ..core.files import read_json
 from ..core.many_classes import FEW, MANY, few_of
+from ..data.thumbnails import data_uri
 from .identify import QUIET, Host, sorry
 from .wording import model_name, part, share_floor
-from ..serve.explanation import data_uri
 from ..serve.predictor import Predictor
 
 # %% ../../nbs/demo/05_performance.ipynb #performance-files

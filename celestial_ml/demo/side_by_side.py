@@ -19,7 +19,8 @@ from .elements import picture_uri, sky
 from .identify import QUIET, Host, drop_area, sorry, upload_path
 from .uploads import forget_uploads, read_file
 from .wording import apology, card, in_sentence, model_name, percent, text, track_record
-from ..serve.predictor import Prediction, Predictor, models_folder
+from ..package.published import models_folder
+from ..serve.predictor import Prediction, Predictor
 from ..serve.scorer import Scored
 
 # %% ../../nbs/demo/04_side_by_side.ipynb #published-versions
