@@ -119,47 +119,8 @@ def dask_cluster(
         except TimeoutError:
             hint = "Start some: dask worker ADDRESS, with celestial-ml installed."
             raise CelestialError(f"the scheduler {scheduler} has no worker", hint) from None
-        dask = Dask(client, ModelOnWorker(model.folder, model.about["sha256"]), model)
+        dask = Dask(client, ModelOnWorker(model.folder, model.manifest.sha256), model)
         yield Engine(64, dask.room, dask.submit, dask.result)
-
-
-@contextmanager
-def _client(scheduler: str | None, workers: int | None) -> Iterator[Client]:
-    "A connection to a scheduler, or to a local one."
-    if scheduler is None:
-        local: dict[str, Any] = {"host": "127.0.0.1", "dashboard_address": None, "silence_logs": 40}
-        with LocalCluster(workers or cores(), threads_per_worker=1, **local) as cluster, Client(cluster) as client:
-            yield client
-        return
-    try:
-        client = Client(scheduler, timeout=CONNECT_SECONDS)
-    except (OSError, ValueError, TimeoutError) as e:
-        hint = "Start one with `dask scheduler`, and check the address: tcp://HOST:8786"
-        raise CelestialError(f"there is no Dask scheduler at {scheduler} ({type(e).__name__})", hint) from None
-    with client:
-        yield client
-
-# %% ../../nbs/batch/04_dask_cluster.ipynb #dask-cluster
-CONNECT_SECONDS = 10.0  # until a scheduler answers
-
-
-@contextmanager
-def dask_cluster(
-    model: Predictor,
-    scheduler: str | None = None,  # as tcp://10.0.0.1:8786; None: processes on this machine, one for each core
-    workers: int | None = None,  # processes on this machine; None: one for each core
-) -> Iterator[Engine]:
-    "An engine on a Dask cluster; `CelestialError` where there is none."
-    with _client(scheduler, workers) as client:
-        try:
-            client.wait_for_workers(1, timeout=30)
-        except TimeoutError:
-            hint = "Start some: dask worker ADDRESS, with celestial-ml installed."
-            raise CelestialError(f"the scheduler {scheduler} has no worker", hint) from None
-        yield Dask(client, ModelOnWorker(model.folder, model.manifest.sha256), model)
-
-# %% ../../nbs/batch/04_dask_cluster.ipynb #client
-CONNECT_SECONDS = 10.0  # until a scheduler answers
 
 
 @contextmanager

@@ -238,57 +238,13 @@ def batch(
             restart = True
     where, inputs = places(out), find_inputs(name, column)
     check_out(where)
-    job = Job(name, column, model.version, model.about["sha256"], model.about["ood_threshold"], columns=COLUMNS)
+    manifest = model.manifest
+    job = Job(name, column, model.version, manifest.sha256, manifest.ood_threshold, columns=COLUMNS)
     with hold(where.notes / "lock", f"{where.out} is being written", "Wait for it, or stop it."):
         job, passed = open_job(where, job, restart), PassedOver()
         parts = read_parts(where)
         before, is_written = sum(part.items for part in parts), bool(where.file and where.file.is_file())
         if not is_written:
-            rewrite_bad(where, map(read_part, part_files(where)))
-        with closing(items(inputs, lambda item: item.row >= before, passed)) as stream:
-            hint = "Put it back as it was, name another OUT, or remove the old answers: --restart"
-            changed = OtherJob(f"{name} changed since {where.out} was begun: files came, went or changed", hint)
-            pass_over(stream, parts, changed)
-            began = time.monotonic()
-            if not job.finished and not is_written:
-                bar = picture_bar(before, lambda: count_items(inputs))
-                _score(engine or threads(model), stream, Writer(where, parts, **writing), bar)
-            elif next(stream, None) is not None:
-                raise changed
-        if not parts:
-            left = f" Passed over: {passed}." if passed.counts else ""
-            raise CelestialError(f"there is no picture in {name}", f"Pictures end in {', '.join(SUFFIXES)}.{left}")
-        seconds = time.monotonic() - began
-        count = (job if job.finished else finish(where, job, parts, passed)).finished or {}
-        return Result(where, **count, before=before, seconds=seconds)
-
-# %% ../../nbs/batch/05_job.ipynb #batch
-def batch(
-    name: str,  # a folder, a list, Parquet, tar, ZIP, a pattern or a URL
-    out: Path | str,  # a folder, or a file that ends in .parquet
-    model: Predictor,
-    engine: AbstractContextManager[Engine] | None = None,  # a thread for each core if None
-    column: str | None = None,  # of Parquet
-    restart: bool | None = False,  # remove earlier answers; None: if they are of another model or other pictures
-    **writing: Any,  # `rows` and `seconds` of a `Writer`
-) -> Result:
-    "Score all pictures of an input, or continue; `CelestialError` for a mistake that a person can correct."
-    if find_spec("pyarrow") is None:  # it is imported only when there is something to write
-        require_parquet()
-    if restart is None:
-        try:
-            return batch(name, out, model, engine, column, **writing)
-        except OtherJob:
-            restart = True
-    where, inputs = places(out), find_inputs(name, column)
-    check_out(where)
-    manifest, passed = model.manifest, PassedOver()
-    asked = Job(given, column, model.version, manifest.sha256, manifest.ood_threshold, columns=COLUMNS)
-    with locked(where):
-        job = open_job(where, asked, restart)
-        parts = known_parts(where)
-        before = sum(part.items for part in parts)
-        if not where.file or not where.file.is_file():
             rewrite_bad(where, map(read_part, part_files(where)))
         with closing(items(inputs, lambda item: item.row >= before, passed)) as stream:
             hint = "Put it back as it was, name another OUT, or remove the old answers: --restart"

@@ -112,72 +112,8 @@ def score_unit(
         np.array(probabilities, np.float32),
         np.array(scores, np.float32),
     )
-    known, rows = columns[-1] <= model.about["ood_threshold"], [item.row for item in items]
+    known, rows = columns[-1] <= model.ood_threshold, [item.row for item in items]
     return Answers(model.version, model.classes, *columns, known, rows, sorted(bad, key=lambda one: one.row))
-
-# %% ../../nbs/batch/01_scoring.ipynb #score-unit-x
-_WAITING = 8_000_000  # values of decoded pictures that wait for others of their shape
-
-
-def score_unit(
-    model: Predictor,
-    unit: Sequence[Item],
-    base: str = "",  # the folder that paths are relative to, where it isn't the current one
-) -> Answers:
-    "Read, decode and score some pictures; those without an answer are listed with the reason."
-    scored: list[tuple[Item, str, np.ndarray, np.ndarray]] = []  # and SHA-256, probabilities, score
-    waiting: list[tuple[Item, str, np.ndarray]] = []  # and SHA-256, pixels
-    bad: list[Bad] = []
-
-    def score() -> None:
-        outputs = _run(model, [image for _, _, image in waiting])
-        for (item, sha256, _), output in zip(waiting, outputs, strict=True):
-            if isinstance(output, Exception):
-                bad.append(as_bad(item, output, "failed"))
-            else:
-                scored.append((item, sha256, *output))
-        waiting.clear()
-
-    for item, content in zip(unit, read_items(unit, base), strict=True):
-        try:
-            if isinstance(content, Exception):
-                raise content
-            waiting.append((item, sha256_of(content), decode_image(content, item.name)))
-        except Exception as e:  # of any class: a decoder's, on bytes made to break it
-            bad.append(as_bad(item, e, "unreadable" if e is content else "damaged"))
-        if sum(image.size for _, _, image in waiting) > _WAITING:
-            score()
-    score()
-    answers.bad.sort(key=lambda bad: bad.row)
-    answers.probabilities = np.array([p for p, _ in numbers], np.float32).reshape(-1, len(model.classes))
-    answers.ood_score = np.array([score for _, score in numbers], np.float32)
-    answers.known = answers.ood_score <= model.ood_threshold
-    return answers
-
-# %% ../../nbs/batch/01_scoring.ipynb #decode
-def _decode(item: Item, content: bytes | Exception, bad: list[Bad]) -> np.ndarray | None:
-    "A picture's pixels; None, and a line in the list, where there are none."
-    name, code = item.name, "damaged"
-    try:
-        if isinstance(content, Exception):
-            code = "unreadable"
-            raise content
-        return decode_image(content, name)
-    except CelestialError as e:
-        bad.append(Bad(name, e.code, e.message, item.row))
-    except MemoryError:
-        bad.append(Bad(name, "too_large", f"{name} doesn't fit into memory", item.row))
-    except Exception as e:  # a decoder's own, for bytes that somebody thought out
-        bad.append(Bad(name, code, _words(name, e), item.row))
-    return None
-
-# %% ../../nbs/batch/01_scoring.ipynb #words
-def _words(name: str, error: Exception) -> str:
-    "Why a file couldn't be read."
-    if isinstance(error, FileNotFoundError):
-        return f"there is no {name}"
-    said = error.message if isinstance(error, CelestialError) else getattr(error, "strerror", None) or str(error)
-    return f"{name} can't be read: {said[:1000] or type(error).__name__}"
 
 # %% ../../nbs/batch/01_scoring.ipynb #score
 def as_bad(

@@ -87,7 +87,7 @@ def batch(
     """
     os.environ["CELESTIAL_TERMINAL"] = "1"
     from celestial_ml.batch.job import batch as score
-    from celestial_ml.batch.job import engine_named
+    from celestial_ml.batch.job import choose_engine
     from celestial_ml.package.published import find_model
     from celestial_ml.serve.predictor import Predictor
 
