@@ -51,43 +51,6 @@ def batch(
     os.environ["CELESTIAL_TERMINAL"] = "1"
     from celestial_ml.batch.job import batch as score
     from celestial_ml.batch.job import choose_engine
-    from celestial_ml.serve.predictor import Predictor, find_model
-
-    predictor = Predictor(find_model(model))
-    result = score(images, out, predictor, choose_engine(engine, predictor, scheduler, workers), column, restart)
-    _print_result(result, _summary(result, predictor, images, column), json_)
-    if result.bad == result.items or result.bad / result.items > max_bad:
-        raise AnswerIsNo(f"{result.bad:,} of {result.items:,} pictures can't be read", f"See {result.where.bad}")
-
-# %% ../../nbs/cli/04_batch.ipynb #batch
-batch_app = command_group()
-
-
-@command(batch_app, "batch", "celestial batch photos/ scores.parquet")
-def batch(
-    images: Annotated[str, typer.Argument(metavar="IN", help="a folder, list, Parquet, tar, ZIP, 'pattern' or URL; -")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="a folder for parts, or one file that ends in .parquet")],
-    model: ModelOption = None,
-    engine: Annotated[str, typer.Option(help="threads: this machine; dask: a cluster")] = "threads",
-    scheduler: Annotated[str | None, typer.Option(help="Dask's, as tcp://HOST:8786; processes here if none")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="threads or processes; the cores if not given")] = None,
-    column: Annotated[str | None, typer.Option(help="of a Parquet file: the one with bytes or paths")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="throw away what OUT holds of an earlier job")] = False,
-    max_bad: Annotated[float, typer.Option(min=0, max=1, help="exit with 1 if more than this share is bad")] = 1.0,
-    json_: AsJson = False,
-) -> None:
-    """Score any number of pictures; after a kill the same command goes on.
-
-    Exits with 0 when every picture has a row or a line in bad.jsonl, and with 1 when no picture could be read, or more
-    than --max-bad of them. An archive, table or list that breaks off exits with 2; what came before is kept.
-
-    Row n of a table, line n of a list and picture n of an archive, from 0, have "row" n, in OUT or in bad.jsonl.
-
-    A server has CELESTIAL_URL_SECONDS (60) for a picture, and a second more for each 10 kB that arrived.
-    """
-    os.environ["CELESTIAL_TERMINAL"] = "1"
-    from celestial_ml.batch.job import batch as score
-    from celestial_ml.batch.job import choose_engine
     from celestial_ml.package.published import find_model
     from celestial_ml.serve.predictor import Predictor
 
