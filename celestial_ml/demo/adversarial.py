@@ -198,17 +198,17 @@ def search_card(model: Predictor | None, subject: Subject, start: Setting, secon
     return _changes_card(f"{words} {more}" if changes else words, subject, start, changes)
 
 # %% ../../nbs/demo/03_adversarial.ipynb #build-fool
-def drawable(about: dict[str, Any]) -> list[Subject]:  # none: there is no tab
+def drawable(classes: list[str]) -> list[Subject]:  # none: there is no tab
     "The classes of a model that its domain can draw."
-    domain = domain_of(about.get("classes", ()))
-    return [Subject(domain, label) for label in about.get("classes", ()) if domain.controls and label in domain.classes]
+    domain = domain_of(classes)
+    return [Subject(domain, label) for label in classes if domain.controls and label in domain.classes]
 
 
 def build_fool(host: Host, tab: Any) -> None:
     "The tab, inside of a `gr.Blocks`; for a model with classes that are drawable."
     import gradio as gr
 
-    subjects = {subject.label: subject for subject in drawable(host.about)}
+    subjects = {subject.label: subject for subject in drawable(host.classes)}
     first, slots = next(iter(subjects.values())), threading.BoundedSemaphore(2)
     block: dict[str, Any] = {"apply_default_css": False}
     with gr.Row(elem_id="fool"):

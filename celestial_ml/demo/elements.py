@@ -11,7 +11,6 @@ import io
 from collections.abc import Iterable
 from functools import lru_cache
 from importlib.resources import files
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,7 +18,8 @@ from PIL import Image
 from ..core.domains import domain_of
 from ..data.images import decode_image
 from ..data.thumbnails import shrink
-from .wording import model_name, part, track_record
+from .wording import part, track_record
+from ..package.manifest import Manifest
 
 # %% ../../nbs/demo/01_elements.ipynb #static
 def static(
@@ -69,10 +69,11 @@ def hero(
     return part("hero", picture=picture, question=domain.question, invitation=domain.invitation)
 
 
-def foot(about: dict[str, Any]) -> str:
+def foot(manifest: Manifest | None) -> str:  # None: there is no model
     "The foot of the page: which model, from what, how good."
-    source, record = (about.get("lineage") or {}).get("source"), track_record(about)
-    trained_on = domain_of(about.get("classes", ())).source_names.get(str(source), "pictures of your own")
-    line = f"Model {model_name(about)}" if "version" in about else "There is no model yet"
-    line += f", trained on {trained_on}" if source else ""
+    if manifest is None:
+        return part("foot", line="There is no model yet")
+    source, record = manifest.lineage.source, track_record(manifest.metrics)
+    trained_on = domain_of(manifest.classes).source_names.get(str(source), "pictures of your own")
+    line = f"Model {manifest.model}" + (f", trained on {trained_on}" if source else "")
     return part("foot", line=line + (f"; {record}" if record else ""))

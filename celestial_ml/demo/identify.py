@@ -23,7 +23,8 @@ from ..core.errors import CelestialError
 from ..core.many_classes import MANY, listed
 from .elements import example_uri, foot, picture_uri, sky
 from .uploads import Uploads, forget_uploads, read_file
-from .wording import SORRY, apology, card, counted, in_sentence, model_name, part, sentence, text
+from .wording import SORRY, apology, card, counted, in_sentence, part, sentence, text
+from ..package.manifest import Manifest
 from ..serve.predictor import Explanation, Prediction, Predictor, Seen
 from ..serve.scorer import Scored
 
@@ -44,10 +45,15 @@ class Host:
     uploads: Uploads | None = None  # None: nothing can be dropped
 
     @property
-    def about(self) -> dict[str, Any]:
-        "The `model.json` of the model of this moment; empty where there is none."
+    def manifest(self) -> Manifest | None:
+        "The manifest of the model of this moment; None where there is none."
         model = self.current()
-        return model.about if model else {}
+        return model.manifest if model else None
+
+    @property
+    def classes(self) -> list[str]:
+        "The classes of that model."
+        return self.manifest.classes if self.manifest else []
 
 
 @dataclass
@@ -74,12 +80,12 @@ class View:
 # %% ../../nbs/demo/02_identify.ipynb #says-x
 def answer_card(
     prediction: Prediction,
-    about: dict[str, Any],  # the model.json of the model that answered
+    manifest: Manifest,  # of the model that answered
 ) -> str:
     "The answer, why to believe it, and the probabilities."
     headline, aside = (prediction.label, "") if prediction.known else ("Nothing I know", "If it had to be one of them:")
-    fine = f"Answered by model {model_name(about)}"
-    return card("The answer", headline, sentence(prediction, about), prediction, aside=aside, fine=fine)
+    fine = f"Answered by model {manifest.model}"
+    return card("The answer", headline, sentence(prediction, manifest.metrics), prediction, aside=aside, fine=fine)
 
 
 def sorry(
@@ -90,13 +96,13 @@ def sorry(
 
 
 def welcome(
-    about: dict[str, Any],  # empty: there is no model
+    manifest: Manifest | None,  # None: there is no model
 ) -> str:
     "What stands there before the first picture."
-    if not about:
+    if manifest is None:
         return sorry("no_model")
-    domain = domain_of(about["classes"])
-    classes = [domain.in_sentence(name) for name in about["classes"]]
+    domain = domain_of(manifest.classes)
+    classes = [domain.in_sentence(name) for name in manifest.classes]
     names = listed(classes) if len(classes) > MANY else f"{', '.join(classes[:-1])} and {classes[-1]}"
     some = f"I know {counted(len(classes))} {domain.plural}: {names}."
     return card("Ready", f"Show me a {domain.noun}", f"{some} If your picture shows something else, I say so.")
@@ -135,13 +141,13 @@ async def look(
     except Exception as e:
         if apology(e) == "internal":
             _log.exception("the demo failed on a file")
-        return View(sky(None), sorry(apology(e)), reasons_card(), foot(host.about))
+        return View(sky(None), sorry(apology(e)), reasons_card(), foot(host.manifest))
     assert scored.picture is not None and desk.model is not None
     desk.picture = Seen(scored.prediction, scored.picture, scored.embedding)
-    about, (alt, uri) = desk.model.about, shown
+    manifest, (alt, uri) = desk.model.manifest, shown
     left = sky(uri or await run_in_threadpool(picture_uri, scored.picture), alt)
-    answer = answer_card(scored.prediction, about)
-    return View(left, answer, reasons_card("soon"), foot(about), True, tuple(about["classes"]))
+    answer = answer_card(scored.prediction, manifest)
+    return View(left, answer, reasons_card("soon"), foot(manifest), True, tuple(manifest.classes))
 
 
 def explain(desk: Desk) -> str:
@@ -307,7 +313,7 @@ def build_identify(
 
     block: dict[str, Any] = {"apply_default_css": False}
     desk, clock = gr.State(Desk()), gr.Number(0, visible=False)
-    classes = tuple(host.about.get("classes", ()))
+    classes = tuple(host.classes)
     domain = domain_of(classes)
     gr.HTML(INVITE.format(f"Pick a {domain.noun}, d" if domain.examples else "D"), elem_id="picks-title", **block)
     with gr.Row(elem_id="picks", visible=bool(domain.examples)):
@@ -318,7 +324,7 @@ def build_identify(
         with gr.Column(elem_id="left", elem_classes="dropper"):
             left, drop = gr.HTML(sky(None), **block), drop_area("Your picture", "drop")
         with gr.Column(elem_id="right"):
-            right = gr.HTML(lambda: welcome(host.about), **block)
+            right = gr.HTML(lambda: welcome(host.manifest), **block)
             verdict = _build_verdict(host, desk)
         with gr.Column(elem_id="why"):
             card = gr.HTML(reasons_card(), **block)

@@ -27,14 +27,14 @@ def build_demo(host: Host) -> "gr.Blocks":
     import gradio as gr
 
     block: dict[str, Any] = {"apply_default_css": False}
-    classes = host.about.get("classes", ())
+    classes = host.classes
     with gr.Blocks(title=domain_of(classes).question, analytics_enabled=False) as page:
         gr.HTML(hero(classes), elem_id="hero", **block)
-        footer = gr.HTML(lambda: foot(host.about), elem_id="foot", render=False, **block)
+        footer = gr.HTML(lambda: foot(host.manifest), elem_id="foot", render=False, **block)
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap"):
             with gr.Tab("Identify"):
                 build_identify(host, footer)
-            if drawable(host.about):
+            if drawable(host.classes):
                 with gr.Tab("Try to fool it") as tab:
                     build_fool(host, tab)
             with gr.Tab("Compare") as tab:
