@@ -77,15 +77,8 @@ class Seen:
     picture: np.ndarray  # uint8 (height, width, 3), `OVERLAY` pixels along the longer edge at most
     embedding: np.ndarray | None  # float32 (d,); None where the graph doesn't give it
 
-# %% ../../nbs/serve/01_predictor.ipynb #described
-class _Described(Graph):
-    @property
-    def about(self) -> dict[str, Any]:
-        "The content of `model.json`."
-        return self.manifest.to_json()
-
 # %% ../../nbs/serve/01_predictor.ipynb #predictor
-class Predictor(_Described):
+class Predictor(Graph):
     "Answers for pictures, by a packaged model."
 
     def __init__(
