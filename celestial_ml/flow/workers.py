@@ -20,6 +20,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Self
+from unittest.mock import patch
 
 from ..core.errors import CelestialError
 
@@ -206,13 +207,15 @@ class Pool:
 
     def __enter__(self) -> Self:
         forkserver.set_forkserver_preload(self.modules)
-        before = dict(os.environ)
-        os.environ |= worker_env(len(self.free[0]))  # libraries read it while they're imported
-        try:
-            forkserver.ensure_running()
-        finally:
-            os.environ.clear()
-            os.environ |= before
+        # Libraries read the environment while they're imported, and print what nobody needs on the terminal.
+        stderr = os.dup(2)
+        with patch.dict(os.environ, worker_env(len(self.free[0]))), open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+            try:
+                forkserver.ensure_running()
+            finally:
+                os.dup2(stderr, 2)
+                os.close(stderr)
         return self
 
     def __exit__(self, *_: object) -> None:
