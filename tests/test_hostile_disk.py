@@ -452,9 +452,9 @@ def test_batch_and_predict_report_a_place_that_cannot_be_written(tmp_path: Path,
 def test_a_damaged_pointer_is_named_and_restored_from_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
+    from celestial_ml.package.published import find_model
     from celestial_ml.registry.audit import append, verify
     from celestial_ml.registry.state import champion, recover
-    from celestial_ml.serve.predictor import find_model
 
     monkeypatch.setenv("CELESTIAL_HOME", str(tmp_path))
     monkeypatch.delenv("CELESTIAL_MODEL", raising=False)
@@ -508,10 +508,12 @@ def test_a_step_on_its_own_is_refused_while_its_run_is_running(project: Path, mo
     monkeypatch.chdir(project)
     with hold(project / "output/held/.lock", "-", "-"):
         with pytest.raises(CelestialError) as e:
-            open_step("acquire", "held", None, None)
+            open_step("acquire", {"run": "held"})
         assert f"process {os.getpid()}" in e.value.message
-        assert open_step("acquire", "held", {"catalog": "output/held/catalog.parquet"}, None), "the run's own step"
-    assert open_step("acquire", "held", None, None) and open_step("acquire", "held", None, None)
+        assert open_step("acquire", {"run": "held", "product": {"catalog": "output/held/catalog.parquet"}}), (
+            "the run's own step"
+        )
+    assert open_step("acquire", {"run": "held"}) and open_step("acquire", {"run": "held"})
 
 
 def test_a_deleted_current_folder_ends_without_a_traceback(tmp_path: Path) -> None:
