@@ -23,7 +23,6 @@ from typing import Any, Self
 from unittest.mock import patch
 
 from ..core.errors import CelestialError
-from ..core.quiet import children_without_stderr
 
 # %% auto #0
 __all__ = ['FIRST_GUESS', 'THREADS', 'slow_modules', 'core_shares', 'worker_env', 'Memory', 'Workers']
@@ -210,57 +209,13 @@ class Pool:
         forkserver.set_forkserver_preload(self.modules)
         # Libraries read the environment while they're imported, and print what nobody needs on the terminal.
         stderr = os.dup(2)
-        with patch.dict(os.environ, worker_env(len(self.free[0]))), open(os.devnull, "wb") as nothing:
+        with patch.dict(os.environ, worker_env(len(self.free[0]))), Path(os.devnull).open("wb") as nothing:
             os.dup2(nothing.fileno(), 2)
             try:
                 forkserver.ensure_running()
             finally:
                 os.dup2(stderr, 2)
                 os.close(stderr)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for worker in self.running.values():
-            worker.process.terminate()
-        deadline = time.monotonic() + GRACE
-        for worker in self.running.values():
-            worker.process.join(max(0, deadline - time.monotonic()))
-            worker.stop()
-        self.running.clear()
-
-    def room(self) -> bool:
-        "Whether there's a share of the cores and memory for another."
-        self.memory.measure(worker.process.pid or 0 for worker in self.running.values())
-        return bool(self.free) and self.memory.room(len(self.running))
-
-    def answer(self, name: str, value: Any) -> None:
-        "Answer a worker's message; one that is gone gets none."
-        with suppress(KeyError, OSError):
-            self.running[name].pipe.send(value)
-
-# %% ../../nbs/flow/04_workers.ipynb #wrkall09
-class Pool:
-    "The workers that run, and their share of the machine."
-
-    def __init__(
-        self,
-        count: int,
-        modules: Iterable[str],  # of `slow_modules`
-        budget: float | None = None,  # as `Memory` takes it
-    ):
-        self.count, self.modules, self.memory = count, [*modules], Memory(budget)
-        self.free, self.running = core_shares(count), dict[str, Worker]()
-
-    def __enter__(self) -> Self:
-        forkserver.set_forkserver_preload(self.modules)
-        before = dict(os.environ)
-        os.environ |= worker_env(len(self.free[0]))  # libraries read it while they're imported
-        try:
-            with children_without_stderr():  # TensorFlow's native messages
-                forkserver.ensure_running()
-        finally:
-            os.environ.clear()
-            os.environ |= before
         return self
 
     def __exit__(self, *_: object) -> None:
