@@ -276,32 +276,6 @@ def _save(sweep: Sweep, outcomes: dict[str, Outcome]) -> None:
     "Write down how all runs stand."
     write_json(sweep.folder / "sweep.json", {"runs": [asdict(outcome) for outcome in outcomes.values()]})
 
-# %% ../../nbs/flow/07_sweep.ipynb #server-modules
-MODULES = ("mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store", "IPython", "matplotlib.pyplot")
-
-
-def _files(sweep: Sweep) -> set[Path]:
-    "The notebooks of a sweep, and the project's modules that they import."
-    places = {Path(name) for run in sweep.runs for one in run.plan.inputs.values() for name in one["modules"]}
-    sources = {task.source for run in sweep.runs for task in run.plan.tasks.values()}
-    return {
-        path
-        for path in (sweep.root / place for place in places | sources)
-        if path.suffix in (".py", ".ipynb") and path.is_file()
-    }
-
-
-def make_tracking(_: Owner, track: Track) -> None:
-    "Be a worker: make MLflow's database and the experiment, before many want to at once."
-    from celestial_ml.registry.tracking import mlflow_client, open_experiment
-
-    open_experiment(mlflow_client(track), track)
-
-
-def _save(sweep: Sweep, outcomes: dict[str, Outcome]) -> None:
-    "Write down how all runs stand."
-    write_json(sweep.folder / "sweep.json", {"runs": [asdict(outcome) for outcome in outcomes.values()]})
-
 # %% ../../nbs/flow/07_sweep.ipynb #run-all
 def _run_all(
     sweep: Sweep, todo: list[SweepRun], pool: Workers, outcomes: dict[str, Outcome], retries: int, quiet: bool
