@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from bench import CELESTIAL, Row, wall
-from celestial_ml.batch.inputs import find_source, items
+from celestial_ml.batch.inputs import find_inputs, items
 from celestial_ml.batch.job import batch
 from celestial_ml.batch.scoring import GROUP, cores
 from celestial_ml.core.files import project_root
@@ -40,7 +40,7 @@ def tight_loop(model: Predictor, contents: Sequence[bytes], workers: int) -> flo
 
 def against_the_limit(model: Predictor, folder: Path, times: int = 5) -> Row:
     "The whole job, files and Parquet included, against the loop of what can't be left out; in turn, as machines are noisy."
-    files = 4 * [item.name for item in items(find_source(str(folder)))]
+    files = 4 * [item.name for item in items(find_inputs(str(folder)))]
     contents, workers, shares, rates = [Path(name).read_bytes() for name in files], cores(), [], []
     tight_loop(model, contents[:200], workers)
     for _ in range(times):
@@ -74,7 +74,7 @@ assert len(model.predict(images, verbose=0)) == int(sys.argv[3])
 
 def against_keras(run: Path, folder: Path) -> Row:
     "Two commands from a cold shell, imports included: one gives a page and a table, the other an array."
-    count, ours, theirs = sum(1 for _ in items(find_source(str(folder)))), [], []
+    count, ours, theirs = sum(1 for _ in items(find_inputs(str(folder)))), [], []
     for _ in range(3):
         with tempfile.TemporaryDirectory() as out:
             told = [CELESTIAL, "batch", str(folder), f"{out}/scores", "--model", str(run)]
@@ -124,7 +124,7 @@ def memory(run: Path, folder: Path, times: int) -> Row:
     peaks = []
     for repeat in (1, times):
         with tempfile.TemporaryDirectory(dir=folder.parent) as links:
-            for item in items(find_source(str(folder))):
+            for item in items(find_inputs(str(folder))):
                 for i in range(repeat):
                     name = re.sub(r"\W", "_", item.name.removeprefix(str(folder)))
                     os.link(item.name, f"{links}/{i:04}{name}.jpg")

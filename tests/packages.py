@@ -7,10 +7,11 @@ from PIL import Image
 from serving import tiny_model
 
 from celestial_ml.core.files import read_json, sha256_of, write_json
-from celestial_ml.model.export import write_selftest
+from celestial_ml.package.graph import served_answers
+from celestial_ml.package.self_test import write_selftest
 from celestial_ml.planets.bodies import BODIES
 from celestial_ml.planets.renderer import render
-from celestial_ml.registry.evidence import EVIDENCE, Evidence, served_answers, short
+from celestial_ml.registry.evidence import EVIDENCE, Evidence, short
 
 LABELS = np.array(["Mars", "Neptune"])
 

@@ -16,9 +16,9 @@ from PIL import Image
 
 from celestial_ml.core.files import sha256_of
 from celestial_ml.core.testing import colour_model
+from celestial_ml.package.examples import write_examples
 from celestial_ml.planets.bodies import BODIES
 from celestial_ml.planets.renderer import render
-from celestial_ml.serve.explanation import write_reference
 
 
 def tiny_model(folder: Path) -> Path:
@@ -26,7 +26,7 @@ def tiny_model(folder: Path) -> Path:
     examples = {body: render(body) for body in ("Mars", "Moon", "Neptune")}
     means = np.stack([picture.mean(axis=(0, 1)) for picture in examples.values()])
     folder.mkdir(parents=True, exist_ok=True)
-    write_reference(folder / "reference.npz", means, examples, examples.values())
+    write_examples(folder / "reference.npz", means, examples, examples.values())
     colour_model(
         folder,
         dict.fromkeys(BODIES) | {"Mars": 0, "Neptune": 2},

@@ -23,10 +23,10 @@ from programs import chromium
 from serving import encoded, neptune, running, tiny_model
 
 from celestial_ml.core.files import read_json, sha256_of, write_json
-from celestial_ml.model.answer_examples import write_performance
+from celestial_ml.package.answer_examples import write_performance
+from celestial_ml.package.published import find_model, models_folder
 from celestial_ml.planets.bodies import BODIES
 from celestial_ml.planets.renderer import render
-from celestial_ml.serve.predictor import find_model, models_folder
 from celestial_ml.serve.settings import password_hash
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -528,10 +528,10 @@ def test_another_champion_is_named(open_page, home):
         for _ in range(50):
             page.get_by_role("button", name="Mars").click()
             page.wait_for_timeout(100)
-            if "Model 8" in page.locator("#foot").inner_text():
+            if "Model tiny/8" in page.locator("#foot").inner_text():
                 break
-        playwright.expect(page.locator("#right .fine").last).to_have_text("Answered by model 8")
+        playwright.expect(page.locator("#right .fine").last).to_have_text("Answered by model tiny/8")
         page.reload()
-        playwright.expect(page.locator("#foot")).to_contain_text("Model 8")
+        playwright.expect(page.locator("#foot")).to_contain_text("Model tiny/8")
     finally:
         write_json(home / "models" / "champion.json", {"model": "tiny/7"})

@@ -114,7 +114,7 @@ def bad_files(folder: Path) -> dict[str, str]:
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
     frames[0].save(folder / "animated.webp", save_all=True, append_images=frames[1:])
     return {
-        "truncated.jpg": "is damaged", "zero.jpg": "is empty", "letter.jpg": "no JPEG, PNG or WebP",
+        "truncated.jpg": "is damaged", "zero.jpg": "is empty", "letter.jpg": "not a JPEG, PNG or WebP",
         "one.png": "1 × 1 pixels", "huge.png": "of 50 million allowed", "animated.webp": "is animated",
     }  # fmt: skip
 

@@ -294,7 +294,7 @@ def test_image_is_small(image: str):
 def test_container_answers(container: str):
     assert ask(container, "GET", "/health")[0] == 200
     status, ready = ask(container, "GET", "/ready")
-    assert status == 200 and json.loads(ready)["model_version"] == "7"
+    assert status == 200 and json.loads(ready)["model_version"] == "tiny/7"
     form = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n\r\n%s\r\n--b--\r\n'
     status, answer = ask(container, "POST", "/predict", form % neptune("JPEG"))
     assert status == 200 and json.loads(answer)["label"] == "Neptune"

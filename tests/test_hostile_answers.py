@@ -15,9 +15,9 @@ from serving import chunk, neptune, running, tiny_model, until
 
 from celestial_ml.core.files import read_json, write_json
 from celestial_ml.data.images import open_image
+from celestial_ml.package.published import models_folder
 from celestial_ml.serve.live_models import Models
 from celestial_ml.serve.metrics import Metrics
-from celestial_ml.serve.predictor import models_folder
 
 
 @pytest.fixture(scope="module")

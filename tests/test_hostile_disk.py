@@ -452,9 +452,9 @@ def test_batch_and_predict_report_a_place_that_cannot_be_written(tmp_path: Path,
 def test_a_damaged_pointer_is_named_and_restored_from_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
+    from celestial_ml.package.published import find_model
     from celestial_ml.registry.audit import append, verify
     from celestial_ml.registry.state import champion, recover
-    from celestial_ml.serve.predictor import find_model
 
     monkeypatch.setenv("CELESTIAL_HOME", str(tmp_path))
     monkeypatch.delenv("CELESTIAL_MODEL", raising=False)

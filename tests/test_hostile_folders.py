@@ -164,14 +164,14 @@ def test_an_unreadable_folder_is_named_and_the_rest_is_read(tmp_path: Path, monk
 
 
 def test_an_unreadable_picture_gets_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, read = fill(tmp_path / "photos"), Path.open
+    folder, read = fill(tmp_path / "photos"), os.open
 
     def refuse(path, *arguments, **options):
-        if path.name == "3.png":
+        if Path(os.fsdecode(path)).name == "3.png":
             raise PermissionError(13, "Permission denied", str(path))
         return read(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     assert make_catalog(folder).error.value_counts().to_dict() == {"unreadable": 2}
     code, out, _ = celestial("data", "check", folder, "--json")
     assert code == 1 and "2 unreadable" in finding(out.splitlines()[0], "readable")["saw"]

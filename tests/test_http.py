@@ -19,8 +19,9 @@ from serving import encoded, neptune, running, tiny_model
 
 from celestial_ml.core.files import read_json, write_json
 from celestial_ml.data.images import decode_image
+from celestial_ml.package.folder import ModelError
 from celestial_ml.planets.renderer import render
-from celestial_ml.serve.predictor import ModelError, Predictor
+from celestial_ml.serve.predictor import Predictor
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_good_pictures(client, kind):
         *("label", "confidence", "known", "ood_score", "probabilities"),
         *("model_version", "sha256", "request_id"),
     }
-    assert body["model_version"] == "7" and abs(sum(body["probabilities"].values()) - 1) < 1e-5
+    assert body["model_version"] == "tiny/7" and abs(sum(body["probabilities"].values()) - 1) < 1e-5
     assert body["label"] == max(body["probabilities"], key=body["probabilities"].get)
     if kind not in ("16-bit", "grayscale"):
         assert body["label"] == "Neptune" and body["known"]
@@ -234,7 +235,7 @@ def test_too_many_bytes(client):
 
 def test_health_ready_model(client):
     assert client.get("/health").json()["status"] == "alive"
-    assert client.get("/ready").json() == {"status": "ready", "model_version": "7"}
+    assert client.get("/ready").json() == {"status": "ready", "model_version": "tiny/7"}
     about = client.get("/model").json()
     assert about["version"] == "7" and len(about["classes"]) == 10 and about["metrics"]["images"] == 600
 
@@ -373,7 +374,7 @@ def test_interrupt_ends_quietly(model):
 
 
 def test_a_missing_model_is_an_error(tmp_path):
-    from celestial_ml.serve.predictor import ModelError
+    from celestial_ml.package.folder import ModelError
     from celestial_ml.serve.server import serve
 
     with pytest.raises(ModelError, match=r"no model\.json"):

@@ -1013,7 +1013,7 @@ def test_from_the_picture_to_the_export(tmp_path: Path) -> None:
             name: said[name] for name in ("label", "confidence", "known", "ood_score", "sha256")
         }
         assert (row["model_version"], row["role"], row["format"], row["bytes"]) == (
-            "7",
+            "tiny/7",
             "champion",
             "PNG",
             len(neptune()),

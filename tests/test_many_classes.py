@@ -15,13 +15,13 @@ from PIL import Image, ImageDraw
 from celestial_ml.core.many_classes import FEW, MANY, PAIRS
 from celestial_ml.data.sheet import contact_sheet, save_sheet, some_of_each
 from celestial_ml.demo.performance import confusion_table, pairs_table
-from celestial_ml.model.answer_examples import write_performance
 from celestial_ml.model.error_analysis import confused_pairs
 from celestial_ml.model.evaluate import compute_metrics, predictions_table
 from celestial_ml.model.explain import EXPLAINED, choose_explained, plot_explanations
 from celestial_ml.model.plots import plot_confusion, plot_preview, save_figure
 from celestial_ml.model.slices import bootstrap_intervals, plot_slices, slice_table
 from celestial_ml.model.unknown import fit_distance
+from celestial_ml.package.answer_examples import write_performance
 from celestial_ml.reports.model_card import make_card
 
 SIDE, BYTES = 2000, 1_000_000  # of a picture

@@ -26,13 +26,15 @@ from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.files import read_json, sha256_of, write_json
 from celestial_ml.core.params import Register, Track
 from celestial_ml.core.testing import mlflow_database
+from celestial_ml.package.manifest import damage
+from celestial_ml.package.published import find_model, published, versions
 from celestial_ml.registry.audit import append, audit_file, read_log, verify
 from celestial_ml.registry.decisions import register_version, retire, rollback, submit
 from celestial_ml.registry.gate import judge
 from celestial_ml.registry.state import champion, recover, sync_aliases
 from celestial_ml.registry.tracking import Run, open_run
-from celestial_ml.registry.versions import create_version, damage, publish, published, read_version, versions
-from celestial_ml.serve.predictor import Predictor, find_model
+from celestial_ml.registry.versions import create_version, publish, read_version
+from celestial_ml.serve.predictor import Predictor
 
 Models = Callable[..., Result]
 
@@ -90,7 +92,7 @@ def test_the_champion_answers_the_candidates_images(home: Path, run: Run, tmp_pa
     assert "points worse than the champion (celestial/1), of 5 allowed" in verdict.reasons[-1]
     verdict = judge(good, "celestial/1", Register(max_doubt=0.1))
     assert verdict.decision == "promote", verdict.reasons
-    assert "36 asked now, 4 left out because it learned" in verdict.reasons[-1]
+    assert "36 answered now, 4 left out because it learned" in verdict.reasons[-1]
     assert verdict.comparison and (verdict.comparison.images, verdict.comparison.other) == (36, 1.0)
     poor = register_version(package(tmp_path / "c", np.arange(40) < 30, shas, paths), "celestial", run)
     lax = Register(min_accuracy=0.5, min_macro_f1=0.5)
@@ -269,9 +271,9 @@ def check_what_is_served() -> tuple[str, str, bool]:  # the champion before and 
     audit, pointed = verify(), champion()
     assert not audit.problems and pointed
     state = recover()
-    assert state.champion and champion() == read_json(published(state.champion) / "model.json")
+    assert state.champion and champion() == read_version(state.champion)
     assert damage(find_model()) == [] and Predictor(find_model()).self_test() == 4
-    return f"{pointed['name']}/{pointed['version']}", state.champion, bool(audit.torn)
+    return pointed.model, state.champion, bool(audit.torn)
 
 
 def test_kill_9_at_20_moments_leaves_a_champion_that_works(home: Path, run: Run, tmp_path: Path) -> None:
@@ -293,7 +295,9 @@ def test_kill_9_at_20_moments_leaves_a_champion_that_works(home: Path, run: Run,
         for moment in range(20):
             step = STEPS[moment % 3]
             if step == "rollback" and not recover().previous:
-                submit("celestial/1" if recover().champion == "celestial/2" else "celestial/2", Register(), asked=True)
+                submit(
+                    "celestial/1" if recover().champion == "celestial/2" else "celestial/2", Register(), by_hand=True
+                )
             size = audit_file().stat().st_size
             pid = killer.start(step, dice.sample(packages, len(packages)))
             if moment % 2:
@@ -362,16 +366,16 @@ def test_a_decision_killed_at_any_write_is_done_or_not_done(
         model = register_version(package(tmp_path / name, share), "celestial", run)
         submit(model, Register(promote="by_hand" if name == "c" else "not_worse"))
     if what == "retire":
-        submit("celestial/3", Register(), asked=True)
+        submit("celestial/3", Register(), by_hand=True)
     fresh = package(tmp_path / "d", 0.965)
     numbered = create_version(fresh, "celestial", run)
-    verdict = judge("celestial/3", recover().champion, Register(), asked=True)
+    verdict = judge("celestial/3", recover().champion, Register(), by_hand=True)
     monkeypatch.setattr(gate, "judge", lambda *_: verdict)  # what it asks is on file: no process of its own, no MLflow
     monkeypatch.setattr(decisions, "create_version", lambda *_: numbered)
     monkeypatch.setattr(decisions, "sync_aliases", lambda _: None)
     actions: dict[str, Callable[[], object]] = {
         "register": lambda: register_version(fresh, "celestial", run),
-        "promote": lambda: submit("celestial/3", Register(), asked=True),
+        "promote": lambda: submit("celestial/3", Register(), by_hand=True),
         "rollback": lambda: rollback("a test"),
         "retire": lambda: retire("celestial/1", "celestial/3"),
     }
@@ -394,7 +398,7 @@ def test_a_decision_killed_at_any_write_is_done_or_not_done(
         if not done[what]():
             actions[what]()
         assert done[what]() and not verify().problems
-        assert all(damage(published(model)) == [] or "retired" in read_version(model) for model in versions())
+        assert all(damage(published(model)) == [] or read_version(model).retired for model in versions())
         if what == "retire":
             assert {p.name for p in published("celestial/1").iterdir()} <= {
                 "retired.json",
@@ -469,7 +473,7 @@ def test_rollback_moves_the_servers_pointer_before_mlflow(home: Path, run: Run, 
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 3, "about a third of a second on an idle machine"
-    assert champion()["version"] == "1" and read_log()[-1]["evidence"]["why"] == "it answers Moon"
+    assert champion().model == "celestial/1" and read_log()[-1]["evidence"]["why"] == "it answers Moon"
     sync_aliases(run.client)
     assert aliases(run) == {"candidate": 2, "champion": 1}
 
@@ -523,7 +527,7 @@ def test_the_commands_from_the_first_version_to_a_retired_one(
     assert models("audit", "--verify").exit_code == 1
     assert models("promote", "celestial/2").exit_code == 2
     assert models("audit", "--restart", "--who", "Ada").exit_code == 0
-    assert models("audit", "--verify").exit_code == 0 and champion()["version"] == "1"
+    assert models("audit", "--verify").exit_code == 0 and champion().model == "celestial/1"
 
 
 def test_an_unknown_name_gets_the_nearest_one(home: Path, run: Run, models: Models, tmp_path: Path) -> None:

@@ -32,9 +32,10 @@ from celestial_ml.cli.app import app
 from celestial_ml.core.files import read_json, write_json
 from celestial_ml.core.params import Register
 from celestial_ml.flow.pipeline import Plan, execute, make_plan
+from celestial_ml.package.published import published
 from celestial_ml.registry.decisions import submit
 from celestial_ml.registry.evidence import EVIDENCE, Evidence
-from celestial_ml.registry.versions import publish, published, read_version
+from celestial_ml.registry.versions import publish, read_version
 from celestial_ml.reports.comparison import compare_run, report_page
 from celestial_ml.reports.run_report import against_version, in_short, make_report, rival
 
@@ -151,7 +152,7 @@ def predictions_of(answers: Evidence) -> pd.DataFrame:
 
 def written(folder: Path, model: str, verdict: dict[str, Any]) -> tuple[str, str]:
     "The report of a version, as the step register makes it."
-    about, answers = read_version(model), Evidence.load(published(model))
+    about, answers = read_version(model).to_json(), Evidence.load(published(model))
     assert answers is not None
     catalog = pd.DataFrame({"path": "a.png", "label": ["Mars", "Neptune"], "split": ["train", "test"]})
     since = against_version(about, answers, verdict)
@@ -180,7 +181,7 @@ def test_a_worse_run_is_reported_with_its_test(home: Path, tmp_path: Path) -> No
     assert figures["macro F1"][-1] == "worse" and figures["calibration error"][-1] == "the same"
     assert table_with(text, "parameter") == {"train.lr": ["0.95", "0.75"]}
     assert '<td class="no">worse</td>' in page and "refused by the gate" in page
-    by_hand = submit(worse, lax.model_copy(update={"not_worse_by": 0.5}), asked=True).to_dict()
+    by_hand = submit(worse, lax.model_copy(update={"not_worse_by": 0.5}), by_hand=True).to_dict()
     assert by_hand["decision"] == "promote"
     kept = submit(worse, lax.model_copy(update={"not_worse_by": 0.5})).to_dict()
     assert kept["decision"] == "keep" and rival(kept) == "celestial/1", "beside the one before it"
@@ -193,9 +194,9 @@ def test_no_difference_is_reported_as_none(home: Path, tmp_path: Path) -> None:
     other[[3, 195]] = ~other[[3, 195]]  # one lost, one gained
     alike = registered(tmp_path, 2, other)
     verdict = submit(alike, Register()).to_dict()
-    since = against_version(read_version(alike), Evidence.load(published(alike)), verdict)
+    since = against_version(read_version(alike).to_json(), Evidence.load(published(alike)), verdict)
     assert since is not None and since.accuracy.verdict == "the same" and since.accuracy.p == 1.0
-    assert "It is as accurate as celestial/1" in in_short(read_version(alike), verdict, since)[-2]
+    assert "It is as accurate as celestial/1" in in_short(read_version(alike).to_json(), verdict, since)[-2]
 
 
 # -------------------------------------------------------------------------------------------- beside a revision

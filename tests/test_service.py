@@ -99,7 +99,7 @@ def test_a_new_champion_takes_over_under_load_and_no_answer_is_lost(registry) ->
             point(home, "champion", "12"[(swaps + 1) % 2])
             swaps += 1
         seen = sum((one.result() for one in asked), Counter())
-    assert set(seen) == {(200, "1"), (200, "2")} and min(seen.values()) > 20 and swaps > 5
+    assert set(seen) == {(200, "tiny/1"), (200, "tiny/2")} and min(seen.values()) > 20 and swaps > 5
     assert figure(client, "celestial_model_reloads_total", result="taken") >= 5
 
 
@@ -122,12 +122,12 @@ def test_a_bad_champion_is_refused_and_the_old_one_goes_on(registry, harm: str) 
         (home / "models/champion.json").write_text("{")
     until(lambda: "refused" in client.get("/ready").json())
     ready = client.get("/ready").json()
-    assert ready["status"] == "ready" and ready["model_version"] == "1" and ready["refused"]
+    assert ready["status"] == "ready" and ready["model_version"] == "tiny/1" and ready["refused"]
     assert figure(client, "celestial_model_refused", role="champion") == 1
-    assert send(client, neptune()).json()["model_version"] == "1"
+    assert send(client, neptune()).json()["model_version"] == "tiny/1"
     publish(home, "3")
     point(home, "champion", "3")
-    until(lambda: client.get("/ready").json() == {"status": "ready", "model_version": "3"})
+    until(lambda: client.get("/ready").json() == {"status": "ready", "model_version": "tiny/3"})
     assert figure(client, "celestial_model_refused", role="champion") == 0
 
 
@@ -139,13 +139,16 @@ def test_a_challenger_gets_its_share_of_requests(tmp_path: Path, mode: str) -> N
         point(home, role, version)
     with running(None, tmp_path / "log", serve=SERVE, challenger=f"{mode}:0.5") as url:
         with httpx.Client(base_url=url, timeout=30) as client:
-            assert client.get("/ready").json()["challenger"] == "2"
+            assert client.get("/ready").json()["challenger"] == "tiny/2"
             answers = Counter(send(client, neptune()).json()["model_version"] for _ in range(60))
             if mode == "canary":
-                assert answers["1"] + answers["2"] == 60 and min(answers.values()) > 10
-                assert figure(client, "celestial_answers_total", role="canary", model_version="2") == answers["2"]
+                assert answers["tiny/1"] + answers["tiny/2"] == 60 and min(answers.values()) > 10
+                assert (
+                    figure(client, "celestial_answers_total", role="canary", model_version="tiny/2")
+                    == answers["tiny/2"]
+                )
             else:
-                assert answers == {"1": 60}, "nobody is answered by a shadow"
+                assert answers == {"tiny/1": 60}, "nobody is answered by a shadow"
                 until(lambda: figure(client, "celestial_shadow_answers_total", agrees="true") > 10)
                 assert figure(client, "celestial_shadow_answers_total", agrees="false") == 0
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .inputs import Source, read_again, require_parquet
+from .inputs import Inputs, read_again, require_parquet
 from .parts import Places, answer_files
 from ..core.errors import CelestialError
 from ..core.files import atomic
 from ..core.page_builder import Page, html_part
 from ..data.images import decode_image
-from ..serve.explanation import shrink
+from ..data.thumbnails import shrink
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -145,7 +145,7 @@ def charts(
 
 # %% ../../nbs/batch/03_summary.ipynb #thumbnails
 def thumbnails(
-    source: Source,
+    source: Inputs,
     doubts: Sequence[Doubt],
     side: int = 128,  # pixels along the longer edge
 ) -> dict[int, np.ndarray]:  # row → uint8 (height, width, 3); files that are gone are missing
@@ -166,7 +166,7 @@ def as_percent(share: float) -> str:
 def write_page(
     where: Places,
     summary: Summary,
-    source: Source,
+    source: Inputs,
     model_version: str,
     bad: int,  # unreadable images
     more: dict[str, str],  # further figures to show at the top, by name

@@ -72,6 +72,7 @@ def run(
     "Run the pipeline: only the steps whose inputs changed."
     from celestial_ml.core.files import read_json
     from celestial_ml.flow.pipeline import execute, make_plan
+    from celestial_ml.package.manifest import read_manifest
 
     plan = make_plan(enter_project(), params, set_, name, from_, force, beside=with_ or ())
     if not json_:
@@ -80,12 +81,14 @@ def run(
             print(f"  · {step:<10}{why}")
     execute(plan, executor, quiet=json_)
     folder = Path("output") / plan.run
-    metrics, verdict = read_json(folder / "model.json")["metrics"], read_json(folder / "register.json")
+    metrics, verdict = read_manifest(folder).metrics, read_json(folder / "register.json")
     if json_:
-        print(json.dumps({"run": plan.run, "ran": list(plan.stale), "metrics": metrics, "registered": verdict}))
+        print(
+            json.dumps({"run": plan.run, "ran": list(plan.stale), "metrics": metrics.to_json(), "registered": verdict})
+        )
         return
     role = "is champion" if verdict["promoted"] else "stays a candidate"
-    print(f"\naccuracy {metrics['accuracy']:.4f} on {metrics['images']} held-out images ({metrics['split']})")
+    print(f"\naccuracy {metrics.accuracy:.4f} on {metrics.images} held-out images ({metrics.split})")
     print(f"{verdict['model']} {role}: {verdict['reasons'][-1]}")
     print(f"\nlook:  {folder}/report.html")
     print(f"next:  celestial serve{'' if verdict['promoted'] else f' --model {plan.run}'}")
@@ -147,7 +150,8 @@ def predict(
     json_: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
 ) -> None:
     "Classify images."
-    from celestial_ml.serve.predictor import Predictor, find_model
+    from celestial_ml.package.published import find_model
+    from celestial_ml.serve.predictor import Predictor
 
     images, passed = _images_in(paths)
     predictor = Predictor(find_model(model))
@@ -187,7 +191,7 @@ def serve(
     "Serve the HTTP API and the demo."
     from celestial_ml.demo.routes import add_demo
     from celestial_ml.monitor.log import service_log
-    from celestial_ml.serve.predictor import find_model
+    from celestial_ml.package.published import find_model
     from celestial_ml.serve.server import serve as serve_forever
     from celestial_ml.serve.settings import serve_settings
 

@@ -50,11 +50,12 @@ def batch(
     """
     os.environ["CELESTIAL_TERMINAL"] = "1"
     from celestial_ml.batch.job import batch as score
-    from celestial_ml.batch.job import engine_named
-    from celestial_ml.serve.predictor import Predictor, find_model
+    from celestial_ml.batch.job import choose_engine
+    from celestial_ml.package.published import find_model
+    from celestial_ml.serve.predictor import Predictor
 
     predictor = Predictor(find_model(model))
-    result = score(images, out, predictor, engine_named(engine, predictor, scheduler, workers), column, restart)
+    result = score(images, out, predictor, choose_engine(engine, predictor, scheduler, workers), column, restart)
     _print_result(result, _summary(result, predictor, images, column), json_)
     if result.bad == result.items or result.bad / result.items > max_bad:
         raise AnswerIsNo(f"{result.bad:,} of {result.items:,} pictures can't be read", f"See {result.where.bad}")
@@ -62,16 +63,16 @@ def batch(
 # %% ../../nbs/cli/04_batch.ipynb #summary
 def _summary(result: "Result", model: "Predictor", images: str, column: str | None) -> "Summary":
     "Count the answers, and write the page."
-    from celestial_ml.batch.inputs import find_source
+    from celestial_ml.batch.inputs import find_inputs
     from celestial_ml.batch.summary import summarise, write_page
     from celestial_ml.core.progress import as_time
 
-    summary = summarise(result.where, model.about["ood_threshold"])
+    summary = summarise(result.where, model.ood_threshold)
     if result.rate or not result.where.summary.is_file():
         pace = {"images a second": f"{result.rate:,.0f}", "took": as_time(result.seconds)} if result.rate else {}
         if left := sum(result.passed_over.values()):
             pace["passed over"] = f"{left:,}"
-        write_page(result.where, summary, find_source(images, column), model.version, result.bad, pace)
+        write_page(result.where, summary, find_inputs(images, column), model.version, result.bad, pace)
     return summary
 
 

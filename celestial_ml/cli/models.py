@@ -160,7 +160,7 @@ def models_promote(
     version, root = _version(model), find_root()
     folder = root / "params" if root else "params"
     rules = load_params(params, folder=folder).register_ if params else gate_params(version)
-    verdict = submit(version, rules, who, asked=True, why=why)
+    verdict = submit(version, rules, who, by_hand=True, why=why)
     if json_:
         print(json.dumps(verdict.to_dict()), flush=True)
     elif verdict.promoted:

@@ -25,7 +25,7 @@ from ..core.params import Check
 # %% ../../nbs/data/07_checks.ipynb #finding
 @dataclass(frozen=True)
 class Finding:
-    "What one check saw."
+    "The result of one check."
 
     check: str
     status: Literal["pass", "warn", "fail"]
@@ -37,15 +37,14 @@ class Finding:
 CheckFunction = Callable[[pd.DataFrame, Check], Finding]
 CHECKS: list[CheckFunction] = []
 
-# %% ../../nbs/data/07_checks.ipynb #check
+
 def check(function: CheckFunction) -> CheckFunction:
     "Register a check: it will run with the others."
     CHECKS.append(function)
     return function
 
-# %% ../../nbs/data/07_checks.ipynb #finding-x
+
 def _finding(check: str, ok: bool, saw: str, rows: pd.DataFrame | None = None, otherwise: str = "fail") -> Finding:
-    "A finding that passes or else is of the given status."
     images = () if rows is None else tuple(map(printable, rows.path[:12]))
     return Finding(check, "pass" if ok else otherwise, saw, images)  # type: ignore[arg-type]
 
@@ -58,19 +57,19 @@ def readable(catalog: pd.DataFrame, p: Check) -> Finding:
     saw = f"{len(bad)} of {len(catalog)} images can't be read" + (f" ({reasons})" if len(bad) else "")
     return _finding("readable", len(bad) <= p.max_unreadable * len(catalog), saw, bad)
 
-# %% ../../nbs/data/07_checks.ipynb #large-enough
+
 @check
 def large_enough(catalog: pd.DataFrame, p: Check) -> Finding:
-    "Is there something to see in every image?"
+    "Is every image large enough?"
     shortest = catalog[["width", "height"]].min(axis=1)
     small = catalog[catalog.error.isna() & (shortest < p.min_px)]
     saw = f"{len(small)} images are smaller than {p.min_px} pixels"
     return _finding("large_enough", small.empty, saw, small)
 
-# %% ../../nbs/data/07_checks.ipynb #passed-over
+
 @check
 def passed_over(catalog: pd.DataFrame, p: Check) -> Finding:
-    "Is every picture that lies there in the catalog?"
+    "Is every picture in the folder also in the catalog?"
     passed = PassedOver(Counter(catalog.attrs.get("passed_over", {})), catalog.attrs.get("examples", {}))
     few = passed.missed <= p.max_passed_over * (passed.missed + len(catalog)) and not passed.counts["unreadable"]
     saw = f"{passed.counts.total()} files were passed over" + (f" ({passed})" if passed.counts else "")
@@ -81,21 +80,21 @@ def passed_over(catalog: pd.DataFrame, p: Check) -> Finding:
 # %% ../../nbs/data/07_checks.ipynb #enough-classes
 @check
 def enough_classes(catalog: pd.DataFrame, p: Check) -> Finding:
-    "Is there anything to tell apart?"
+    "Are there two classes at least?"
     n = catalog.label.nunique()
     return _finding("enough_classes", n >= 2, f"there {'is 1 class' if n == 1 else f'are {n} classes'}")
 
-# %% ../../nbs/data/07_checks.ipynb #distinct-names
+
 @check
 def distinct_names(catalog: pd.DataFrame, p: Check) -> Finding:
-    "Do the names of any two classes differ in capitals, spaces or a letter's width alone?"
+    "Do the names of two classes differ only in capitals, spaces or the width of letters?"
     labels = pd.Series(sorted(catalog.label.unique()))
     folded = labels.map(lambda label: "".join(unicodedata.normalize("NFKC", label).casefold().split()))
     alike = labels[folded.duplicated(keep=False)]
-    saw = f"hardly told apart: {', '.join(alike)}" if len(alike) else "all names of classes differ"
+    saw = f"hard to distinguish: {', '.join(alike)}" if len(alike) else "all names of classes differ"
     return _finding("distinct_names", alike.empty, saw, otherwise="warn")
 
-# %% ../../nbs/data/07_checks.ipynb #enough-images
+
 @check
 def enough_images(catalog: pd.DataFrame, p: Check) -> Finding:
     "Has every class enough readable, distinct images to learn from and to be measured on?"
@@ -105,7 +104,7 @@ def enough_images(catalog: pd.DataFrame, p: Check) -> Finding:
     saw = listed(f"{label} has {n}" for label, n in few.items()) or f"the smallest class has {counts.min()}"
     return _finding("enough_images", few.empty, f"{saw}; {p.min_per_class} distinct images a class are needed")
 
-# %% ../../nbs/data/07_checks.ipynb #balanced
+
 @check
 def balanced(catalog: pd.DataFrame, p: Check) -> Finding:
     "Is any class many times larger than another?"
@@ -117,27 +116,27 @@ def balanced(catalog: pd.DataFrame, p: Check) -> Finding:
 # %% ../../nbs/data/07_checks.ipynb #one-label-each
 @check
 def one_label_each(catalog: pd.DataFrame, p: Check) -> Finding:
-    "Is any image filed under two labels?"
-    seen = catalog[catalog.error.isna()]  # files that hold nothing are alike, and are no images
-    torn = seen[seen.groupby("sha256").label.transform("nunique") > 1]
+    "Has any image two labels?"
+    images = catalog[catalog.error.isna()]  # empty files are all alike
+    torn = images[images.groupby("sha256").label.transform("nunique") > 1]
     return _finding("one_label_each", torn.empty, f"{torn.sha256.nunique()} images have two labels", torn)
 
-# %% ../../nbs/data/07_checks.ipynb #no-leak
+
 @check
 def no_leak(catalog: pd.DataFrame, p: Check) -> Finding:
     "Is any image both learned from and measured on?"
-    seen = catalog[catalog.error.isna()]
-    leaked = seen[seen.groupby("sha256").split.transform("nunique") > 1]
+    images = catalog[catalog.error.isna()]
+    leaked = images[images.groupby("sha256").split.transform("nunique") > 1]
     return _finding("no_leak", leaked.empty, f"{leaked.sha256.nunique()} images are in two splits", leaked)
 
-# %% ../../nbs/data/07_checks.ipynb #no-duplicates
+
 @check
 def no_duplicates(catalog: pd.DataFrame, p: Check) -> Finding:
     "Is any image there twice?"
     again = catalog[catalog.error.isna() & catalog.sha256.duplicated()]
     return _finding("no_duplicates", again.empty, f"{len(again)} images are copies of another", again, "warn")
 
-# %% ../../nbs/data/07_checks.ipynb #every-class-in-every-split
+
 @check
 def every_class_in_every_split(catalog: pd.DataFrame, p: Check) -> Finding:
     "Can every class be learned and measured?"
@@ -151,20 +150,20 @@ def run_checks(
     catalog: pd.DataFrame,  # with splits
     p: Check,
 ) -> list[Finding]:
-    "What every registered check saw."
+    "The findings of all registered checks."
     return [function(catalog, p) for function in CHECKS]
 
-# %% ../../nbs/data/07_checks.ipynb #findings-table
+
 def findings_table(findings: list[Finding]) -> pd.DataFrame:
-    "The findings as a table that a person reads."
+    "The findings as a table for people."
     return pd.DataFrame([asdict(f) for f in findings]).drop(columns="counts")
 
-# %% ../../nbs/data/07_checks.ipynb #require-pass
+
 def require_pass(findings: list[Finding]) -> None:
     "`AnswerIsNo` if any check failed, with all that did."
     if failed := [f for f in findings if f.status == "fail"]:
         raise AnswerIsNo(
             "the data is not good enough to learn from: "
             + "; ".join(f"{f.saw}" + (f", as {f.images[0]}" if f.images else "") for f in failed),
-            "Mend the images, or change what is required in the section check of the params file.",
+            "Correct the images, or change the limits in the section check of the params file.",
         )

@@ -7,7 +7,7 @@ __all__ = ['performance_files', 'headline_figures', 'confusion_table', 'pairs_ta
            'robustness_table', 'reliability_chart', 'panel', 'performance_page', 'build_performance']
 
 # %% ../../nbs/demo/05_performance.ipynb #ac4d6209
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -18,43 +18,42 @@ from markupsafe import Markup
 from ..core.domains import domain_of
 from ..core.files import read_json
 from ..core.many_classes import FEW, MANY, few_of
+from ..data.thumbnails import data_uri
 from .identify import QUIET, Host, sorry
-from .wording import model_name, part, share_floor
-from ..serve.explanation import data_uri
+from .wording import part, share_floor
+from ..package.metrics import Metrics, Slice
 from ..serve.predictor import Predictor
 
 # %% ../../nbs/demo/05_performance.ipynb #performance-files
 @lru_cache(maxsize=4)
 def performance_files(folder: Path) -> tuple[dict[str, Any], str] | None:  # the sheet, the thumbnails as a data URI
-    "What a package says of its evaluation; None where it brings nothing."
+    "The evaluation in a package; None where there is none."
     sheet, thumbnails = folder / "performance.json", folder / "performance.webp"
     if not (sheet.is_file() and thumbnails.is_file()):
         return None
     return read_json(sheet), data_uri(thumbnails.read_bytes())
 
 # %% ../../nbs/demo/05_performance.ipynb #headline-figures
-def headline_figures(metrics: dict[str, Any]) -> str:
+def headline_figures(metrics: Metrics) -> str:
     "The most important figures, as a list."
     figures = []  # value, name, more
-    if "accuracy" in metrics:
-        interval = metrics.get("intervals", {}).get("accuracy")
-        between = f"95 %: {share_floor(interval['low'])} to {share_floor(interval['high'])}" if interval else ""
-        figures.append((metrics["accuracy"], f"right, of {metrics.get('images', 0):,} pictures", between))
-    if "after" in metrics.get("calibration", {}):
-        error = metrics["calibration"]["after"]["ece"]
-        figures.append((error, "calibration error", "how far confidence is off, on average"))
-    if "mean_accuracy" in metrics.get("robustness", {}):
-        worst = metrics["robustness"]["worst_at_3"]
-        more = f"worst: {_in_words(worst['corruption'])}, {share_floor(worst['accuracy'])}"
-        figures.append((metrics["robustness"]["mean_accuracy"], "right when disturbed", more))
-    if kinds := metrics.get("unknown", {}).get("kinds", {}):
-        domain = domain_of(metrics.get("per_class", ()))
+    if metrics.accuracy is not None:
+        interval = metrics.intervals.get("accuracy")
+        between = f"95 %: {share_floor(interval.low)} to {share_floor(interval.high)}" if interval else ""
+        figures.append((metrics.accuracy, f"right, of {metrics.images:,} pictures", between))
+    if calibrated := metrics.calibration.after:
+        figures.append((calibrated.ece, "calibration error", "how far confidence is off, on average"))
+    damaged, worst = metrics.robustness.mean_accuracy, metrics.robustness.worst_at_3
+    if damaged is not None and worst:
+        more = f"worst: {_in_words(worst.corruption)}, {share_floor(worst.accuracy)}"
+        figures.append((damaged, "right when disturbed", more))
+    if kinds := metrics.unknown.kinds:
+        domain = domain_of(metrics.per_class)
         near = [kinds[name] for name in domain.near_strangers if name in kinds]
         counted = near or kinds.values()
-        caught = sum(kind["unknown"] * kind["images"] for kind in counted) / sum(kind["images"] for kind in counted)
-        alarm = share_floor(metrics["unknown"]["false_alarm_rate"])
-        what = f"of strange {domain.plural if near else 'pictures'} caught"
-        figures.append((caught, what, f"{alarm} false alarms"))
+        caught = sum(kind.unknown * kind.images for kind in counted) / sum(kind.images for kind in counted)
+        alarms = f"{share_floor(metrics.unknown.false_alarm_rate or 0)} false alarms"
+        figures.append((caught, f"of strange {domain.plural if near else 'pictures'} caught", alarms))
     return part("figures", items=figures)
 
 
@@ -96,20 +95,20 @@ def cell_pictures(sheet: dict[str, Any], key: str) -> str:  # "Mars/Moon": Mars,
     return part("thumbs", title=title, label=one["label"], pictures=one["pictures"], columns=columns)
 
 # %% ../../nbs/demo/05_performance.ipynb #slices-list
-def slices_list(slices: Sequence[dict[str, Any]]) -> str:
+def slices_list(slices: Sequence[Slice]) -> str:
     "Accuracy by slice."
     groups = []
-    for name, rows in groupby(slices, key=lambda one: str(one["slice"])):
+    for name, rows in groupby(slices, key=lambda one: one.slice):
         bins = list(rows)
         if len(bins) > MANY:
-            bins.sort(key=lambda one: (one["accuracy"], one["low"]))
+            bins.sort(key=lambda one: (one.accuracy, one.low))
         shown = few_of(bins)
         more = f", the worst {len(shown)} of {len(bins)}" if len(shown) < len(bins) else ""
         groups.append((_in_words(name) + more, shown))
     return part("slices", groups=groups)
 
 
-def robustness_table(per_corruption: dict[str, Sequence[float]]) -> str:
+def robustness_table(per_corruption: Mapping[str, Sequence[float]]) -> str:
     "Accuracy by kind and strength of disturbance, the worst kind first."
     ordered = sorted(per_corruption.items(), key=lambda item: sum(item[1]))
     levels = len(ordered[0][1]) if ordered else 0
@@ -132,7 +131,7 @@ def performance_page(model: Predictor | None) -> tuple[str, str]:  # above and b
     if model is None:
         return sorry("no_model"), ""
     metrics, files, model_card = (
-        model.about.get("metrics") or {},
+        model.manifest.metrics,
         performance_files(model.folder),
         model.folder / "model_card.html",
     )
@@ -147,9 +146,9 @@ def performance_page(model: Predictor | None) -> tuple[str, str]:  # above and b
         dots = reliability_chart(sheet["reliability"], sheet["images"])
     if model_card.is_file():
         in_full = part("modelcard", page=model_card.read_text(encoding="utf-8"))
-    robust = metrics.get("robustness", {}).get("per_corruption", {})
-    head = panel(f"How good is model {model_name(model.about)}?", headline_figures(metrics), "wide")
-    below = panel("By kind of picture", slices_list(metrics.get("slices", [])), "tall")
+    robust = metrics.robustness.per_corruption
+    head = panel(f"How good is model {model.version}?", headline_figures(metrics), "wide")
+    below = panel("By kind of picture", slices_list(metrics.slices), "tall")
     below += panel("When the picture is disturbed", robustness_table(robust) if robust else "")
     below += panel("Can its confidence be trusted?", dots)
     return head + panel("Who is mistaken for whom", table, "wide"), below + panel("In full", in_full, "wide")

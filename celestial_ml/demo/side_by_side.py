@@ -18,14 +18,16 @@ from ..core.errors import CelestialError
 from .elements import picture_uri, sky
 from .identify import QUIET, Host, drop_area, sorry, upload_path
 from .uploads import forget_uploads, read_file
-from .wording import apology, card, in_sentence, model_name, percent, text, track_record
-from ..serve.predictor import Prediction, Predictor, models_folder
+from .wording import apology, card, in_sentence, percent, text, track_record
+from ..package.manifest import Manifest
+from ..package.published import published, versions
+from ..serve.predictor import Prediction, Predictor
 from ..serve.scorer import Scored
 
 # %% ../../nbs/demo/04_side_by_side.ipynb #published-versions
 def published_versions() -> dict[str, Path]:  # "celestial/3" → its folder, by name, the newest first
     "The versions that the registry has published."
-    folders = [path.parent for path in models_folder().glob("*/*/model.json") if path.parent.name.isdigit()]
+    folders = [published(model) for model in versions(retired=False)]
     ordered = sorted(folders, key=lambda folder: (folder.parent.name, -int(folder.name)))
     return {f"{folder.parent.name}/{folder.name}": folder for folder in ordered}
 
@@ -34,11 +36,11 @@ def choices(
     current: Predictor | None,  # that answers now
 ) -> dict[str, Path]:  # what to call it → its folder; the current one first
     "The versions to choose from."
-    versions = published_versions()
+    folders = published_versions()
     if current is None:
-        return versions
-    others = {name: folder for name, folder in versions.items() if folder != current.folder}
-    return {f"{model_name(current.about)} (answers now)": current.folder} | others
+        return folders
+    others = {name: folder for name, folder in folders.items() if folder != current.folder}
+    return {f"{current.version} (answers now)": current.folder} | others
 
 
 @lru_cache(maxsize=4)
@@ -47,18 +49,18 @@ def _open_version(folder: Path) -> Predictor:
     return Predictor(folder)
 
 # %% ../../nbs/demo/04_side_by_side.ipynb #version-card
-def version_card(name: str, prediction: Prediction, about: dict[str, Any]) -> str:
+def version_card(name: str, prediction: Prediction, manifest: Manifest) -> str:
     "One version's answer."
-    record, headline, sure = track_record(about), prediction.label, f"{percent(prediction.confidence)} sure"
+    record, headline, sure = track_record(manifest.metrics), prediction.label, f"{percent(prediction.confidence)} sure"
     if not prediction.known:
         headline, sure = "Nothing I know", f"most like {in_sentence(prediction.label, prediction.probabilities)}"
-    fine = f"Strangeness {prediction.ood_score:.1f}; unknown begins at {about['ood_threshold']:.1f}."
+    fine = f"Strangeness {prediction.ood_score:.1f}; unknown begins at {manifest.ood_threshold:.1f}."
     fine += f" On the test, {record}." if record else ""
     return card(name, headline, sure, prediction, "version", fine=fine)
 
 
 def verdict(one: Prediction | None, other: Prediction | None) -> str:
-    "Whether they agree, in a sentence."
+    "A sentence that says whether they agree."
     if one is None or other is None:
         return ""
     names = [f"“{prediction.label}”" if prediction.known else "“nothing I know”" for prediction in (one, other)]
@@ -78,7 +80,7 @@ async def _one_side(host: Host, name: str | None, folder: Path | None, content: 
         if e.status < 500:  # the picture's fault, not this version's
             raise
         return card(name, "", f"This version can't answer: {e.message}.", kind="version"), None
-    return version_card(name, scored.prediction, model.about), scored
+    return version_card(name, scored.prediction, model.manifest), scored
 
 
 async def compare(
@@ -108,7 +110,7 @@ def build_compare(host: Host, tab: Any) -> None:
     import gradio as gr
 
     block: dict[str, Any] = {"apply_default_css": False}
-    domain = domain_of(host.about.get("classes", ()))
+    domain = domain_of(host.classes)
     chosen = next(iter(domain.examples), None)
     source = gr.State(chosen)  # an example, or the path of an upload
     with gr.Row(elem_id="compare-choices"):

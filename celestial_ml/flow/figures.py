@@ -12,6 +12,7 @@ from typing import Any
 
 from ..core.files import read_json
 from .steps import run_folder
+from ..package.metrics import read_metrics
 
 # %% ../../nbs/flow/05_figures.ipynb #record
 RECORD = "application/papermill.record+json"
@@ -31,9 +32,9 @@ def run_metrics(
 ) -> dict[str, float]:
     "The figures of a run, by name."
 
-    def numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    def numbers(values: dict[str, Any]) -> dict[str, float]:
         kinds = (int, float)
-        return {f"{prefix}{k}": float(v) for k, v in values.items() if isinstance(v, kinds) and type(v) is not bool}
+        return {k: float(v) for k, v in values.items() if isinstance(v, kinds) and type(v) is not bool}
 
     folder = run_folder(run)
     figures: dict[str, float] = {}
@@ -42,10 +43,10 @@ def run_metrics(
             last = list(csv.DictReader(f))[-1]
         figures |= {key: float(value) for key, value in last.items() if key.startswith("val_")}
     if (folder / "metrics.json").is_file():
-        metrics = read_json(folder / "metrics.json")
-        figures |= {key: metrics[key] for key in ("accuracy", "loss") if key in metrics}
-        figures |= numbers({"f1": metrics.get("macro", {}).get("f1")}, "macro_")
-        figures |= numbers({"ece": metrics.get("calibration", {}).get("after", {}).get("ece")})
+        metrics = read_metrics(folder)
+        macro, calibrated = metrics.macro, metrics.calibration.after
+        figures |= numbers({"accuracy": metrics.accuracy, "loss": metrics.loss})
+        figures |= numbers({"macro_f1": macro and macro.f1, "ece": calibrated and calibrated.ece})
     for notebook in sorted(folder.glob("*.ipynb")):
         for output in (output for cell in read_json(notebook)["cells"] for output in cell.get("outputs", [])):
             data = output.get("data", {})

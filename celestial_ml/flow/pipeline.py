@@ -24,7 +24,6 @@ from .dag import Executor, build
 from .freshness import BY_HAND, folder_checksum, forget, stale_steps, step_inputs, write_inputs
 from .steps import Task, load_tasks, one_run, run_folder, step_parameters
 from ..model.networks import get_network
-from ..planets import source as rendered  # noqa: F401  # registers the source `render`
 
 # %% auto #0
 __all__ = ['Plan', 'make_plan', 'images_checksum', 'params_file', 'execute']

@@ -261,7 +261,11 @@ def _files(sweep: Sweep) -> set[Path]:
     "The notebooks of a sweep, and the project's modules that they import."
     places = {Path(name) for run in sweep.runs for one in run.plan.inputs.values() for name in one["modules"]}
     sources = {task.source for run in sweep.runs for task in run.plan.tasks.values()}
-    return {path for path in (sweep.root / place for place in places | sources) if path.is_file()}
+    return {
+        path
+        for path in (sweep.root / place for place in places | sources)
+        if path.suffix in (".py", ".ipynb") and path.is_file()
+    }
 
 
 def make_tracking(_: Owner, track: Track) -> None:

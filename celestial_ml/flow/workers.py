@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..core.errors import CelestialError
+from ..core.quiet import children_without_stderr
 
 # %% auto #0
 __all__ = ['FIRST_GUESS', 'THREADS', 'slow_modules', 'core_shares', 'worker_env', 'Memory', 'Workers']
@@ -209,7 +210,8 @@ class Pool:
         before = dict(os.environ)
         os.environ |= worker_env(len(self.free[0]))  # libraries read it while they're imported
         try:
-            forkserver.ensure_running()
+            with children_without_stderr():  # TensorFlow's native messages
+                forkserver.ensure_running()
         finally:
             os.environ.clear()
             os.environ |= before

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['strip_graph', 'pack_weights', 'quantize', 'prune', 'compare_files', 'smaller_is_as_good', 'edge_build', 'edge_logits']
 
-# %% ../../nbs/model/14_compress.ipynb #copied
+# %% ../../nbs/model/14_compress.ipynb #merge-constants
 def _copied(graph: onnx.ModelProto) -> onnx.ModelProto:
     "The same graph, to be changed; each operator set is named once, which merged graphs don't and quantisers want."
     copy = onnx.ModelProto()
@@ -39,7 +39,7 @@ def _copied(graph: onnx.ModelProto) -> onnx.ModelProto:
     copy.opset_import.extend(helper.make_opsetid(name, versions[name]) for name in sorted(used))
     return copy
 
-# %% ../../nbs/model/14_compress.ipynb #merge-constants
+
 def _merge_constants(graph: onnx.GraphProto) -> None:
     "Drop constants that nothing reads, and all but the first of equal ones."
     used = {name for node in graph.node for name in node.input}
@@ -50,9 +50,9 @@ def _merge_constants(graph: onnx.GraphProto) -> None:
             content = numpy_helper.to_array(constant)
             key = repr((content.dtype, content.shape)).encode() + content.tobytes()
             same[constant.name] = first.setdefault(key, constant).name
-    kept = list(first.values())
+    distinct = list(first.values())
     del graph.initializer[:]
-    graph.initializer.extend(kept)
+    graph.initializer.extend(distinct)
     for node in graph.node:
         node.input[:] = [same.get(name, name) for name in node.input]
 
@@ -79,25 +79,25 @@ def strip_graph(
     onnx.checker.check_model(model, full_check=True)
     return model
 
-# %% ../../nbs/model/14_compress.ipynb #weights
+# %% ../../nbs/model/14_compress.ipynb #as-int8
 _NETWORK = "network/"  # the prefix that `serving_graph` gives the network's part
 
-# %% ../../nbs/model/14_compress.ipynb #weights-x
+
 def _weights(graph: onnx.ModelProto) -> dict[str, int]:  # name → axis of the output channels
     "The float weights of the network's convolutions and dense layers; `ValueError` for a graph without."
     axes = {"Conv": 0, "MatMul": 1, "Gemm": 1}
     constants = {c.name: c for c in graph.graph.initializer if c.name.startswith(_NETWORK)}
-    found = {}
+    channels = {}
     for node in graph.graph.node:
         weight = constants.get(node.input[1]) if node.op_type in axes else None
         if weight is not None and weight.data_type == onnx.TensorProto.FLOAT:
             transposed = any(a.name == "transB" and a.i for a in node.attribute)
-            found[weight.name] = 0 if transposed else axes[node.op_type]
-    if not found:
-        raise ValueError(f"no float weights named {_NETWORK}…: the graph is no unstripped one of serving_graph")
-    return found
+            channels[weight.name] = 0 if transposed else axes[node.op_type]
+    if not channels:
+        raise ValueError(f"no float weights named {_NETWORK}…: the graph isn't an unstripped one of serving_graph")
+    return channels
 
-# %% ../../nbs/model/14_compress.ipynb #as-int8
+
 def _as_int8(
     weights: np.ndarray,  # float
     axis: int,  # of the output channels
@@ -111,7 +111,9 @@ def _as_int8(
 # %% ../../nbs/model/14_compress.ipynb #packed
 def _packed(
     constant: onnx.TensorProto, axes: Mapping[str, int], smallest: int
-) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:  # what is kept, and how it is turned back
+) -> tuple[
+    list[onnx.TensorProto], list[onnx.NodeProto]
+]:  # the constants instead of it, and the operations that turn them back
     "One constant of a file, as small as it may get."
     name, weights = constant.name, numpy_helper.to_array(constant)
     if weights.size < smallest or weights.dtype != np.float32:
@@ -122,9 +124,9 @@ def _packed(
     if name not in axes:
         return [constant], []
     whole, scale = _as_int8(weights, axes[name])
-    kept = [numpy_helper.from_array(whole, f"{name}/int8"), numpy_helper.from_array(scale, f"{name}/scale")]
-    cast = helper.make_node("Cast", [kept[0].name], [f"{name}/float"], to=onnx.TensorProto.FLOAT)
-    return kept, [cast, helper.make_node("Mul", [f"{name}/float", kept[1].name], [name])]
+    small = [numpy_helper.from_array(whole, f"{name}/int8"), numpy_helper.from_array(scale, f"{name}/scale")]
+    cast = helper.make_node("Cast", [small[0].name], [f"{name}/float"], to=onnx.TensorProto.FLOAT)
+    return small, [cast, helper.make_node("Mul", [f"{name}/float", small[1].name], [name])]
 
 # %% ../../nbs/model/14_compress.ipynb #pack-weights
 def pack_weights(
@@ -135,13 +137,13 @@ def pack_weights(
     model, axes = _copied(graph), _weights(graph)
     parts = [_packed(constant, axes, smallest) for constant in graph.graph.initializer]
     del model.graph.initializer[:], model.graph.node[:]
-    for kept, opened in parts:
-        model.graph.initializer.extend(kept)
-        model.graph.node.extend(opened)
+    for constants, operations in parts:
+        model.graph.initializer.extend(constants)
+        model.graph.node.extend(operations)
     model.graph.node.extend(graph.graph.node)
     return strip_graph(model)
 
-# %% ../../nbs/model/14_compress.ipynb #channels
+# %% ../../nbs/model/14_compress.ipynb #quantised-nodes
 def _channels(node: onnx.NodeProto, shapes: Mapping[str, Sequence[int]]) -> int:
     "How many channels a convolution reads; 0 for another operation."
     if node.op_type != "Conv" or node.input[1] not in shapes:
@@ -149,7 +151,7 @@ def _channels(node: onnx.NodeProto, shapes: Mapping[str, Sequence[int]]) -> int:
     groups = next((a.i for a in node.attribute if a.name == "group"), 1)
     return shapes[node.input[1]][1] * groups
 
-# %% ../../nbs/model/14_compress.ipynb #quantised-nodes
+
 def _quantised_nodes(graph: onnx.ModelProto, min_channels: int) -> list[str]:
     "The convolutions that read so many channels, and the operations between them that int8 can pass through."
     shapes = {c.name: c.dims for c in graph.graph.initializer}
@@ -162,15 +164,7 @@ def _quantised_nodes(graph: onnx.ModelProto, min_channels: int) -> list[str]:
             inside.update(node.output)
     return names
 
-# %% ../../nbs/model/14_compress.ipynb #session
-def _session(content: Path | bytes) -> onnxruntime.InferenceSession:
-    "A file on one thread."
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    content = content if isinstance(content, bytes) else Path(content).read_bytes()
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-
-# %% ../../nbs/model/14_compress.ipynb #calibration
+# %% ../../nbs/model/14_compress.ipynb #static
 class _Calibration:
     "Pictures, as ONNX Runtime's quantiser reads them."
 
@@ -181,7 +175,7 @@ class _Calibration:
         "The next one; None at the end."
         return next(({"image": image[None]} for image in self.images), None)
 
-# %% ../../nbs/model/14_compress.ipynb #static
+
 def _static(graph: onnx.ModelProto, images: Sequence[np.ndarray], nodes: list[str]) -> onnx.ModelProto:
     "These operations in int8, on scales that are read off the images. Source: ONNX Runtime, Quantize ONNX models."
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
@@ -205,6 +199,14 @@ def _static(graph: onnx.ModelProto, images: Sequence[np.ndarray], nodes: list[st
         return onnx.load(target)
 
 # %% ../../nbs/model/14_compress.ipynb #mean-embedding
+def _session(content: Path | bytes) -> onnxruntime.InferenceSession:
+    "A file on one thread."
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    content = content if isinstance(content, bytes) else Path(content).read_bytes()
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
 def _mean_embedding(graph: onnx.ModelProto, images: Sequence[np.ndarray]) -> np.ndarray:  # float32 (d,)
     session = _session(graph.SerializeToString())
     return np.mean([session.run(["embedding"], {"image": image[None]})[0][0] for image in images], axis=0)
@@ -237,9 +239,9 @@ def prune(
     share: float,  # of the weights of each dense layer and 1 × 1 convolution, 0 … 1
 ) -> onnx.ModelProto:  # stripped
     "The same file without its smallest weights, in one shot. Source: Han et al. 2015, arXiv:1506.02626."
-    model, wanted = _copied(graph), _weights(graph)
+    model, layers = _copied(graph), _weights(graph)
     for constant in model.graph.initializer:
-        if constant.name in wanted and np.prod(constant.dims[2:]) == 1:
+        if constant.name in layers and np.prod(constant.dims[2:]) == 1:
             weights = numpy_helper.to_array(constant).copy()
             weights[abs(weights) < np.quantile(abs(weights), share)] = 0
             constant.CopyFrom(numpy_helper.from_array(weights, constant.name))
@@ -249,30 +251,30 @@ def prune(
 def _answers(
     files: Mapping[str, Path | bytes], images: Sequence[np.ndarray], times: int
 ) -> tuple[dict[str, list[list[np.ndarray]]], pd.DataFrame]:  # probabilities and score; seconds, a column a file
-    "What each file says of each image, and how long it takes; at least `times` measurements."
-    names, wanted = list(files), ["probabilities", "ood_score"]
+    "The answers of each file for each image, and how long they take; at least `times` measurements."
+    names, outputs = list(files), ["probabilities", "ood_score"]
     spare = _session(next(iter(files.values())))  # noqa: F841  a process's first is 5 % slower than its copies
     sessions = {name: _session(content) for name, content in files.items()}
     answers: dict[str, list[list[np.ndarray]]] = {name: [] for name in names}
     order, seconds = np.random.default_rng(0), np.empty((len(images) * -(-times // len(images)), len(names)))
     for session in sessions.values():
-        session.run(wanted, {"image": images[0][None]})  # a first answer takes longer than all others
+        session.run(outputs, {"image": images[0][None]})  # a first answer takes longer than all others
     for n in progress(range(len(seconds)), "measuring"):
         image = images[n % len(images)][None]
         for i in order.permutation(len(names)):  # who comes after whom makes a difference of some percent
             began = time.perf_counter()
-            said = sessions[names[i]].run(wanted, {"image": image})
+            values = sessions[names[i]].run(outputs, {"image": image})
             seconds[n, i] = time.perf_counter() - began
             if n < len(images):
-                answers[names[i]].append([value[0] for value in said])
+                answers[names[i]].append([value[0] for value in values])
     return answers, pd.DataFrame(seconds, columns=names)
 
-# %% ../../nbs/model/14_compress.ipynb #rank-correlation
+# %% ../../nbs/model/14_compress.ipynb #compare-files
 def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     "Spearman's; 0 where all values are the same."
     return float(np.nan_to_num(pd.Series(a).corr(pd.Series(b), method="spearman")))
 
-# %% ../../nbs/model/14_compress.ipynb #compare-files
+
 def compare_files(
     files: Mapping[str, Path | bytes],  # ONNX files by name; the first is what the others are compared with
     images: Sequence[np.ndarray],  # uint8 (h, w, 3) each
@@ -283,8 +285,8 @@ def compare_files(
 ) -> pd.DataFrame:  # a row a file
     "Size, latency and answers of each file, on the same images in one run."
     answers, seconds = _answers(files, images, times)
-    probabilities = {name: np.stack([said[0] for said in each]) for name, each in answers.items()}
-    scores = {name: np.array([float(said[1]) for said in each]) for name, each in answers.items()}
+    probabilities = {name: np.stack([answer[0] for answer in each]) for name, each in answers.items()}
+    scores = {name: np.array([float(answer[1]) for answer in each]) for name, each in answers.items()}
     reference = next(iter(files))
     best = probabilities[reference].argmax(1)
     rows = {}
@@ -364,10 +366,10 @@ def edge_logits(
     plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     interpreter = Interpreter(model_path=str(path), num_threads=1, experimental_op_resolver_type=plain)
     interpreter.allocate_tensors()
-    (given,), (said,) = interpreter.get_input_details(), interpreter.get_output_details()
-    logits = np.empty((len(pixels), said["shape"][-1]), np.float32)
+    (source,), (target,) = interpreter.get_input_details(), interpreter.get_output_details()
+    logits = np.empty((len(pixels), target["shape"][-1]), np.float32)
     for i, image in enumerate(pixels):
-        interpreter.set_tensor(given["index"], image[None])
+        interpreter.set_tensor(source["index"], image[None])
         interpreter.invoke()
-        logits[i] = interpreter.get_tensor(said["index"])[0]
+        logits[i] = interpreter.get_tensor(target["index"])[0]
     return logits

@@ -6,16 +6,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 from onnx import compose, numpy_helper, version_converter
-from PIL import Image
 
-from ..core.files import atomic
 from ..core.params import Prepare
 from ..data.prepare import OPSET, prepare_graph
 from .unknown import Distance
@@ -24,7 +21,7 @@ if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['answer_graph', 'serving_graph', 'logit_difference', 'same_size', 'write_selftest']
+__all__ = ['answer_graph', 'serving_graph', 'logit_difference']
 
 # %% ../../nbs/model/07_export.ipynb #network-graph
 def network_graph(
@@ -95,8 +92,8 @@ def serving_graph(
             merged = part
             continue
         joints = [(v.name, v.name) for v in part.graph.input]
-        kept = [v.name for v in (*merged.graph.output, *part.graph.output) if v.name != "pixels"]
-        merged = compose.merge_models(merged, part, io_map=joints, outputs=kept)
+        outputs = [v.name for v in (*merged.graph.output, *part.graph.output) if v.name != "pixels"]
+        merged = compose.merge_models(merged, part, io_map=joints, outputs=outputs)
     assert merged is not None
     onnx.checker.check_model(merged, full_check=True)
     return merged
@@ -108,27 +105,3 @@ def logit_difference(
 ) -> float:
     "The largest difference of a logit, as a share of the largest logit where that is above 1."
     return float(abs(logits - others).max() / max(1.0, abs(others).max()))
-
-# %% ../../nbs/model/07_export.ipynb #same-size
-def same_size(
-    images: Sequence[np.ndarray],  # uint8 (h, w, 3) each, of any sizes
-    side: int = 128,  # pixels, where they aren't of one size already
-) -> np.ndarray:  # uint8 (n, h, w, 3)
-    "The pictures as one array: as they are where they are of one size, else each made a square."
-    if len({image.shape for image in images}) == 1:
-        return np.stack(images)
-    return np.stack([np.asarray(Image.fromarray(image).resize((side, side))) for image in images])
-
-# %% ../../nbs/model/07_export.ipynb #write-selftest
-def write_selftest(
-    path: Path | str,  # ends in .npz
-    images: np.ndarray,  # uint8 (n, h, w, 3)
-    probabilities: np.ndarray,  # float (n, classes), the answers that are expected
-    ood_score: np.ndarray,  # float (n,)
-    logits: np.ndarray | None = None,  # float (n, classes), for the gate's comparison
-) -> None:
-    "Pictures and the answers that a server must give for them."
-    answers = {"probabilities": probabilities, "ood_score": ood_score} | ({} if logits is None else {"logits": logits})
-    arrays: dict[str, Any] = {name: value.astype(np.float32) for name, value in answers.items()}
-    with atomic(path) as f:
-        np.savez_compressed(f, images=images, **arrays)

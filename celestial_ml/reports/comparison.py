@@ -21,9 +21,11 @@ from ..core.files import read_json
 from ..core.page_builder import Page
 from ..core.params import ParamsError, load_params, parse_yaml
 from ..flow.steps import run_folder
+from ..package.manifest import damage
+from ..package.published import published, versions
 from ..registry.evidence import EVIDENCE, Evidence
 from ..registry.metric_comparison import Comparison, answers_table, flat, make_comparison
-from ..registry.versions import damage, published, read_version, versions
+from ..registry.versions import read_version
 from .model_card import verdict_words
 from .run_report import against_version, changes
 
@@ -194,7 +196,7 @@ def compare_run(
         comparison = against_version(side.about, side.answers, side.verdict, alpha)
         if comparison is None:
             return Report(run, side, None, None)
-        about, folder = read_version(comparison.theirs), published(comparison.theirs)
+        about, folder = read_version(comparison.theirs).to_json(), published(comparison.theirs)
         answers = None if damage(folder) else Evidence.load(folder)
         params = flat(about["lineage"]["parameters"])
         return Report(run, side, Side(comparison.theirs, about["metrics"], params, answers, about=about), comparison)

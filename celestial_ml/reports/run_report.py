@@ -15,9 +15,11 @@ import numpy as np
 from ..core.errors import CelestialError
 from ..core.page_builder import Page, share
 from ..data.images import decode_image
+from ..package.manifest import damage
+from ..package.published import published
 from ..registry.evidence import Evidence, Paired
 from ..registry.metric_comparison import Comparison, Difference, flat, make_comparison, strangers
-from ..registry.versions import damage, published, read_version
+from ..registry.versions import read_version
 from .model_card import count_table, verdict_words, weak_spots
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ def against_version(
     other = rival(verdict)
     if other is None:
         return None
-    reference = read_version(other)
+    reference = read_version(other).to_json()
     its_answers = None if damage(published(other)) else Evidence.load(published(other))
     tested = verdict.get("comparison") if verdict.get("champion") == other else None
     return make_comparison(

@@ -51,7 +51,7 @@ EXAMPLE: dict[str, Any] = {
     "known": True,
     "ood_score": 1.7,
     "probabilities": {"Saturn": 0.98, "Jupiter": 0.02},
-    "model_version": "3",
+    "model_version": "celestial/3",
     "sha256": "5e884898da28047151d0e56f8dc6292773603d0d6aabbd62a11ef721d1542d8d",
     "request_id": "0f8fad5bd9cb469fa16570867728950e",
 }
@@ -510,8 +510,9 @@ async def ready(service: TheService, model: TheModel) -> Status:
 async def model_info(model: TheModel) -> ModelInfo:
     "Which model answers, what it knows, how good it is and where it came from."
     card = "/model/card" if (model.folder / "model_card.html").is_file() else None
-    lineage = without_folders(model.about.get("lineage", {}))  # paths on the training machine are private
-    return ModelInfo(**model.about | {"lineage": lineage, "card": card})
+    content = model.manifest.to_json()
+    lineage = without_folders(content.get("lineage", {}))  # paths on the training machine are private
+    return ModelInfo(**content | {"lineage": lineage, "card": card})
 
 
 NO_CARD = errors(no_card="this model came without a card")

@@ -15,10 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.errors import CelestialError
-from ..core.files import read_json
+from ..core.files import DamagedFile
 from ..core.names import printable
+from ..package.folder import ModelError
+from ..package.published import models_folder, pointer_file, published, read_pointer
+from ..package.self_test import SELF_TEST
 from .metrics import Figure, Metrics
-from .predictor import ModelError, Predictor, models_folder
+from .predictor import Predictor
 
 # %% auto #0
 __all__ = ['Models']
@@ -31,13 +34,13 @@ def pointed_version(
     role: str,  # champion or challenger
 ) -> Path | None:  # the folder of a published version; None where nobody has the role
     "The version that the registry's pointer names; `ModelError` if the pointer cannot be read."
-    pointer = models_folder() / f"{role}.json"
     try:
-        return models_folder() / read_json(pointer)["model"]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ModelError(f"{pointer} is damaged ({e!r})", "`celestial models sync` writes it anew.") from None
+        pointer = read_pointer(role)
+    except (OSError, DamagedFile) as e:
+        raise ModelError(
+            f"{pointer_file(role)} is damaged ({e!r})", "`celestial models sync` writes it anew."
+        ) from None
+    return published(pointer.model) if pointer else None
 
 # %% ../../nbs/serve/07_live_models.ipynb #role
 LONGEST = 60.0  # seconds between two attempts to load a model that was refused
@@ -151,7 +154,7 @@ class Role(Standing):
     def take(self, folder: Path) -> None:
         "Load a model; it answers once it has passed its self-test."
         predictor = Predictor(folder)
-        if "selftest.npz" in predictor.about.get("files", {}):  # older packages have none
+        if SELF_TEST in predictor.manifest.files:  # older packages have none
             predictor.self_test()
         self.predictor, self.refused = predictor, None
         self.metrics.reloads.labels(self.name, "taken").inc()
@@ -187,7 +190,7 @@ def no_model() -> CelestialError:
 def role_figures(role: Role) -> Iterable[Figure]:
     "The loaded model of a role, for the metrics."
     if model := role.predictor:
-        labels = {"role": role.name, "version": model.version, "sha256": model.about["sha256"]}
+        labels = {"role": role.name, "version": model.version, "sha256": model.manifest.sha256}
         yield "gauge", "celestial_model", "Models that are loaded", labels, 1
     words = "1 where the version that the registry means was refused, and another one answers"
     yield "gauge", "celestial_model_refused", words, {"role": role.name}, float(role.refused is not None)

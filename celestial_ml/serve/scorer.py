@@ -27,7 +27,7 @@ from celestial_ml.data.images import (
     open_image,
     read_costly,
 )
-from .explanation import shrink
+from ..data.thumbnails import shrink
 from .metrics import Metrics
 from .predictor import OVERLAY, Prediction, Predictor, as_prediction
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,15 +46,12 @@ def present_inputs(
     task: Task,
     parameters: dict[str, Any],  # of the step
     root: Path,  # the project's
-    checksums: dict[Path, str],  # computed so far; more are added
+    checksum: Callable[[Path], str] = sha256_of,  # of a file
 ) -> dict[str, Any]:  # as `step_inputs`
     "A step's inputs as they are now, for the modules of its last run."
     record = root / inputs_file(task)
     before = read_json(record) if record.is_file() else {"modules": {}, "images": None}
-    for path in (root / name for name in before["modules"]):
-        if path not in checksums and path.is_file():
-            checksums[path] = sha256_of(path)
-    modules = {name: checksums.get(root / name) for name in before["modules"]}
+    modules = {name: checksum(root / name) if (root / name).is_file() else None for name in before["modules"]}
     notebook = sha256_of(json.dumps(notebook_cells(root / task.source)).encode())
     return {"parameters": parameters, "notebook": notebook, "modules": modules, "images": before["images"]}
 
@@ -149,12 +147,12 @@ def pipeline_states(
         tasks |= load_tasks(root, run, name)
     if name not in tasks:
         raise unknown("step", name, tasks)
-    params, checksums, inputs = run_params(root, run, recorded), dict[Path, str](), {}
+    params, checksum, inputs = run_params(root, run, recorded), cache(sha256_of), {}
     for task in tasks.values():
         parameters = step_parameters(task.name, params)
         if task.name == name:
             parameters = {key: values.get(key, value) for key, value in parameters.items()}
-        inputs[task.name] = present_inputs(task, parameters | {"run": run}, root, checksums)
+        inputs[task.name] = present_inputs(task, parameters | {"run": run}, root, checksum)
     absolute = {
         key: replace(task, product={name: root / path for name, path in task.product.items()})
         for key, task in tasks.items()
