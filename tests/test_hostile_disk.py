@@ -508,10 +508,12 @@ def test_a_step_on_its_own_is_refused_while_its_run_is_running(project: Path, mo
     monkeypatch.chdir(project)
     with hold(project / "output/held/.lock", "-", "-"):
         with pytest.raises(CelestialError) as e:
-            open_step("acquire", "held", None, None)
+            open_step("acquire", {"run": "held"})
         assert f"process {os.getpid()}" in e.value.message
-        assert open_step("acquire", "held", {"catalog": "output/held/catalog.parquet"}, None), "the run's own step"
-    assert open_step("acquire", "held", None, None) and open_step("acquire", "held", None, None)
+        assert open_step("acquire", {"run": "held", "product": {"catalog": "output/held/catalog.parquet"}}), (
+            "the run's own step"
+        )
+    assert open_step("acquire", {"run": "held"}) and open_step("acquire", {"run": "held"})
 
 
 def test_a_deleted_current_folder_ends_without_a_traceback(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from celestial_ml.model.plots import plot_confusion, plot_preview, save_figure
 from celestial_ml.model.slices import bootstrap_intervals, plot_slices, slice_table
 from celestial_ml.model.unknown import fit_distance
 from celestial_ml.package.answer_examples import write_performance
+from celestial_ml.package.manifest import Manifest
 from celestial_ml.reports.model_card import make_card
 
 SIDE, BYTES = 2000, 1_000_000  # of a picture
@@ -157,12 +158,14 @@ def test_a_card_of_many_classes_is_readable(crowd: pd.DataFrame) -> None:
     about = {
         "name": "celestial", "version": "1", "classes": classes, "input": "RGB", "file": "model.onnx", "sha256": "0" * 64,
         "ood_threshold": 1.0, "temperature": 1.0, "metrics": metrics,
-        "lineage": {"run": "a", "created": "now", "mlflow_run": "b", "code_revision": "c", "data_sha256": "d", "parameters": {}},
+        "lineage": {"run": "a", "created": "now", "mlflow_run": "b", "code_revision": "c", "data_sha256": "d" * 64, "parameters": {}},
     }  # fmt: skip
     catalog = pd.DataFrame(
         {"label": sorted(classes * 6), "split": ["train", "train", "train", "train", "val", "test"] * 300}
     )
-    card = make_card(about, {"decision": "refuse", "reasons": ["no"], "rules": []}, catalog, [], [], {})
+    card = make_card(
+        Manifest.of(about, "model.json"), {"decision": "refuse", "reasons": ["no"], "rules": []}, catalog, [], [], {}
+    )
     text, page = card.markdown(), card.html()
     assert len(text) < 20_000 and len(page) < 60_000
     assert text.count("20 of 300 are shown") == 2 and "and 280 more" in text

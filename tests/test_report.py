@@ -152,7 +152,7 @@ def predictions_of(answers: Evidence) -> pd.DataFrame:
 
 def written(folder: Path, model: str, verdict: dict[str, Any]) -> tuple[str, str]:
     "The report of a version, as the step register makes it."
-    about, answers = read_version(model).to_json(), Evidence.load(published(model))
+    about, answers = read_version(model), Evidence.load(published(model))
     assert answers is not None
     catalog = pd.DataFrame({"path": "a.png", "label": ["Mars", "Neptune"], "split": ["train", "test"]})
     since = against_version(about, answers, verdict)
@@ -194,9 +194,9 @@ def test_no_difference_is_reported_as_none(home: Path, tmp_path: Path) -> None:
     other[[3, 195]] = ~other[[3, 195]]  # one lost, one gained
     alike = registered(tmp_path, 2, other)
     verdict = submit(alike, Register()).to_dict()
-    since = against_version(read_version(alike).to_json(), Evidence.load(published(alike)), verdict)
+    since = against_version(read_version(alike), Evidence.load(published(alike)), verdict)
     assert since is not None and since.accuracy.verdict == "the same" and since.accuracy.p == 1.0
-    assert "It is as accurate as celestial/1" in in_short(read_version(alike).to_json(), verdict, since)[-2]
+    assert "It is as accurate as celestial/1" in in_short(read_version(alike), verdict, since)[-2]
 
 
 # -------------------------------------------------------------------------------------------- beside a revision

@@ -75,7 +75,7 @@ class _Guesses:
         self.limiter.hit(self.all, "name", name)
 
     def refusal(self, rate: RateLimitItem, *key: str) -> CelestialError:
-        "The answer to one too many."
+        "The error for one guess too many."
         wait = max(1, round(self.limiter.get_window_stats(rate, *key).reset_time - time.time()))
         message = "there were too many wrong passwords"
         return CelestialError(message, f"Wait {wait} s.", "too_many_guesses", headers={"Retry-After": str(wait)})

@@ -27,7 +27,7 @@ from ..serve.predictor import Predictor
 # %% ../../nbs/demo/05_performance.ipynb #performance-files
 @lru_cache(maxsize=4)
 def performance_files(folder: Path) -> tuple[dict[str, Any], str] | None:  # the sheet, the thumbnails as a data URI
-    "What a package says of its evaluation; None where it brings nothing."
+    "The evaluation in a package; None where there is none."
     sheet, thumbnails = folder / "performance.json", folder / "performance.webp"
     if not (sheet.is_file() and thumbnails.is_file()):
         return None

@@ -60,7 +60,7 @@ def version_card(name: str, prediction: Prediction, manifest: Manifest) -> str:
 
 
 def verdict(one: Prediction | None, other: Prediction | None) -> str:
-    "Whether they agree, in a sentence."
+    "A sentence that says whether they agree."
     if one is None or other is None:
         return ""
     names = [f"“{prediction.label}”" if prediction.known else "“nothing I know”" for prediction in (one, other)]

@@ -81,7 +81,7 @@ SORRY = {
 
 
 def apology(e: Exception) -> str:  # a key of `SORRY`
-    "Which sentence an error gets."
+    "The key of the sentence for an error."
     code = getattr(e, "code", "internal")
     return code if isinstance(code, str) and code in SORRY else "internal"
 

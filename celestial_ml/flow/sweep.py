@@ -261,11 +261,8 @@ def _files(sweep: Sweep) -> set[Path]:
     "The notebooks of a sweep, and the project's modules that they import."
     places = {Path(name) for run in sweep.runs for one in run.plan.inputs.values() for name in one["modules"]}
     sources = {task.source for run in sweep.runs for task in run.plan.tasks.values()}
-    return {
-        path
-        for path in (sweep.root / place for place in places | sources)
-        if path.suffix in (".py", ".ipynb") and path.is_file()
-    }
+    files = {sweep.root / place for place in places | sources}
+    return {path for path in files if path.suffix in (".py", ".ipynb") and path.is_file()}
 
 
 def make_tracking(_: Owner, track: Track) -> None:

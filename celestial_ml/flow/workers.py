@@ -20,9 +20,9 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Self
+from unittest.mock import patch
 
 from ..core.errors import CelestialError
-from ..core.quiet import children_without_stderr
 
 # %% auto #0
 __all__ = ['FIRST_GUESS', 'THREADS', 'slow_modules', 'core_shares', 'worker_env', 'Memory', 'Workers']
@@ -207,14 +207,15 @@ class Pool:
 
     def __enter__(self) -> Self:
         forkserver.set_forkserver_preload(self.modules)
-        before = dict(os.environ)
-        os.environ |= worker_env(len(self.free[0]))  # libraries read it while they're imported
-        try:
-            with children_without_stderr():  # TensorFlow's native messages
+        # Libraries read the environment while they're imported, and print what nobody needs on the terminal.
+        stderr = os.dup(2)
+        with patch.dict(os.environ, worker_env(len(self.free[0]))), Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+            try:
                 forkserver.ensure_running()
-        finally:
-            os.environ.clear()
-            os.environ |= before
+            finally:
+                os.dup2(stderr, 2)
+                os.close(stderr)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -79,6 +79,7 @@ def logits_and_embeddings(
     batch_size: int = 256,
 ) -> tuple[np.ndarray, np.ndarray]:  # float32 (n, classes) and (n, embedding)
     "What the network answers for each image, and what it answers from."
-    parts = [both.predict_on_batch(pixels[i : i + batch_size]) for i in range(0, len(pixels), batch_size)]
-    logits, embeddings = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    # A call, not `predict`, which would trace the network anew for each network and size of a batch.
+    parts = [both(pixels[i : i + batch_size], training=False) for i in range(0, len(pixels), batch_size)]
+    logits, embeddings = (np.concatenate([np.asarray(part) for part in arrays]) for arrays in zip(*parts, strict=True))
     return logits, embeddings

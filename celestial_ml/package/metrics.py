@@ -94,9 +94,9 @@ class Slice(Document):
 class Fairness(Document):
     "The worst kind of picture beside the best; None where no kind has enough images."
 
-    worst: Slice | None
-    best: Slice | None
-    gap: float | None
+    worst: Slice | None = None
+    best: Slice | None = None
+    gap: float | None = None
     gap_by_chance: float | None = None
     bins: int = 0  # that were compared
 

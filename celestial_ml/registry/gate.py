@@ -58,7 +58,7 @@ def _worst_slice(fairness: Fairness | None, p: Register) -> list[Rule]:
             _measured("gap of slices", None, p.max_slice_gap, False),
         ]
     worst, best = fairness.worst, fairness.best
-    if worst is None or best is None:
+    if worst is None:
         why = "no kind of picture has enough images to be judged"
         limits = {"worst slice": p.min_slice, "gap of slices": p.max_slice_gap}
         return [Rule(name, "floor", None, limit, True, why) for name, limit in limits.items()]
@@ -66,7 +66,9 @@ def _worst_slice(fairness: Fairness | None, p: Register) -> list[Rule]:
     # On thirty images a share may be off by fifteen points, so the gap is what both intervals leave of it.
     return [
         _measured("worst slice", worst.accuracy, p.min_slice, True, where),
-        _measured("gap of slices", max(0.0, best.low - worst.high), p.max_slice_gap, False, where),
+        _measured(
+            "gap of slices", max(0.0, best.low - worst.high) if best else fairness.gap, p.max_slice_gap, False, where
+        ),
     ]
 
 

@@ -20,8 +20,8 @@ from ..package.metrics import Interval, Metrics
 from .evidence import Evidence, Paired, compare, short
 
 # %% auto #0
-__all__ = ['Difference', 'interval_of_difference', 'same_images', 'answers_table', 'paired_figures', 'strangers', 'differences',
-           'Comparison', 'changed_params', 'flat', 'make_comparison']
+__all__ = ['Difference', 'interval_of_difference', 'same_images', 'answers_table', 'paired_figures', 'differences', 'Comparison',
+           'changed_params', 'flat', 'make_comparison']
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #difference
 @dataclass(frozen=True)
@@ -104,14 +104,6 @@ def paired_figures(
     left, right = resampled_figures([answers_table(ours, mine), answers_table(theirs, others)], classes, resamples)
     ends = {k: np.quantile((left[k] - right[k])[1:], [alpha / 2, 1 - alpha / 2]) for k in left}
     return {k: (float(left[k][0]), float(right[k][0]), float(low), float(high)) for k, (low, high) in ends.items()}
-
-# %% ../../nbs/registry/11_metric_comparison.ipynb #strangers
-def strangers(
-    metrics: Mapping[str, Any],
-) -> tuple[float, int] | None:  # the share that is called unknown, of how many pictures
-    "How many pictures of nothing that it learned a model recognises as such."
-    unknown = Metrics.of(metrics, "metrics.json").unknown
-    return None if unknown.detected is None else (unknown.detected, unknown.pictures)
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #shares
 _TESTED = {
@@ -259,14 +251,14 @@ def _how(figures: list[Difference], answers: tuple[Evidence, Evidence] | None, p
 
 def make_comparison(
     names: tuple[str, str],  # what to call ours, and theirs
-    metrics: tuple[Metrics | Mapping[str, Any], Metrics | Mapping[str, Any]],
+    metrics: tuple[Metrics, Metrics],
     params: tuple[Mapping[str, Any], Mapping[str, Any]],  # by dotted keys
     answers: tuple[Evidence, Evidence] | None = None,
     paired: Paired | None = None,  # of the gate
     alpha: float = 0.05,
 ) -> Comparison:
     "Compare a model with another one."
-    ours, theirs = (m if isinstance(m, Metrics) else Metrics.of(m, "metrics.json") for m in metrics)
+    ours, theirs = metrics
     figures = differences(ours, theirs, answers, paired, alpha)
     counts = [{(c.label, c.predicted): c.images for c in m.confused} for m in (ours, theirs)]
     whole = [len(count) < PAIRS for count in counts]  # a list at its limit may lack a pair that exists

@@ -21,7 +21,8 @@ from ..core.files import read_json
 from ..core.page_builder import Page
 from ..core.params import ParamsError, load_params, parse_yaml
 from ..flow.steps import run_folder
-from ..package.manifest import damage
+from ..package.manifest import Manifest, damage, read_manifest
+from ..package.metrics import Metrics
 from ..package.published import published, versions
 from ..registry.evidence import EVIDENCE, Evidence
 from ..registry.metric_comparison import Comparison, answers_table, flat, make_comparison
@@ -81,11 +82,11 @@ class Side:
     "A run, as far as it is compared."
 
     name: str  # "this run", "main", "celestial/3"
-    metrics: Mapping[str, Any]
+    metrics: Metrics
     params: Mapping[str, Any]  # by dotted keys
     answers: Evidence | None  # image by image, where they are at hand
     plots: dict[str, bytes] = field(default_factory=dict)  # PNG, by name
-    about: Mapping[str, Any] = field(default_factory=dict)  # model.json
+    manifest: Manifest | None = None
     verdict: Mapping[str, Any] = field(default_factory=dict)  # register.json
     commit: str | None = None  # a revision's
     folder: str = ""  # where that revision has the run
@@ -94,12 +95,12 @@ class Side:
 # %% ../../nbs/reports/02_comparison.ipynb #find-answers
 def find_answers(
     root: Path,  # the project's
-    metrics: Mapping[str, Any],  # of a metrics.json
+    metrics: Metrics,
 ) -> Evidence | None:
     "The answers that these metrics were computed from, if the registry or a run still has them."
     for folder in [*map(published, versions()), *sorted((root / "output").glob("*"))]:
         complete = (folder / EVIDENCE).is_file() and (folder / "model.json").is_file()
-        if complete and read_json(folder / "model.json").get("metrics") == metrics and not damage(folder):
+        if complete and not damage(folder) and read_manifest(folder).metrics == metrics:
             return Evidence.load(folder)
     return None
 
@@ -117,15 +118,15 @@ def read_run(
         raise CelestialError(f"there is no run {run!r} yet", f"Make it: celestial run {run}")
     if not (folder / "register.json").is_file():
         raise CelestialError(f"the run {run!r} isn't finished", f"Continue it: celestial run {run}")
-    about, settings = read_json(folder / "model.json"), folder / ".inputs" / "params.json"
+    manifest, settings = read_manifest(folder), folder / ".inputs" / "params.json"
     plots = {name: folder / "plots" / f"{name}.png" for name in PLOTS}
     return Side(
         name="this run",
-        metrics=about["metrics"],
-        params=flat(read_json(settings) if settings.is_file() else about["lineage"]["parameters"]),
+        metrics=manifest.metrics,
+        params=flat(read_json(settings) if settings.is_file() else manifest.lineage.parameters),
         answers=Evidence.load(folder),
         plots={name: path.read_bytes() for name, path in plots.items() if path.is_file()},
-        about=about,
+        manifest=manifest,
         verdict=read_json(folder / "register.json"),
     )
 
@@ -146,7 +147,8 @@ def read_revision(
             f"It has the runs that were committed there after celestial keep {run}. Or compare with another run of that "
             f"revision, --base {rev}:default; without --base the champion is the reference.",
         )
-    metrics, answers = json.loads(files["results"] or files["output"] or b"{}"), None
+    content, answers = json.loads(files["results"] or files["output"] or b"{}"), None
+    metrics = Metrics.of(content, f"{rev}:{folder}/metrics.json")
     if (evidence := _at_revision(root, commit, f"{folder}/{EVIDENCE}")) is not None:
         with tempfile.TemporaryDirectory() as beside:
             Path(beside, EVIDENCE).write_bytes(evidence)
@@ -193,13 +195,14 @@ def compare_run(
     "A run compared with a revision or the champion; `CelestialError` where one of them is missing."
     side = read_run(root, run)
     if base is None:
-        comparison = against_version(side.about, side.answers, side.verdict, alpha)
+        assert side.manifest is not None
+        comparison = against_version(side.manifest, side.answers, side.verdict, alpha)
         if comparison is None:
             return Report(run, side, None, None)
-        about, folder = read_version(comparison.theirs).to_json(), published(comparison.theirs)
+        manifest, folder = read_version(comparison.theirs), published(comparison.theirs)
         answers = None if damage(folder) else Evidence.load(folder)
-        params = flat(about["lineage"]["parameters"])
-        return Report(run, side, Side(comparison.theirs, about["metrics"], params, answers, about=about), comparison)
+        params = flat(manifest.lineage.parameters)
+        return Report(run, side, Side(comparison.theirs, manifest.metrics, params, answers), comparison)
     other = read_revision(root, base, run)
     mine, its = (  # a complete set of parameters has the seed
         {key: value for key, value in one.params.items() if "seed" in two.params or key in two.params}
@@ -227,7 +230,7 @@ def _drawings(report: Report) -> list[list[tuple[Any, str]]]:  # figures that st
         fig, ax = plt.subplots(figsize=(5, 5), layout="constrained")
         for side, answers in answered:
             table = answers_table(answers, np.arange(len(answers.label)))
-            figures["confusion_matrix"].append((plot_confusion(table, list(side.metrics["per_class"])), side.name))
+            figures["confusion_matrix"].append((plot_confusion(table, list(side.metrics.per_class)), side.name))
             right, sure = calibration_curve(
                 answers.correct, answers.probabilities.max(axis=1), n_bins=10, strategy="quantile"
             )

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from ..core.files import without_folders
 from ..core.many_classes import listed
 from ..core.page_builder import Page, share
-from ..registry.metric_comparison import flat, strangers
+from ..package.manifest import Manifest
+from ..package.metrics import Metrics
+from ..registry.metric_comparison import flat
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,16 +48,16 @@ def count_table(
 
 # %% ../../nbs/reports/00_model_card.ipynb #limits
 def weak_spots(
-    metrics: Mapping[str, Any],
+    metrics: Metrics,
 ) -> dict[str, Any]:  # classes, corruptions, kinds of unknown images, false_alarms
     "Where the figures warn: few test images, sensitive to corruptions, unknown images taken for known ones, false alarms."
-    unknown, severities = metrics.get("unknown") or {}, (metrics.get("robustness") or {}).get("per_corruption", {})
-    kinds = {kind.replace("_", " "): row["unknown"] for kind, row in unknown.get("kinds", {}).items()}
+    kinds = {kind.replace("_", " "): row.unknown for kind, row in metrics.unknown.kinds.items()}
+    severities, least = metrics.robustness.per_corruption, (metrics.accuracy or 0) - 0.2
     return {
-        "classes": [name for name, row in metrics["per_class"].items() if row["images"] < 20],
-        "corruptions": [k.replace("_", " ") for k, row in severities.items() if row[2] < metrics["accuracy"] - 0.2],
+        "classes": [name for name, row in metrics.per_class.items() if row.images < 20],
+        "corruptions": [name.replace("_", " ") for name, row in severities.items() if row[2] < least],
         "kinds": [f"{kind} ({share(1 - rate)})" for kind, rate in kinds.items() if rate < 0.9],
-        "false_alarms": unknown.get("false_alarm_rate", 0),
+        "false_alarms": metrics.unknown.false_alarm_rate or 0,
     }
 
 # %% ../../nbs/reports/00_model_card.ipynb #metrics
@@ -68,29 +70,28 @@ _FIGURES = {
 }
 
 
-def _figure_tables(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def _figure_tables(metrics: Metrics) -> dict[str, Any]:
     "The tables of figures."
-    unknown, robustness = metrics.get("unknown") or {}, metrics.get("robustness") or {}
-    tests = {name: test for group in (metrics.get("behaviour") or {}).values() for name, test in group.items()}
+    robustness, kinds = metrics.robustness, metrics.unknown.kinds.items()
+    tests = {name: test for group in metrics.behaviour.values() for name, test in group.items()}
     return {
         "figures": [
-            (_FIGURES[key][0], f"{i['value']:.3f}", f"{i['low']:.3f} to {i['high']:.3f}", _FIGURES[key][1])
-            for key, i in metrics["intervals"].items() if key in _FIGURES
+            (_FIGURES[key][0], f"{i.value:.3f}", f"{i.low:.3f} to {i.high:.3f}", _FIGURES[key][1])
+            for key, i in metrics.intervals.items() if key in _FIGURES
         ],
-        "classes": [(n, r["precision"], r["recall"], r["f1"], r["images"]) for n, r in metrics["per_class"].items()],
-        "test_counts": listed(f"{name} {row['images']}" for name, row in metrics["per_class"].items()),
-        "behaviour": [(name, t["passed"], t["images"]) for name, t in tests.items() if t["passed"] is not None],
-        "kinds": [
-            (kind.replace("_", " "), k["unknown"], k["auroc"], k["images"]) for kind, k in unknown.get("kinds", {}).items()
-        ],
-        "slices": list(dict.fromkeys(row["slice"] for row in metrics.get("slices") or [])),
-        "corruptions": [name.replace("_", " ") for name in robustness.get("per_corruption", {})],
-        "fairness": metrics.get("fairness") or {}, "robustness": robustness, "unknown": unknown,
+        "classes": [(name, r.precision, r.recall, r.f1, r.images) for name, r in metrics.per_class.items()],
+        "test_counts": listed(f"{name} {row.images}" for name, row in metrics.per_class.items()),
+        "behaviour": [(name, t.passed, t.images) for name, t in tests.items() if t.passed is not None],
+        "kinds": [(name.replace("_", " "), kind.unknown, kind.auroc, kind.images) for name, kind in kinds],
+        "slices": list(dict.fromkeys(row.slice for row in metrics.slices)),
+        "corruptions": [name.replace("_", " ") for name in robustness.per_corruption],
+        "fairness": metrics.fairness or {}, "unknown": metrics.unknown if kinds else {},
+        "robustness": robustness if robustness.worst_at_3 else {},
     }  # fmt: skip
 
 # %% ../../nbs/reports/00_model_card.ipynb #make-card
 def make_card(
-    about: Mapping[str, Any],  # the published model.json
+    manifest: Manifest,  # of the published version
     verdict: Mapping[str, Any],  # of `Verdict.to_dict`
     catalog: pd.DataFrame,  # label and split of each image
     checks: Sequence[Mapping[str, Any]],  # of the step check
@@ -98,10 +99,10 @@ def make_card(
     plots: Mapping[str, Path],  # by the name that pipeline.yaml gives them; missing files are left out
 ) -> Page:
     "The card of a version."
-    metrics, parameters = about["metrics"], without_folders(about["lineage"]["parameters"])
+    metrics, parameters = manifest.metrics, without_folders(manifest.lineage.parameters)
     settings = [f"{key} {value}" for key, value in parameters.get("model", {}).items() if key != "network"]
     data = _figure_tables(metrics) | {
-        "about": about,
+        "about": manifest,
         "metrics": metrics,
         "verdict": verdict,
         "verdict_words": verdict_words(verdict),
@@ -124,7 +125,7 @@ def make_card(
         ],
         "explained": len({e["label"] for e in explanations}),
         "weak": weak_spots(metrics),
-        "recognised": strangers(metrics),
+        "recognised": (metrics.unknown.detected, metrics.unknown.pictures) if metrics.unknown.kinds else None,
         "plots": {name: path for name, path in plots.items() if path.is_file()},
     }
     return Page("model_card", data)

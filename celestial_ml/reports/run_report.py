@@ -15,10 +15,10 @@ import numpy as np
 from ..core.errors import CelestialError
 from ..core.page_builder import Page, share
 from ..data.images import decode_image
-from ..package.manifest import damage
+from ..package.manifest import Manifest, damage
 from ..package.published import published
 from ..registry.evidence import Evidence, Paired
-from ..registry.metric_comparison import Comparison, Difference, flat, make_comparison, strangers
+from ..registry.metric_comparison import Comparison, Difference, flat, make_comparison
 from ..registry.versions import read_version
 from .model_card import count_table, verdict_words, weak_spots
 
@@ -43,7 +43,7 @@ def rival(
 
 
 def against_version(
-    about: Mapping[str, Any],  # the model.json of a run
+    manifest: Manifest,  # of a run
     answers: Evidence | None,  # of the run
     verdict: Mapping[str, Any],
     alpha: float = 0.05,
@@ -52,13 +52,13 @@ def against_version(
     other = rival(verdict)
     if other is None:
         return None
-    reference = read_version(other).to_json()
+    reference = read_version(other)
     its_answers = None if damage(published(other)) else Evidence.load(published(other))
     tested = verdict.get("comparison") if verdict.get("champion") == other else None
     return make_comparison(
         ("this run", other),
-        (about["metrics"], reference["metrics"]),
-        (flat(about["lineage"]["parameters"]), flat(reference["lineage"]["parameters"])),
+        (manifest.metrics, reference.metrics),
+        (flat(manifest.lineage.parameters), flat(reference.lineage.parameters)),
         (answers, its_answers) if answers is not None and its_answers is not None else None,
         Paired(**tested) if tested else None,
         alpha,
@@ -138,21 +138,21 @@ def out_of_100(
 
 # %% ../../nbs/reports/01_run_report.ipynb #in-short
 def in_short(
-    about: Mapping[str, Any],  # the model.json
+    manifest: Manifest,
     verdict: Mapping[str, Any],
     comparison: Comparison | None,
 ) -> list[str]:
     "The report in three or four sentences."
-    metrics, unknown = about["metrics"], strangers(about["metrics"])
-    accuracy = metrics["intervals"]["accuracy"]
-    right = out_of_100(accuracy["value"], accuracy["low"], accuracy["high"])
+    metrics, unknown = manifest.metrics, manifest.metrics.unknown
+    accuracy = metrics.intervals["accuracy"]
+    right = out_of_100(accuracy.value, accuracy.low, accuracy.high)
     sentences = [
-        f"Out of 100 such images it classifies {right} correctly, measured on {metrics['images']} images it wasn't trained on."
+        f"Out of 100 such images it classifies {right} correctly, measured on {metrics.images} images it wasn't trained on."
     ]
-    if unknown:
-        alarms = out_of_100(metrics["unknown"]["false_alarm_rate"])
+    if unknown.detected is not None:
+        alarms = out_of_100(unknown.false_alarm_rate or 0)
         sentences.append(
-            f"Out of 100 images of something else it recognises {out_of_100(unknown[0])} as unknown; out of 100 known "
+            f"Out of 100 images of something else it recognises {out_of_100(unknown.detected)} as unknown; out of 100 known "
             f"ones it calls {alarms} unknown by mistake."
         )
     sentences.append(_changed_words(comparison) if comparison else "There is no other version to compare it with.")
@@ -212,7 +212,7 @@ def notebook_links(
 
 # %% ../../nbs/reports/01_run_report.ipynb #make-report
 def make_report(
-    about: Mapping[str, Any],  # the published model.json
+    manifest: Manifest,  # of the published version
     verdict: Mapping[str, Any],  # of `Verdict.to_dict`
     comparison: Comparison | None,  # of `against_version`
     catalog: pd.DataFrame,  # path, label and split of each image
@@ -223,29 +223,29 @@ def make_report(
     notebooks: Sequence[tuple[str, str]],  # of `notebook_links`
 ) -> Page:
     "The report of a run."
-    metrics, table, read = about["metrics"], count_table(catalog), _reader(root)
+    metrics, table, read = manifest.metrics, count_table(catalog), _reader(root)
     data = {
-        "about": about,
+        "about": manifest,
         "verdict": verdict,
         "verdict_words": verdict_words(verdict),
-        "in_short": in_short(about, verdict, comparison),
-        "recognised": strangers(metrics),
+        "in_short": in_short(manifest, verdict, comparison),
+        "recognised": (metrics.unknown.detected, metrics.unknown.pictures) if metrics.unknown.kinds else None,
         "counts": table,
         "images": sum(row[-1] for row in table["rows"]),
         "samples": [(read(str(row.path)), row.label, "") for row in _samples(catalog).itertuples()],
         "checks": len(checks),
         "failed_checks": [f"{check['check']}: {check['saw']}" for check in checks if check["status"] != "pass"],
-        "confused": [f"{c['label']} for {c['predicted']} ({c['images']})" for c in metrics.get("confused", [])[:3]],
+        "confused": [f"{c.label} for {c.predicted} ({c.images})" for c in metrics.confused[:3]],
         "classes": [
-            (name, round(row["recall"] * row["images"]), row["images"], row["recall"], row["precision"])
-            for name, row in metrics["per_class"].items()
+            (name, round(row.recall * row.images), row.images, row.recall, row.precision)
+            for name, row in metrics.per_class.items()
         ],
-        "calibration_error": metrics["intervals"].get("ece", {}).get("value"),
+        "calibration_error": ece.value if (ece := metrics.intervals.get("ece")) else None,
         "changes": changes(comparison),
-        "examples": example_pictures(predictions, read, about["ood_threshold"]),
+        "examples": example_pictures(predictions, read, manifest.ood_threshold),
         "answers": len(predictions),
         "wrong": int((~predictions.correct).sum()),
-        "unknown": int((predictions.ood_score > about["ood_threshold"]).sum()),
+        "unknown": int((predictions.ood_score > manifest.ood_threshold).sum()),
         "weak": weak_spots(metrics),
         "notebooks": notebooks,
         "plots": {name: path for name, path in plots.items() if path.is_file()},

@@ -42,8 +42,9 @@ class LabKernels(KernelSpecManager):
         "How a kernel is started; `NoSuchKernel` where there is none of that name."
         spec = super().get_kernel_spec(kernel_name)
         if spec.language == "python":
+            quiet = "--IPKernelApp.log_level=ERROR"  # it warns of its transport, which stays on this machine
             reload = ["--IPKernelApp.extra_extensions=autoreload", "--IPKernelApp.exec_lines=%autoreload 2"]
-            spec.argv = [*spec.argv, *reload]
+            spec.argv = [*spec.argv, quiet, *reload]
         return spec
 
 # %% ../../nbs/workbench/03_lab.ipynb #lay-out
