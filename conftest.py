@@ -58,7 +58,7 @@ class ForkedKernel(RunningKernel):
         self.pid = int(server.stdout.readline())
         self.kc = BlockingKernelClient(connection_file=connection)
         self.kc.load_connection_file()
-        self.kc.start_channels()
+        self.kc.start_channels(hb=False)  # a busy machine is late with heartbeats
         self.kc.wait_for_ready(timeout=startup_timeout)
         self._ensure_iopub_up()
 

@@ -11,6 +11,7 @@ import ast
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,25 @@ def imported_modules(
 ) -> set[Path]:  # the package's files that the code imports
     "The modules of a package that a piece of code imports, at whatever depth of a function."
     modules: set[Path] = set()
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Import):
-            modules |= {package.parent / alias.name.replace(".", "/") for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            # nbdev turns the imports of its own package into relative ones: one dot is the module's own folder
-            start = (folder or package, *(folder or package).parents)[node.level - 1] if node.level else package.parent
-            module = start / (node.module or "").replace(".", "/")
-            modules |= {module} | {module / alias.name for alias in node.names}
+    for level, name, names in _imports(code):
+        # nbdev turns the imports of its own package into relative ones: one dot is the module's own folder
+        start = (folder or package, *(folder or package).parents)[level - 1] if level else package.parent
+        module = start / name.replace(".", "/")
+        modules |= {module} | {module / inner for inner in names}
     files = {path.with_name(path.name + ".py") for path in modules if path.is_relative_to(package)}
     return {path for path in files if path.is_file()}
+
+
+@lru_cache(maxsize=1024)  # a module is behind many steps
+def _imports(code: str) -> tuple[tuple[int, str, tuple[str, ...]], ...]:
+    "The imports of a piece of code: dots, module, names."
+    imports: list[tuple[int, str, tuple[str, ...]]] = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            imports += [(0, alias.name, ()) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            imports.append((node.level, node.module or "", tuple(alias.name for alias in node.names)))
+    return tuple(imports)
 
 # %% ../../nbs/flow/01_freshness.ipynb #module-closure
 def module_closure(
