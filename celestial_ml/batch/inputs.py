@@ -258,9 +258,10 @@ def _lines(file: Any, longest: float = float("inf")) -> Iterator[str]:
 # %% ../../nbs/batch/00_inputs.ipynb #listed
 def placed(name: str, listing: str) -> str:
     "Where a name in a list or a table leads: as it is, or else from the list's folder, or else with `/` for `\\`."
-    name, folder = local_name(name), "" if is_url(listing) else os.path.dirname(listing)  # noqa: PTH120
+    name = local_name(name)
     if is_url(name) or "\0" in name or os.path.lexists(name):
         return name
+    folder = "" if is_url(listing) else os.path.dirname(listing)  # noqa: PTH120
     slashed = name.replace("\\", "/")
     beside, slashed_beside = (os.path.join(folder, other) for other in (name, slashed))  # noqa: PTH118
     others = (beside, os.path.expanduser(name), slashed, slashed_beside)  # noqa: PTH111

@@ -55,32 +55,32 @@ class Difference:
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #interval-of-difference
 def interval_of_difference(
-    ours: Interval,
-    theirs: Interval,
-) -> tuple[float, float]:  # low, high of ours - theirs
+    first: Interval,
+    second: Interval,
+) -> tuple[float, float]:  # low, high of first - second
     "The interval of a difference, from the intervals of both. Source: Newcombe 1998, method 10."
-    apart = ours.value - theirs.value
-    below = hypot(max(0, ours.value - ours.low), max(0, theirs.high - theirs.value))
-    above = hypot(max(0, ours.high - ours.value), max(0, theirs.value - theirs.low))
+    apart = first.value - second.value
+    below = hypot(max(0, first.value - first.low), max(0, second.high - second.value))
+    above = hypot(max(0, first.high - first.value), max(0, second.value - second.low))
     return apart - below, apart + above
 
 
-def _from_intervals(base: Difference, ours: Interval, theirs: Interval) -> Difference:
+def _from_intervals(base: Difference, first: Interval, second: Interval) -> Difference:
     "A figure of both, tested by its intervals."
-    low, high = interval_of_difference(ours, theirs)
+    low, high = interval_of_difference(first, second)
     sure = low > 0 or high < 0
-    return replace(base, ours=ours.value, theirs=theirs.value, low=low, high=high, how="intervals", sure=sure)
+    return replace(base, ours=first.value, theirs=second.value, low=low, high=high, how="intervals", sure=sure)
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #table
 def same_images(
-    ours: Evidence,
-    theirs: Evidence,
+    first: Evidence,
+    second: Evidence,
 ) -> tuple[np.ndarray, np.ndarray]:  # int (n,) each: the positions of the same images in both
     "The images that both were measured on and neither learned from."
-    place = {sha256: i for i, sha256 in enumerate(theirs.sha256.tolist())}
-    learned = np.isin(short(ours.sha256), theirs.learned) | np.isin(short(ours.sha256), ours.learned)
-    mine = [i for i, sha256 in enumerate(ours.sha256.tolist()) if sha256 in place and not learned[i]]
-    return np.array(mine, int), np.array([place[ours.sha256[i]] for i in mine], int)
+    place = {sha256: i for i, sha256 in enumerate(second.sha256.tolist())}
+    learned = np.isin(short(first.sha256), second.learned) | np.isin(short(first.sha256), first.learned)
+    places = [i for i, sha256 in enumerate(first.sha256.tolist()) if sha256 in place and not learned[i]]
+    return np.array(places, int), np.array([place[first.sha256[i]] for i in places], int)
 
 
 def answers_table(
@@ -93,15 +93,15 @@ def answers_table(
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #paired-figures
 def paired_figures(
-    ours: Evidence,
-    theirs: Evidence,
+    first: Evidence,
+    second: Evidence,
     classes: list[str],  # of the columns of both's probabilities
     alpha: float = 0.05,  # the intervals hold 1 - alpha
     resamples: int = 1000,
-) -> dict[str, tuple[float, float, float, float]]:  # macro_f1, loss, ece, brier → ours, theirs, low, high
+) -> dict[str, tuple[float, float, float, float]]:  # macro_f1, loss, ece, brier → first, second, low, high
     "The figures of both on the same images, and the interval of their difference: a bootstrap over pairs. Source: Efron 1979."
-    mine, others = same_images(ours, theirs)
-    left, right = resampled_figures([answers_table(ours, mine), answers_table(theirs, others)], classes, resamples)
+    places, others = same_images(first, second)
+    left, right = resampled_figures([answers_table(first, places), answers_table(second, others)], classes, resamples)
     ends = {k: np.quantile((left[k] - right[k])[1:], [alpha / 2, 1 - alpha / 2]) for k in left}
     return {k: (float(left[k][0]), float(right[k][0]), float(low), float(high)) for k, (low, high) in ends.items()}
 
@@ -131,10 +131,10 @@ def _shares(metrics: Metrics) -> dict[str, Interval]:
     return shares
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #fits
-def _untested(ours: Metrics, theirs: Metrics) -> list[Difference]:
+def _untested(first: Metrics, second: Metrics) -> list[Difference]:
     "The figures without a test."
-    left, right = (m.fairness.worst.accuracy if m.fairness and m.fairness.worst else None for m in (ours, theirs))
-    damaged = ours.robustness.mean_accuracy, theirs.robustness.mean_accuracy
+    left, right = (m.fairness.worst.accuracy if m.fairness and m.fairness.worst else None for m in (first, second))
+    damaged = first.robustness.mean_accuracy, second.robustness.mean_accuracy
     rows = [Difference("worst kind of picture", left, right), Difference("damaged pictures", *damaged)]
     return [row for row in rows if row.ours is not None or row.theirs is not None]
 
@@ -148,8 +148,8 @@ def _fits(answers: Evidence, classes: list[str]) -> bool:
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #differences
 def differences(
-    ours: Metrics,
-    theirs: Metrics,
+    first: Metrics,
+    second: Metrics,
     answers: tuple[Evidence, Evidence] | None = None,  # of both, where they are at hand
     paired: Paired | None = None,  # the gate's comparison of the accuracies, where there is one
     alpha: float = 0.05,  # the intervals hold 1 - alpha
@@ -161,17 +161,17 @@ def differences(
         for key, (name, more, share) in _TESTED.items()
     }
     for key, row in rows.items():
-        left, right = ours.intervals.get(key), theirs.intervals.get(key)
+        left, right = first.intervals.get(key), second.intervals.get(key)
         if left and right:
             rows[key] = _from_intervals(row, left, right)
         else:
             rows[key] = replace(row, ours=left.value if left else None, theirs=right.value if right else None)
     if answers is not None:
-        mine, others = same_images(*answers)
-        if len(mine) >= least:
-            paired = paired or compare(answers[0].correct[mine], answers[1].correct[others], alpha)
-            classes = list(ours.per_class)
-            if classes == list(theirs.per_class) and all(_fits(side, classes) for side in answers):
+        places, others = same_images(*answers)
+        if len(places) >= least:
+            paired = paired or compare(answers[0].correct[places], answers[1].correct[others], alpha)
+            classes = list(first.per_class)
+            if classes == list(second.per_class) and all(_fits(side, classes) for side in answers):
                 for key, (a, b, low, high) in paired_figures(*answers, classes, alpha).items():
                     rows[key] = replace(
                         rows[key], ours=a, theirs=b, low=low, high=high, how="paired", sure=low > 0 or high < 0
@@ -179,7 +179,7 @@ def differences(
     if paired is not None and paired.images >= least:
         rows["accuracy"] = replace(rows["accuracy"], ours=paired.accuracy, theirs=paired.other, low=paired.low,
                                    high=paired.high, how="paired", p=paired.p, sure=paired.p < alpha)  # fmt: skip
-    shares, others_shares = _shares(ours), _shares(theirs)
+    shares, others_shares = _shares(first), _shares(second)
     counted = [
         _from_intervals(
             Difference(name, None, None, more_is_better=name.startswith("str")), shares[name], others_shares[name]
@@ -187,7 +187,7 @@ def differences(
         for name in shares
         if name in others_shares
     ]
-    return [*rows.values(), *counted, *_untested(ours, theirs)]
+    return [*rows.values(), *counted, *_untested(first, second)]
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #comparison
 @dataclass(frozen=True)
@@ -221,12 +221,12 @@ class Comparison:
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #flat
 def changed_params(
-    ours: Mapping[str, Any],  # by dotted keys
-    theirs: Mapping[str, Any],
+    first: Mapping[str, Any],  # by dotted keys
+    second: Mapping[str, Any],
 ) -> dict[str, tuple[Any, Any]]:
     "The parameters that differ; None where one of the two doesn't have it."
-    keys = sorted(ours.keys() | theirs.keys())
-    return {key: (ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)}
+    keys = sorted(first.keys() | second.keys())
+    return {key: (first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)}
 
 
 def flat(
@@ -250,7 +250,7 @@ def _how(figures: list[Difference], answers: tuple[Evidence, Evidence] | None, p
 
 
 def make_comparison(
-    names: tuple[str, str],  # what to call ours, and theirs
+    names: tuple[str, str],  # of the first and the second model
     metrics: tuple[Metrics, Metrics],
     params: tuple[Mapping[str, Any], Mapping[str, Any]],  # by dotted keys
     answers: tuple[Evidence, Evidence] | None = None,
@@ -258,9 +258,9 @@ def make_comparison(
     alpha: float = 0.05,
 ) -> Comparison:
     "Compare a model with another one."
-    ours, theirs = metrics
-    figures = differences(ours, theirs, answers, paired, alpha)
-    counts = [{(c.label, c.predicted): c.images for c in m.confused} for m in (ours, theirs)]
+    first, second = metrics
+    figures = differences(first, second, answers, paired, alpha)
+    counts = [{(c.label, c.predicted): c.images for c in m.confused} for m in (first, second)]
     whole = [len(count) < PAIRS for count in counts]  # a list at its limit may lack a pair that exists
     pairs = {
         pair: (counts[0].get(pair, 0), counts[1].get(pair, 0))
@@ -270,7 +270,7 @@ def make_comparison(
     changed = sorted(
         (pair for pair in pairs if len(set(pairs[pair])) > 1), key=lambda p: -abs(pairs[p][0] - pairs[p][1])
     )
-    scores = [{name: row.f1 for name, row in m.per_class.items()} for m in (ours, theirs)]
+    scores = [{name: row.f1 for name, row in m.per_class.items()} for m in (first, second)]
     return Comparison(
         ours=names[0],
         theirs=names[1],
