@@ -92,7 +92,7 @@ class StepFailed(CelestialError):
 
     exit_code = 1
 
-# %% ../../nbs/flow/02_dag.ipynb #failed-cell
+
 def failed_cell(
     notebook: Path,  # partially executed
 ) -> tuple[int, str, str] | None:  # (number of the cell from 1, name of the error, its message)
@@ -128,7 +128,7 @@ def step_error(
     kind = AnswerIsNo if name.rpartition(".")[2] in names(AnswerIsNo) else CelestialError
     return kind(f"{where}: {message}", f"{hint}\n{look}".lstrip())
 
-# %% ../../nbs/flow/02_dag.ipynb #step-failed
+
 def _step_failed(dag: DAG, tasks: dict[str, Task], error: Exception) -> CelestialError:
     "The error of the step that failed."
     from ploomber.constants import TaskStatus

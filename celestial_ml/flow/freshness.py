@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['notebook_cells', 'imported_modules', 'module_closure', 'folder_checksum', 'step_modules', 'step_inputs',
-           'inputs_file', 'by_hand', 'stale_steps', 'write_inputs', 'forget']
+           'inputs_file', 'write_inputs', 'forget', 'by_hand', 'stale_steps']
 
 # %% ../../nbs/flow/01_freshness.ipynb #fb790518
 import ast
@@ -62,7 +62,7 @@ def _imports(code: str) -> tuple[tuple[int, str, tuple[str, ...]], ...]:
             imports.append((node.level, node.module or "", tuple(alias.name for alias in node.names)))
     return tuple(imports)
 
-# %% ../../nbs/flow/01_freshness.ipynb #module-closure
+
 def module_closure(
     code: str,  # Python
     package: Path,  # the folder of the package
@@ -117,7 +117,7 @@ def step_modules(
             files |= {path.relative_to(root): path for path in closure}
     return {name.as_posix(): sha256_of(path) for name, path in sorted(files.items())}
 
-# %% ../../nbs/flow/01_freshness.ipynb #step-inputs
+
 def step_inputs(
     task: Task,
     parameters: dict[str, Any],  # of the step
@@ -141,6 +141,23 @@ def inputs_file(
 ) -> Path:
     "The file of a step's inputs, which Ploomber watches."
     return task.product["notebook"].parent / ".inputs" / f"{task.name}.json"
+
+
+def write_inputs(
+    tasks: dict[str, Task],
+    inputs: dict[str, dict[str, Any]],
+) -> None:
+    "Write the inputs of each step to the file that Ploomber watches."
+    for name, task in tasks.items():
+        write_json(inputs_file(task), inputs[name])
+
+
+def forget(
+    task: Task,
+) -> None:
+    "Make a step stale: delete Ploomber's record of it."
+    for path in task.product.values():
+        path.with_name(f".{path.name}.metadata").unlink(missing_ok=True)
 
 # %% ../../nbs/flow/01_freshness.ipynb #changes
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -211,20 +228,3 @@ def stale_steps(
 
     reasons = {name: (rerun or {}).get(name) or why_stale(name, task) for name, task in tasks.items()}
     return {name: reason for name, reason in reasons.items() if reason}
-
-# %% ../../nbs/flow/01_freshness.ipynb #write-inputs
-def write_inputs(
-    tasks: dict[str, Task],
-    inputs: dict[str, dict[str, Any]],
-) -> None:
-    "Write the inputs of each step to the file that Ploomber watches."
-    for name, task in tasks.items():
-        write_json(inputs_file(task), inputs[name])
-
-# %% ../../nbs/flow/01_freshness.ipynb #forget
-def forget(
-    task: Task,
-) -> None:
-    "Make a step stale: delete Ploomber's record of it."
-    for path in task.product.values():
-        path.with_name(f".{path.name}.metadata").unlink(missing_ok=True)

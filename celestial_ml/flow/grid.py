@@ -164,7 +164,7 @@ class RunParams:
     params: Params
     own: dict[str, Any]
 
-# %% ../../nbs/flow/06_grid.ipynb #setting
+
 def parameter_fields(
     notebooks: list[Notebook],
 ) -> Fields:

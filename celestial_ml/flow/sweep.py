@@ -202,7 +202,7 @@ def read_outcomes(
     planned = {run.plan.run: Outcome(run.plan.run, run.values, "left") for run in sweep.runs}
     return list((planned | earlier).values())
 
-# %% ../../nbs/flow/07_sweep.ipynb #only-one
+
 def only_one(
     sweep: Sweep,
 ) -> AbstractContextManager[None]:
@@ -213,7 +213,7 @@ def only_one(
     )
     return hold(sweep.folder / ".lock", busy, hint)
 
-# %% ../../nbs/flow/07_sweep.ipynb #remaining
+
 def remaining(
     took: list[float],  # seconds of each run that is done
     begun: list[float],  # seconds since each that is running began

@@ -268,7 +268,7 @@ def do_trials(
     if failures and not quiet:
         print(f"  a worker stopped: {failures[0][:300]}; others took over", flush=True)
 
-# %% ../../nbs/flow/08_tuning.ipynb #tell-finished
+
 def _show_progress(study: Study, shown: set[int], trials: int, quiet: bool) -> None:
     "A line for every trial that finished since, here or elsewhere, and how far it is."
     table, terminal = trials_table(study), "CELESTIAL_TERMINAL" in os.environ
