@@ -255,7 +255,7 @@ def _lines(file: Any, longest: float = float("inf")) -> Iterator[str]:
                 raise ValueError("it isn't a text: a line in it doesn't end")
     text.detach()
 
-# %% ../../nbs/batch/00_inputs.ipynb #listed
+
 def placed(name: str, listing: str) -> str:
     "Where a name in a list or a table leads: as it is, or else from the list's folder, or else with `/` for `\\`."
     name = local_name(name)
@@ -308,7 +308,7 @@ def _kind_of_column(kind: pa.DataType) -> str:
     word = str(kind).removeprefix("large_").removesuffix("_view")
     return {"string": "text", "binary": "bytes"}.get(re.sub(r"^fixed_size_|\[.*", "", word), str(kind))
 
-# %% ../../nbs/batch/00_inputs.ipynb #columns-x
+
 def _columns(
     schema: pa.Schema,
     name: str,  # for the error

@@ -46,7 +46,7 @@ class Doubt:
     sha256: str
     row: int  # its index in the source
 
-# %% ../../nbs/batch/03_summary.ipynb #summary
+
 @dataclass
 class Summary:
     "The answers of a job, counted."

@@ -14,7 +14,7 @@ MANY = 30  # classes; where there are more, only some are shown
 FEW = 20  # how many of them
 PAIRS = 200  # confused pairs that the metrics of a model name, at most
 
-# %% ../../nbs/core/11_many_classes.ipynb #few-of
+
 _T = TypeVar("_T")
 
 
@@ -27,7 +27,7 @@ def few_of(
         return items
     return (sorted(items, key=key) if key else items)[:FEW]
 
-# %% ../../nbs/core/11_many_classes.ipynb #listed
+
 def listed(
     names: Iterable[str],
 ) -> str:
@@ -37,7 +37,7 @@ def listed(
     more = f" and {len(names) - len(shown)} more" if len(shown) < len(names) else ""
     return ", ".join(shown) + more
 
-# %% ../../nbs/core/11_many_classes.ipynb #shortened
+
 def shortened(
     name: str,
     most: int = 24,  # characters

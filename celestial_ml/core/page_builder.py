@@ -39,7 +39,7 @@ def as_text(
         return f"{100 * value:.1f} %" if as_share else f"{value:.4g}"
     return "–" if value is None else str(value)
 
-# %% ../../nbs/core/10_page_builder.ipynb #share
+
 def share(
     value: float | None,  # 0 … 1
 ) -> str:
@@ -63,7 +63,7 @@ def _picture(source: Any, side: int = 1500) -> dict[str, Any]:  # uri, width, he
     encoded = base64.b64encode(file.getvalue()).decode()
     return {"uri": f"data:image/webp;base64,{encoded}", "width": image.width, "height": image.height}
 
-# %% ../../nbs/core/10_page_builder.ipynb #environment
+
 @cache
 def _environment(form: str) -> Environment:  # html or md
     "Jinja2, with the building blocks of one form."

@@ -27,7 +27,7 @@ def corruption(function: Corruption) -> Corruption:
     CORRUPTIONS[function.__name__] = function
     return function
 
-# %% ../../nbs/data/11_corruptions.ipynb #corrupt
+
 def corrupt(
     image: np.ndarray,  # uint8 (h, w, 3)
     name: str,  # one of `CORRUPTIONS`
@@ -109,7 +109,7 @@ def _offsets(reach: float) -> tuple[np.ndarray, np.ndarray]:
     steps = np.arange(-m, m + 1, dtype=np.float32)
     return steps[None, :], steps[:, None]
 
-# %% ../../nbs/data/11_corruptions.ipynb #defocus-blur
+
 @corruption
 def defocus_blur(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     "A lens out of focus: every point is a disk."
@@ -163,7 +163,7 @@ def fog(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarra
     hazy = image + (255 * amount) * _plasma(image.shape, decay, rng)[..., None]
     return _to_bytes(hazy * (brightest / (brightest + amount)))
 
-# %% ../../nbs/data/11_corruptions.ipynb #brightness
+
 @corruption
 def brightness(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     "Stray light over everything: the largest channel rises by 0.1 … 0.5 as far as it can, the others with it."
@@ -229,7 +229,7 @@ def _sky(image: np.ndarray) -> np.ndarray:  # bool (h, w)
     edge = np.concatenate([areas[0], areas[-1], areas[:, 0], areas[:, -1]])
     return np.isin(areas, edge[edge > 0])
 
-# %% ../../nbs/data/11_corruptions.ipynb #star-field
+
 @corruption
 def star_field(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     "A long exposure: stars in the sky, bright ones with a halo, and at last the Milky Way."
@@ -246,7 +246,7 @@ def star_field(image: np.ndarray, severity: int, rng: np.random.Generator) -> np
     light = small + halo + (255 * milky) * band[..., None]
     return _to_bytes(image + light * _sky(image)[..., None])
 
-# %% ../../nbs/data/11_corruptions.ipynb #occlusion
+
 @corruption
 def occlusion(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     "Something plain stands before 5 … 35 % of the frame."
@@ -281,7 +281,7 @@ def pixelate(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.n
     )
     return np.asarray(small.resize((width, height), Image.Resampling.NEAREST))
 
-# %% ../../nbs/data/11_corruptions.ipynb #elastic
+
 @corruption
 def elastic(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
     "Unsteady air: the picture ripples. The mean shift is 0.5 … 2.4 % of the shorter side."

@@ -108,7 +108,7 @@ def _segments(content: bytes) -> tuple[list[tuple[int, int, int]], int]:
         segments.append((marker, start, at))
     return segments, len(content)
 
-# %% ../../nbs/data/03_images.ipynb #read-jpeg
+
 def _read_jpeg(content: bytes) -> Head:
     "The head of a JPEG."
     segments, end = _segments(content)
@@ -150,7 +150,7 @@ def _chunks(
         at = after
     return chunks
 
-# %% ../../nbs/data/03_images.ipynb #read-png
+
 _PNG_NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
 
@@ -440,7 +440,7 @@ def read_costly(
         raise CelestialError(*answer["error"])
     return Picture(np.frombuffer(pixels, np.uint8).reshape(answer["shape"]), *answer["head"])
 
-# %% ../../nbs/data/03_images.ipynb #read-image
+
 def read_image(
     source: bytes | Path | str,  # the file's bytes, or its path
     name: str = "the image",  # for errors; a path is its own name

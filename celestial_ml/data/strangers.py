@@ -112,7 +112,7 @@ def _draw_noise(i: int, size: int, rng: np.random.Generator) -> np.ndarray:
     )
     return _to_bytes(np.broadcast_to(values[i % 4], (size, size, 3)))
 
-# %% ../../nbs/data/14_strangers.ipynb #draw-blank
+
 @stranger("blank")
 def _draw_blank(i: int, size: int, rng: np.random.Generator) -> np.ndarray:
     "Black, white, grey, one colour, a linear and a radial gradient in turn."

@@ -32,7 +32,7 @@ def encode_webp(
     Image.fromarray(image).save(file, "WEBP", quality=quality)
     return file.getvalue()
 
-# %% ../../nbs/data/14_thumbnails.ipynb #data-uri
+
 def data_uri(
     webp: bytes,  # a WebP file
 ) -> str:

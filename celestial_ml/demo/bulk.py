@@ -154,7 +154,7 @@ async def tables(host: Host, request: Request, paths: Sequence[str]) -> AsyncIte
         nothing = "<p class=plain>There is no picture among these files. I read JPEG, PNG and WebP.</p>"
         yield results_table(results, left_out) if results else nothing
 
-# %% ../../nbs/demo/06_bulk.ipynb #build-many
+
 def build_many(host: Host) -> None:
     "The tab, inside of a `gr.Blocks`."
     import gradio as gr

@@ -120,7 +120,7 @@ class Uploads:
             self._lock.release()
         self._temporary.cleanup()
 
-# %% ../../nbs/demo/09_uploads.ipynb #up-read
+
 def read_file(
     uploads: Uploads,
     path: str | None,

@@ -34,7 +34,7 @@ ENGINE_MODULES = (
     "celestial_ml.core.notebook_page",
 )  # to be imported ahead
 
-# %% ../../nbs/flow/02_dag.ipynb #build
+
 def build(
     tasks: dict[str, Task],
     inputs: dict[str, dict[str, Any]],  # of each task, as written by `write_inputs`

@@ -26,7 +26,7 @@ def record(
 
     display({RECORD: values, "text/plain": ", ".join(f"{k} = {v:.6g}" for k, v in values.items())}, raw=True)
 
-# %% ../../nbs/flow/05_figures.ipynb #run-metrics
+
 def run_metrics(
     run: str,
 ) -> dict[str, float]:

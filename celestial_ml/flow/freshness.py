@@ -159,7 +159,7 @@ def forget(
     for path in task.product.values():
         path.with_name(f".{path.name}.metadata").unlink(missing_ok=True)
 
-# %% ../../nbs/flow/01_freshness.ipynb #changes
+
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     "The differences between earlier inputs and the present ones, in words."
     differ = [

@@ -232,7 +232,7 @@ def _require_type(key: str, value: Any, notebook: Notebook, default: Any, where:
     allowed, other = f"Allowed: {kind}, as in {notebook.source} ({default!r}).", instead(value, field_of(default))
     raise ParamsError(f"{where}: {key} can't be {value!r}", f"{allowed}\nWrite {other}." if other else allowed)
 
-# %% ../../nbs/flow/06_grid.ipynb #require-reached
+
 def require_reached(
     keys: Iterable[str],  # that differ or were set
     steps: Iterable[str],

@@ -40,7 +40,7 @@ class Plan:
     inputs: dict[str, dict[str, Any]]  # what each task depends on
     stale: dict[str, str]  # the steps that must run, and why
 
-# %% ../../nbs/flow/03_pipeline.ipynb #make-plan
+
 def make_plan(
     root: Path,  # the project's; the current folder
     params_file: str = "default",  # smoke, guide, …, or a file's path

@@ -325,7 +325,7 @@ def _differing(params: Params, default: Params) -> dict[str, Any]:
         del differ["track"]["uri"]  # a URL with a password in it is for the environment: MLFLOW_TRACKING_URI
     return {name: value for name, value in differ.items() if value != {}}
 
-# %% ../../nbs/flow/08_tuning.ipynb #write-tuned
+
 def write_tuned(
     search: Search,
     table: pd.DataFrame,  # of `trials_table`
@@ -370,7 +370,7 @@ def tune_run(
         execute(plan, executor, quiet)
     return read_json(plan.tasks["tune"].product["result"])
 
-# %% ../../nbs/flow/08_tuning.ipynb #tuning-result
+
 def tuning_result(
     search: Search,
     study: Study,

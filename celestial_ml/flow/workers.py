@@ -73,7 +73,7 @@ def worker_env(
     env = {name: value for name, value in os.environ.items() if name != "CELESTIAL_TERMINAL"}
     return {"TF_CPP_MIN_LOG_LEVEL": "3"} | env | dict.fromkeys(THREADS, str(threads))
 
-# %% ../../nbs/flow/04_workers.ipynb #memory-x
+
 class Memory:
     "What workers use, against a budget."
 

@@ -93,7 +93,7 @@ def random_affine(
     zero = tf.zeros_like(a)
     return tf.concat([mirror * a, -b, x0, mirror * b, a, y0, zero, zero], axis=1)
 
-# %% ../../nbs/model/01_augment.ipynb #random-view
+
 def random_view(
     images: tf.Tensor,  # float32 (n, size, size, channels)
     seed: tf.Tensor,  # two integers
@@ -133,7 +133,7 @@ def random_sky(
     corners = 1 - tf.exp(-(x**2 + y**2) / _uniform(n, 0.3, 1.2, seed, 28)[:, None, None] ** 2)
     return images * (1 - corners * _chosen(n, (3, 4), seed))
 
-# %% ../../nbs/model/01_augment.ipynb #random-fog
+
 def random_fog(
     images: tf.Tensor,  # float32 (n, size, size, channels), 0 … 255
     seed: tf.Tensor,  # two integers
@@ -220,7 +220,7 @@ def random_light(
     lit = 255 * tf.pow(tf.clip_by_value(images / 255, 0, 1), gamma) * gain[:, None, None]
     return _saturated(lit, _uniform(n, 0.85, 1.15, seed, 8), tf.zeros((n, 1)))
 
-# %% ../../nbs/model/01_augment.ipynb #random-grade
+
 def random_grade(
     images: tf.Tensor,  # float32 (n, size, size, channels), 0 … 255
     seed: tf.Tensor,  # two integers

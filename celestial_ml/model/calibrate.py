@@ -70,7 +70,7 @@ def _coldest(logits: np.ndarray) -> float:
         return float(low)
     return float(high) if excess(high) >= 0 else float(brentq(excess, low, high))
 
-# %% ../../nbs/model/08_calibrate.ipynb #fit-temperature
+
 def fit_temperature(
     logits: np.ndarray,  # float (n, classes), of images that the network hasn't learned from
     labels: np.ndarray,  # int (n,)
@@ -128,7 +128,7 @@ def _reliability(over: plt.Axes, under: plt.Axes, probabilities: np.ndarray, lab
     under.bar(middle, count[some], width=0.9 / bins, color="#9a9a9a", log=True)
     under.set(xlim=(0, 1), ylim=(0.5, 2 * len(labels)), xlabel="confidence")
 
-# %% ../../nbs/model/08_calibrate.ipynb #plot-reliability
+
 def plot_reliability(
     before_probabilities: np.ndarray,  # float (n, classes)
     after_probabilities: np.ndarray,  # float (n, classes)

@@ -56,7 +56,7 @@ def _merge_constants(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         node.input[:] = [same.get(name, name) for name in node.input]
 
-# %% ../../nbs/model/14_compress.ipynb #strip-graph
+
 def strip_graph(
     graph: onnx.ModelProto,
 ) -> onnx.ModelProto:  # the same inputs, outputs and arithmetic
@@ -108,7 +108,7 @@ def _as_int8(
     scale = np.where(scale > 0, scale, 1).astype(np.float32)  # a channel of zeros stays one
     return np.round(weights / scale).astype(np.int8), scale
 
-# %% ../../nbs/model/14_compress.ipynb #packed
+
 def _packed(
     constant: onnx.TensorProto, axes: Mapping[str, int], smallest: int
 ) -> tuple[
@@ -198,7 +198,7 @@ def _static(graph: onnx.ModelProto, images: Sequence[np.ndarray], nodes: list[st
         )
         return onnx.load(target)
 
-# %% ../../nbs/model/14_compress.ipynb #mean-embedding
+
 def _session(content: Path | bytes) -> onnxruntime.InferenceSession:
     "A file on one thread."
     options = onnxruntime.SessionOptions()
@@ -221,7 +221,7 @@ def _corrected(small: onnx.ModelProto, graph: onnx.ModelProto, images: Sequence[
     small.graph.node.insert(at + 1, helper.make_node("Add", ["rounded", "missing"], ["embedding"]))
     return strip_graph(small)
 
-# %% ../../nbs/model/14_compress.ipynb #quantize
+
 def quantize(
     graph: onnx.ModelProto,  # of `serving_graph`
     images: Sequence[np.ndarray],  # uint8 (h, w, 3) each: training images, a hundred will do
@@ -355,7 +355,7 @@ def edge_build(
     finally:
         logger.setLevel(level)
 
-# %% ../../nbs/model/14_compress.ipynb #edge-logits
+
 def edge_logits(
     path: Path | str,  # of `edge_build`
     pixels: np.ndarray,  # uint8 (n, size, size, channels)

@@ -60,7 +60,7 @@ answer (float[n, k] logits, float[n, d] embedding) => (float[n, k] probabilities
 }}
 """
 
-# %% ../../nbs/model/07_export.ipynb #answer-graph-x
+
 def answer_graph(
     distance: Distance,
     temperature: float = 1.0,  # that the logits are divided by

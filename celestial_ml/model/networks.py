@@ -75,7 +75,7 @@ def _embedding(halfway: Any, deep: Any, p: Model) -> Any:
     x = L.Concatenate(name="embedding")([L.GlobalAveragePooling2D()(halfway), deep])
     return L.Dropout(p.dropout)(x)
 
-# %% ../../nbs/model/00_networks.ipynb #compact
+
 @network
 def compact(x: Any, p: Model) -> Any:
     "A convolution and two stages of separable ones, each at half the resolution. Source: Chollet 2017, Xception, arXiv:1610.02357."

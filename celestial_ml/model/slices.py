@@ -76,7 +76,7 @@ def resampled_figures(
             total.append(weights @ each)
     return [_figures(np.concatenate(total), images, bins) for total in sums]
 
-# %% ../../nbs/model/09_slices.ipynb #bootstrap-intervals
+
 def bootstrap_intervals(
     table: pd.DataFrame,  # of `predictions_table`
     classes: list[str],
@@ -146,7 +146,7 @@ def _ranges(values: np.ndarray, edges: tuple[float, ...] | None, min_images: int
         parts[first : first + 2] = [(low, high, n + m)]
     return [(low, high) for low, high, _ in parts]
 
-# %% ../../nbs/model/09_slices.ipynb #bins
+
 def _bins(name: str, values: pd.Series, min_images: int) -> dict[str, np.ndarray]:
     "The images of each bin of a slice: its name → bool (n,)."
     present = values.dropna()
@@ -218,7 +218,7 @@ def _worst_bins(slices: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     words = [f"{len(rows)} of {many[name]} bins of {name} are shown, the worst" for name, rows in parts.items()]
     return pd.concat([shown, *(pd.DataFrame(rows) for rows in parts.values())]), "; ".join(words)
 
-# %% ../../nbs/model/09_slices.ipynb #plot-slices
+
 def plot_slices(
     slices: pd.DataFrame,  # of `slice_table`
 ) -> Figure:

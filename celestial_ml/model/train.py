@@ -94,7 +94,7 @@ def batches_ahead(
             yield ready
         yield coming.result()
 
-# %% ../../nbs/model/02_train.ipynb #train-epoch
+
 def train_epoch(
     model: keras.Model,  # compiled; its weights are changed
     pixels: np.ndarray,  # uint8 (n, size, size, channels)
@@ -145,7 +145,7 @@ def save_checkpoint(
     with atomic(path) as f:
         np.savez(f, key=np.array(key), rows=np.array(json.dumps(course.rows)), **arrays)
 
-# %% ../../nbs/model/02_train.ipynb #load-checkpoint
+
 def load_checkpoint(
     path: Path,
     key: str,  # of `training_key`

@@ -113,7 +113,7 @@ def rounded(
     "The same, as they were trained with."
     return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in values.items()}
 
-# %% ../../nbs/model/15_tune.ipynb #with-values
+
 def with_values(
     values: dict[str, Any],  # {"train.lr": 0.004, …}
     model: Model,

@@ -132,7 +132,7 @@ def energy(train: Outputs, labels: np.ndarray, queries: Outputs) -> np.ndarray:
     "The negative logarithm of the summed exponentials. Source: Liu et al. 2020, arXiv:2010.03759."
     return -logsumexp(queries.logits, axis=1)
 
-# %% ../../nbs/model/06_unknown.ipynb #max-softmax
+
 @score
 def max_softmax(train: Outputs, labels: np.ndarray, queries: Outputs) -> np.ndarray:
     "The doubt in the answer: the baseline. Source: Hendrycks and Gimpel 2017, arXiv:1610.02136."

@@ -30,7 +30,7 @@ class Deployment:
     difference: float | None = None  # of a logit from Keras, as a share of the largest; None where it isn't on file
     error: str | None = None  # why it can't be served
 
-# %% ../../nbs/package/08_deployment_check.ipynb #check-here
+
 def check_here(
     folder: Path | str,  # of a package
 ) -> Deployment:

@@ -71,7 +71,7 @@ def write_examples(
             offsets=np.cumsum([0, *map(len, files)]),
         )
 
-# %% ../../nbs/package/06_examples.ipynb #neighbour
+
 @dataclass(frozen=True)
 class Neighbour:
     "A training picture that a picture looks like."
@@ -80,7 +80,7 @@ class Neighbour:
     similarity: float  # the cosine of the two embeddings, 1: the same direction
     thumbnail: str  # a data URI
 
-# %% ../../nbs/package/06_examples.ipynb #examples
+
 @dataclass(frozen=True)
 class Examples:
     "Training examples, to compare with."

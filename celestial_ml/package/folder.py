@@ -46,7 +46,7 @@ def read_description(
         )
     return content
 
-# %% ../../nbs/package/00_folder.ipynb #model-name
+
 def model_name(
     name: str,  # of the model in the registry
     version: str,  # its number; of an unregistered run "guide@a94c14b6"

@@ -36,7 +36,7 @@ def open_session(
     except Exception as e:  # ONNX Runtime's errors have no common class of their own
         raise ModelError(f"{path} can't be loaded: {e}", "Package it again.") from None
 
-# %% ../../nbs/package/04_graph.ipynb #graph-limits
+
 LARGE = 1_000_000  # pixels, of the squares that pictures are padded to
 MOST = 4 * LARGE  # of them in one call, where there are several: older packages pad first, in floating point
 

@@ -111,7 +111,7 @@ def read_manifest(
     except DamagedFile as e:
         raise ModelError(e.message, "Package the model again, or restore the file from a copy.") from None
 
-# %% ../../nbs/package/02_manifest.ipynb #damage
+
 def damage(
     folder: Path,  # of a package
 ) -> list[str]:  # in words; empty for a package that is whole
@@ -128,7 +128,7 @@ def damage(
     ]
     return missing + other
 
-# %% ../../nbs/package/02_manifest.ipynb #fingerprint
+
 def copy_package(
     source: Path,  # the folder of a package
     target: Path,  # appears as a whole or not at all

@@ -173,7 +173,7 @@ class Metrics(Document):
         "The class with the lowest F1."
         return min(self.per_class, key=lambda name: self.per_class[name].f1, default=None)
 
-# %% ../../nbs/package/01_metrics.ipynb #read-metrics
+
 def read_metrics(
     folder: Path,  # of a run
 ) -> Metrics:

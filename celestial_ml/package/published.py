@@ -25,7 +25,7 @@ def published(
     "Where a registered version is published."
     return models_folder() / model
 
-# %% ../../nbs/package/03_published.ipynb #versions
+
 def versions(
     retired: bool = True,  # the retired ones, too
 ) -> list[str]:  # "celestial/3", by name, then by number
@@ -36,7 +36,7 @@ def versions(
     ]
     return [f"{f.parent.name}/{f.name}" for f in sorted(folders, key=lambda f: (f.parent.name, int(f.name)))]
 
-# %% ../../nbs/package/03_published.ipynb #pointer
+
 @dataclass(frozen=True)
 class Pointer:
     "Which version has a role."

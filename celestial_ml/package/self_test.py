@@ -27,7 +27,7 @@ def same_size(
         return np.stack(images)
     return np.stack([np.asarray(Image.fromarray(image).resize((side, side))) for image in images])
 
-# %% ../../nbs/package/05_self_test.ipynb #write-selftest
+
 SELF_TEST = "selftest.npz"
 
 

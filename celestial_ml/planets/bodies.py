@@ -78,7 +78,7 @@ _VENUS_AIR = Atmosphere((1.0, 0.88, 0.62), height=0.008, twilight=0.09)
 _MARS_AIR = Atmosphere((0.86, 0.66, 0.52), height=0.005, twilight=0.03)
 _PLUTO_AIR = Atmosphere((0.55, 0.68, 0.85), height=0.006, twilight=0.02)
 
-# %% ../../nbs/planets/00_bodies.ipynb #44236c61
+
 BODIES: dict[str, Body] = {
     body.name: body
     for body in (

@@ -405,7 +405,7 @@ def sample_view(body: str, rng: np.random.Generator) -> View:
         warmth=np.clip(rng.normal(0, 0.03), -0.1, 0.1),
     )
 
-# %% ../../nbs/planets/02_renderer.ipynb #render-many
+
 def render_many(
     per_class: int,  # images of each body
     size: int = 128,

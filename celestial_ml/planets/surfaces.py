@@ -538,7 +538,7 @@ def paint_uranus(xyz: np.ndarray, seed: int) -> np.ndarray:
     puffs: list[Spot] = [(rng.uniform(-180, 180), rng.uniform(20, 45), rng.uniform(2, 5), 1.0) for _ in range(3)]
     return mix(colour, "e4f7f7", 0.35 * spots(xyz, puffs))
 
-# %% ../../nbs/planets/01_surfaces.ipynb #paint-neptune
+
 def paint_neptune(xyz: np.ndarray, seed: int) -> np.ndarray:
     "Deep blue, soft bands, a dark spot with its bright companion, white cirrus."
     lat, rng = lon_lat(xyz)[1], np.random.default_rng([seed, 29])
@@ -578,7 +578,7 @@ def surface_map(
         raise ValueError(f"width {width} is not an even number from 16 up")
     return np.clip(_PAINTERS[body](grid_directions(width), seed), 0, 1)
 
-# %% ../../nbs/planets/01_surfaces.ipynb #sample-map
+
 def sample_map(
     texture: np.ndarray,  # (rows, columns, channels), a whole map
     lon: np.ndarray,  # radians, a flat array

@@ -49,7 +49,7 @@ def whoami() -> str:
     except (OSError, KeyError):  # a container's user may have no name
         return "unknown"
 
-# %% ../../nbs/registry/03_audit.ipynb #write
+
 def _checksum(entry: dict[str, Any]) -> str:
     "The SHA-256 of an entry's other fields."
     rest = {key: value for key, value in entry.items() if key != "sha256"}
@@ -146,7 +146,7 @@ def verify() -> Audit:
         return Audit(entries, ["the entry that champion.json rests on isn't there: the end was cut off"], torn)
     return Audit(entries, [], torn)
 
-# %% ../../nbs/registry/03_audit.ipynb #read-log
+
 def read_log() -> list[dict[str, Any]]:
     "The entries, oldest first; `CelestialError` where the log doesn't verify."
     audit = verify()

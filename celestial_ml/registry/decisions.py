@@ -91,7 +91,7 @@ def _record(verdict: Verdict, p: Register, who: str | None, by_hand: bool, why: 
     write_json(published(verdict.model) / "gate.json", content | {key: entry[key] for key in ("n", "time", "who")})
     return verdict
 
-# %% ../../nbs/registry/09_decisions.ipynb #gate-params
+
 def gate_params(
     model: str,  # "celestial/3"
 ) -> Register:  # the defaults where the gate hasn't been asked about it

@@ -296,7 +296,7 @@ def judge(
     reasons = (*(rule.why for rule in failed), *(rule.why for rule in rules if rule.passed), conclusion)
     return Verdict(model, decision, decision in ("promote", "keep"), reasons, tuple(rules), champion, paired)
 
-# %% ../../nbs/registry/05_gate.ipynb #rules-table
+
 def rules_table(
     verdict: Verdict,
 ) -> Styler:  # a row a rule, red where it isn't met

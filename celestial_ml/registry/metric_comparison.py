@@ -91,7 +91,7 @@ def answers_table(
     columns = {"label": evidence.label[rows], "predicted": evidence.predicted[rows], "correct": evidence.correct[rows]}
     return pd.DataFrame(columns | {"probabilities": list(evidence.probabilities[rows].astype(float))})
 
-# %% ../../nbs/registry/11_metric_comparison.ipynb #paired-figures
+
 def paired_figures(
     first: Evidence,
     second: Evidence,
@@ -130,7 +130,7 @@ def _shares(metrics: Metrics) -> dict[str, Interval]:
         shares["known ones called unknown"] = _of_count(unknown.false_alarm_rate, metrics.images)
     return shares
 
-# %% ../../nbs/registry/11_metric_comparison.ipynb #fits
+
 def _untested(first: Metrics, second: Metrics) -> list[Difference]:
     "The figures without a test."
     left, right = (m.fairness.worst.accuracy if m.fairness and m.fairness.worst else None for m in (first, second))
@@ -219,7 +219,7 @@ class Comparison:
             "f1": {name: list(pair) for name, pair in self.classes.items()},
         }
 
-# %% ../../nbs/registry/11_metric_comparison.ipynb #flat
+
 def changed_params(
     first: Mapping[str, Any],  # by dotted keys
     second: Mapping[str, Any],

@@ -26,7 +26,7 @@ def look() -> State:
     pointer = None if state.n else read_pointer("champion")  # older than the log
     return State(line=(pointer.model,)) if pointer else state
 
-# %% ../../nbs/registry/10_overview.ipynb #list-versions
+
 def _row(model: str, state: State) -> dict[str, Any]:
     "The row of a version."
     manifest = read_version(model)

@@ -107,7 +107,7 @@ def _adopt(why: str) -> None:
 
 _REMAINS = ("retired.json", "gate.json", "model_card.md", "model_card.html")
 
-# %% ../../nbs/registry/08_state.ipynb #recover
+
 def _put_away(model: str, evidence: dict[str, Any]) -> None:
     "Reduce a retired version to its marked card and its description."
     folder = published(model)

@@ -53,7 +53,7 @@ def make_database(
             place = (database.parent / "artifacts" / "Default").as_uri()
             db.execute("UPDATE experiments SET artifact_location = ? WHERE name = 'Default'", (place,))
 
-# %% ../../nbs/registry/01_tracking.ipynb #mend-places
+
 _PLACES = {
     "experiments": ["artifact_location"],
     "runs": ["artifact_uri"],
@@ -104,7 +104,7 @@ def mlflow_client(
 
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
-# %% ../../nbs/registry/01_tracking.ipynb #experiment
+
 def open_experiment(
     client: MlflowClient,
     track: Track,
@@ -155,7 +155,7 @@ class Run:
         "End the run: FINISHED, FAILED or KILLED."
         self.client.set_terminated(self.id, status)
 
-# %% ../../nbs/registry/01_tracking.ipynb #open-run
+
 def open_run(
     track: Track,
     name: str,  # shown in MLflow's list
@@ -182,7 +182,7 @@ def start_run(
         raise
     run.end()
 
-# %% ../../nbs/registry/01_tracking.ipynb #resume-run
+
 def resume_run(
     track: Track,
     run_id: str,

@@ -59,7 +59,7 @@ def remove_leftovers() -> None:
         except PermissionError:  # a living process of another user
             continue
 
-# %% ../../nbs/registry/02_versions.ipynb #create-version
+
 def create_version(
     package: Path,  # a folder with model.json and what it names
     name: str,  # of the model in the registry

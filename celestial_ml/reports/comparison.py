@@ -92,7 +92,7 @@ class Side:
     folder: str = ""  # where that revision has the run
     note: str = ""
 
-# %% ../../nbs/reports/02_comparison.ipynb #find-answers
+
 def find_answers(
     root: Path,  # the project's
     metrics: Metrics,
@@ -185,7 +185,7 @@ class Report:
             "verdict": dict(self.side.verdict),
         }
 
-# %% ../../nbs/reports/02_comparison.ipynb #compare-run
+
 def compare_run(
     root: Path,  # the project's
     run: str,  # a folder under output/

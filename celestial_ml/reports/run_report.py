@@ -136,7 +136,7 @@ def out_of_100(
     words = "all" if number == 100 else "none" if number == 0 else f"about {number}"
     return words if low is None or high is None else f"{words} (between {floor(100 * low)} and {ceil(100 * high)})"
 
-# %% ../../nbs/reports/01_run_report.ipynb #in-short
+
 def in_short(
     manifest: Manifest,
     verdict: Mapping[str, Any],

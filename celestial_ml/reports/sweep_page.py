@@ -35,7 +35,7 @@ def lower_is_better(
     "Whether a figure of this name is better when it is small."
     return any(word in name.lower() for word in LOW)
 
-# %% ../../nbs/reports/03_sweep_page.ipynb #row
+
 @dataclass(frozen=True)
 class RunRow:
     "A run of a sweep, as the page shows it."

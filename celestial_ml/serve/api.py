@@ -56,7 +56,7 @@ EXAMPLE: dict[str, Any] = {
     "request_id": "0f8fad5bd9cb469fa16570867728950e",
 }
 
-# %% ../../nbs/serve/20_api.ipynb #answer
+
 class Answer(BaseModel):
     "A prediction."
 
@@ -71,7 +71,7 @@ class Answer(BaseModel):
     sha256: str  # of the picture's file
     request_id: str
 
-# %% ../../nbs/serve/20_api.ipynb #saliencymap
+
 class SaliencyMap(BaseModel):
     "How much each part of the picture matters for the prediction."
 
@@ -109,7 +109,7 @@ class Explained(Answer):
     overlay: str  # a data URI: the picture in gray, bright where it matters
     looks_like: list[LooksLike]  # the most similar first; empty where the package has no examples
 
-# %% ../../nbs/serve/20_api.ipynb #batchanswer
+
 class BatchAnswer(BaseModel):
     "A prediction for each picture, in order; an error for a bad one."
 
@@ -145,14 +145,14 @@ class Feedback(BaseModel):
     label: str | None = Field(None, max_length=100, pattern=NO_NUL)  # the true class, or "unknown"
     comment: str | None = Field(None, max_length=2000, pattern=NO_NUL)
 
-# %% ../../nbs/serve/20_api.ipynb #thanks
+
 class Thanks(BaseModel):
     "The feedback was stored."
 
     request_id: str
     status: str = "kept"
 
-# %% ../../nbs/serve/20_api.ipynb #modelinfo
+
 class ModelInfo(BaseModel):
     "The content of `model.json`, which may have more fields."
 
@@ -168,7 +168,7 @@ class ModelInfo(BaseModel):
     lineage: dict[str, Any] = {}
     card: str | None = None  # path of the model card: /model/card
 
-# %% ../../nbs/serve/20_api.ipynb #status
+
 class Status(BaseModel):
     "The state of the service."
 
@@ -193,7 +193,7 @@ class Log(Protocol):
     def figures(self) -> Iterable[tuple[str, str, str, dict[str, str], float]]:
         "Figures for the metrics."
 
-# %% ../../nbs/serve/20_api.ipynb #service
+
 class Service:
     "Everything that lives as long as the app."
 
@@ -237,7 +237,7 @@ async def score_picture(
         task.add_done_callback(service.shadows.discard)
     return scored, model
 
-# %% ../../nbs/serve/20_api.ipynb #answer-picture
+
 async def answer_picture(
     service: Service,
     request: Request,
@@ -248,7 +248,7 @@ async def answer_picture(
     scored, _ = await score_picture(service, request, request_id, content)
     return scored.prediction.to_dict() | {"request_id": request_id}
 
-# %% ../../nbs/serve/20_api.ipynb #note-answer
+
 def log_answer(
     service: Service,
     request: Request,
@@ -398,7 +398,7 @@ async def predict(request: Request) -> Response:
     [(_, content)] = await read_files(request, "image", 1)
     return as_json(await answer_picture(service, request, request.state.request_id, content))
 
-# %% ../../nbs/serve/20_api.ipynb #predict-batch
+
 @api.post(
     "/predict/batch",
     response_model=BatchAnswer,
@@ -443,7 +443,7 @@ async def explain(request: Request, service: TheService, model: TheModel) -> Res
         service.explaining -= 1
     return as_json(why.to_dict() | {"request_id": request.state.request_id})
 
-# %% ../../nbs/serve/20_api.ipynb #feedback
+
 NO_LOG = errors(no_log="this service keeps no prediction log", log_unavailable="the log can't be reached")
 BAD_FEEDBACK = errors(
     bad_request="the body is not JSON",
@@ -483,19 +483,19 @@ async def store_judgement(
         raise CelestialError("the prediction log can't be reached", "Try again later.", "log_unavailable") from None
     return Thanks(request_id=judgement.request_id)
 
-# %% ../../nbs/serve/20_api.ipynb #feedback-x-x
+
 @api.post("/feedback", responses=BAD_FEEDBACK | NO_LOG | NO_KEY)
 async def feedback(request: Request, judgement: Feedback, service: TheService) -> Thanks:
     "Was the answer right? Name it by its request_id and, where it was wrong, say what it should have been."
     return await store_judgement(service, judgement, request.scope.get("state", {}).get("who", ""))
 
-# %% ../../nbs/serve/20_api.ipynb #health
+
 @api.get("/health")
 async def health() -> Status:
     "Is the process alive?"
     return Status(status="alive")
 
-# %% ../../nbs/serve/20_api.ipynb #ready
+
 @api.get("/ready", responses=NO_MODEL, response_model_exclude_none=True)
 async def ready(service: TheService, model: TheModel) -> Status:
     "Is a model loaded, which one, and was another one refused?"
@@ -517,7 +517,7 @@ async def model_info(model: TheModel) -> ModelInfo:
 
 NO_CARD = errors(no_card="this model came without a card")
 
-# %% ../../nbs/serve/20_api.ipynb #model-card
+
 @api.get("/model/card", response_class=HTMLResponse, responses=NO_CARD | NO_MODEL | NO_KEY)
 async def model_card(model: TheModel) -> Response:
     "The model card: what it is for, how well it does where, and where it fails."
@@ -565,7 +565,7 @@ class App(FastAPI):
                 return await self.state.short(scope, receive, send)
         await super().__call__(scope, receive, send)
 
-# %% ../../nbs/serve/20_api.ipynb #predict-directly
+
 async def predict_directly(scope: Scope, receive: Receive, send: Send) -> None:
     "`predict` as an ASGI app of its own, with the same answers to mistakes."
     request = Request(scope, receive)

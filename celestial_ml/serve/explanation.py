@@ -58,7 +58,7 @@ def occlusion_grid(
     margins = margin(probabilities_of(np.concatenate([picture[None], covered(picture, rows, columns)])), target)
     return (margins[0] - margins[1:]).reshape(rows, columns)
 
-# %% ../../nbs/serve/00_explanation.ipynb #normalised
+
 FAINT = 0.2  # logits; smaller effects stay faint in a map
 
 

@@ -48,7 +48,7 @@ def most_bytes(path: str, settings: ServeSettings) -> int:
         return 16_000
     return PATIENCE * settings.max_bytes if path == UPLOAD else 1_000_000  # the demo's JSON: names of files
 
-# %% ../../nbs/serve/06_guard.ipynb #bodies
+
 class Bodies:
     "The memory of all bodies that are being received; used by the event loop alone."
 

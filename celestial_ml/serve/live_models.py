@@ -42,7 +42,7 @@ def pointed_version(
         ) from None
     return published(pointer.model) if pointer else None
 
-# %% ../../nbs/serve/07_live_models.ipynb #role
+
 LONGEST = 60.0  # seconds between two attempts to load a model that was refused
 
 

@@ -18,7 +18,7 @@ from prometheus_client.metrics_core import Metric
 # %% ../../nbs/serve/05_metrics.ipynb #asked
 Figure = tuple[str, str, str, dict[str, str], float]  # gauge or counter, name, what it is, labels, value
 
-# %% ../../nbs/serve/05_metrics.ipynb #asked-x
+
 class _Collector:
     "A collector of Prometheus' client that calls a function."
 

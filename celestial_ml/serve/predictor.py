@@ -50,7 +50,7 @@ class Saliency:
     values: list[list[float]]  # row by row, from the upper left; 0 … 1
     where: str  # the brightest part, as "the upper left"; "" where nothing stands out
 
-# %% ../../nbs/serve/01_predictor.ipynb #explanation
+
 @dataclass(frozen=True)
 class Explanation:
     "A prediction and its reasons."

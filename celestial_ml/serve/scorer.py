@@ -252,7 +252,7 @@ def _read(job: _Job, limits: Limits) -> None:
     except CelestialError as e:
         raise busy() if e.code == "busy" else e from None
 
-# %% ../../nbs/serve/08_scorer.ipynb #alike
+
 def _batches(jobs: Sequence[_Job]) -> list[list[_Job]]:
     "Groups of jobs for one call of a network: the same model, pictures of the same size."
     groups: dict[tuple[int, tuple[int, ...]], list[_Job]] = {}
@@ -272,14 +272,14 @@ def _scored(jobs: list[_Job]) -> list[tuple[_Job, Scored | BaseException]]:
             results += [(job, e) for job in group]
     return results
 
-# %% ../../nbs/serve/08_scorer.ipynb #answered
+
 def _answered(jobs: list[_Job]) -> list[tuple[_Job, Scored | BaseException]]:
     "Score a batch in one call of the network."
     images = [job.decoded.pixels for job in jobs if job.decoded is not None]
     answers = jobs[0].model.run_batch(images[0][None] if len(images) == 1 else np.stack(images))
     return [(job, _as_scored(job, {name: value[i] for name, value in answers.items()})) for i, job in enumerate(jobs)]
 
-# %% ../../nbs/serve/08_scorer.ipynb #as-scored
+
 def _as_scored(job: _Job, answer: dict[str, np.ndarray]) -> Scored:
     "The result for one picture."
     assert job.decoded is not None
@@ -295,7 +295,7 @@ def _as_scored(job: _Job, answer: dict[str, np.ndarray]) -> Scored:
         picture=shrink(pixels, OVERLAY) if job.picture else None,
     )
 
-# %% ../../nbs/serve/08_scorer.ipynb #deliver
+
 def _deliver(results: list[tuple[_Job, Scored | BaseException]]) -> None:
     "In the event loop: set the results of those that still wait."
     for job, result in results:

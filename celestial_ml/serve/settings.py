@@ -32,7 +32,7 @@ def _pairs(value: Any) -> Any:
         raise ValueError("it takes NAME:HASH, several separated by commas; `celestial keys` prints one")
     return {name: rest for name, _, rest in pairs}
 
-# %% ../../nbs/serve/04_settings.ipynb #is-clean-path
+
 def is_clean_path(path: str) -> bool:
     "Whether a path is safe to put before every link: `/planets`, no `//evil.org`, no `..`."
     plain = re.fullmatch(r"(/[A-Za-z0-9_~.-]+)+", path)
@@ -67,7 +67,7 @@ RootPath = Annotated[str, BeforeValidator(_root_path)]
 PREFIX = "CELESTIAL_SERVE_"
 _RATE = r"^[1-9]\d*/(second|minute|hour|day)$"
 
-# %% ../../nbs/serve/04_settings.ipynb #demo-settings
+
 class _DemoSettings(BaseSettings):
     "How the demo behaves."
 
@@ -161,7 +161,7 @@ def new_key(
     key = f"ck_{secrets.token_urlsafe(32)}"
     return key, f"{name}:{key_hash(key)}"
 
-# %% ../../nbs/serve/04_settings.ipynb #key-owner
+
 def key_owner(
     key: str,  # as it was presented
     keys: Mapping[str, str],  # name → hash
@@ -183,7 +183,7 @@ def password_hash(
     digest = hashlib.scrypt(password.encode(), salt=bytes.fromhex(salt), dklen=32, **_SCRYPT)
     return f"{salt}${digest.hex()}"
 
-# %% ../../nbs/serve/04_settings.ipynb #is-password
+
 def is_password(
     password: str,
     stored: str,  # by `password_hash`

@@ -63,7 +63,7 @@ class StepState:
     kind: Literal["fresh", "stale", "by hand", "missing", "running", "later"]
     why: str = ""
 
-# %% ../../nbs/workbench/01_status_panel.ipynb #step-states
+
 def step_states(
     tasks: dict[str, Task],  # of `load_tasks`
     inputs: dict[str, dict[str, Any]],  # of `present_inputs`, of each
@@ -160,7 +160,7 @@ def pipeline_states(
     states = step_states(absolute, inputs)
     return tasks, {key: replace(state, why=state.why.replace(f"{root}/", "")) for key, state in states.items()}
 
-# %% ../../nbs/workbench/01_status_panel.ipynb #where-am-i
+
 def where_am_i(
     name: str,  # of the step, as in pipeline.yaml
     run: str,  # the folder under output/
