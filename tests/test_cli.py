@@ -148,7 +148,7 @@ def test_wrong_requests(celestial, model: Path, tmp_path: Path, pictures: Path) 
     for arguments, words in [
         (["predict", tmp_path / "empty", "--model", model], "there is no image in"),
         (["predict", tmp_path / "nowhere.jpg", "--model", model], "there is no"),
-        (["predict", pictures, "--model", "nonsense"], "is no packaged model"),
+        (["predict", pictures, "--model", "nonsense"], "is not a packaged model"),
         (["predict", pictures], "there is no model yet"),
         (["serve"], "there is no model yet"),
         (["data", "get", "gide"], "can't be fetched"),

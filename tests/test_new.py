@@ -142,7 +142,7 @@ def test_makefile_explains_itself(pets: Path) -> None:
         (["my-pets", "--classes", "cat,.."], "a dot"),
         (["my-pets", "--classes", "cat,unknown"], "none of the classes"),
         (["my-pets", "--classes", "cat,dog", "--size", "4"], "can't be 4"),
-        (["my-pets", "--data", "nowhere"], "no folder"),
+        (["my-pets", "--data", "nowhere"], "is not a folder"),
         (["my-pets", "--data", "."], "no class folder"),
         (["my pets", "--classes", "cat,dog"], "can't be the name of a project"),
         (["json", "--classes", "cat,dog"], "means something else"),
