@@ -245,7 +245,7 @@ def test_a_typo_in_a_params_file_names_the_file(celestial, project: Path) -> Non
     (project / "params/typo.yaml").write_text("train: {epoch: 3}\n")
     result = celestial("run", "typo")
     assert result.returncode == 2
-    assert re.search(r"typo\.yaml: train\.epoch is no parameter; did you mean train\.epochs\?", result.stderr)
+    assert re.search(r"typo\.yaml: train\.epoch is not a parameter; did you mean train\.epochs\?", result.stderr)
     (project / "params/typo.yaml").unlink()
 
 

@@ -51,7 +51,10 @@ def printed(path: Path) -> str:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["smoke", "--grid", "train.lrr=1,2"], "--grid train.lrr=1: train.lrr is no parameter; did you mean train.lr?"),
+        (
+            ["smoke", "--grid", "train.lrr=1,2"],
+            "--grid train.lrr=1: train.lrr is not a parameter; did you mean train.lr?",
+        ),
         (["smoke", "--grid", "train.epochs=2,0"], "--grid train.epochs=0: train.epochs can't be 0"),
         (
             ["smoke", "--grid", "train.epochs=2", "--set", "train.lr=high"],
@@ -65,7 +68,7 @@ def printed(path: Path) -> str:
         ),
         (["smoke", "--until", "prepar"], "did you mean 'prepare'?"),
         (["--notebook", "sum.ipynb", "--grid", "a=1,x"], "--grid a=x: a can't be 'x'"),
-        (["--notebook", "sum.ipynb", "--grid", "aa=1,2"], "--grid aa=1: aa is no parameter; did you mean a?"),
+        (["--notebook", "sum.ipynb", "--grid", "aa=1,2"], "--grid aa=1: aa is not a parameter; did you mean a?"),
         (["--notebook", "sum.ipynb", "--until", "train"], "exclude each other"),
         (["--notebook", "none.ipynb"], "there is no notebook"),
         (["smoke", "--run", "../out"], "can't be the name of a run"),

@@ -109,7 +109,7 @@ class Evaluate(Section):
     false_alarms: float = Field(0.01, gt=0, lt=0.5, description="share of known pictures that may be called unknown")
     bootstrap: int = Field(1000, ge=100, le=100_000, description="resamples behind each 95 % interval")
     min_slice: int = Field(15, ge=1, description="images that a slice needs to be judged")
-    strangers: int = Field(60, ge=4, le=10_000, description="pictures of each kind of thing that is no known class")
+    strangers: int = Field(60, ge=4, le=10_000, description="pictures of each kind of thing that is not a known class")
 
 
 class Stress(Section):
@@ -175,7 +175,7 @@ class Register(Section):
     min_paired: int = Field(
         20, ge=1, description="images that neither learned from, for a comparison with the champion"
     )
-    alpha: float = Field(0.05, gt=0, lt=0.5, description="level of the paired tests: a smaller p is no chance")
+    alpha: float = Field(0.05, gt=0, lt=0.5, description="level of the paired tests: a smaller p is not chance")
     not_worse_by: float = Field(
         0.0, ge=0, lt=1, description="accuracy it may lose to the champion even where that's no chance"
     )
@@ -493,7 +493,7 @@ def params_error(
         beside = [k for k in keys if k.startswith(f"{key.partition('.')[0]}.")]
         names = beside or dict.fromkeys(k.partition(".")[0] for k in keys)  # a hundred keys are too many to read
         return ParamsError(
-            f"{where}: {key} is no parameter" + (f"; did you mean {near}?" if near else ""),
+            f"{where}: {key} is not a parameter" + (f"; did you mean {near}?" if near else ""),
             f"Known: {', '.join(names)}.",
         )
     if key not in keys:  # a section that isn't a mapping

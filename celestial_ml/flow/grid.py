@@ -200,7 +200,7 @@ def run_params(
         elif declared and key not in pipeline:
             near = nearest(key, [*declared, *pipeline])
             hint = f"Known: {', '.join(declared)}, and the pipeline's."
-            raise ParamsError(f"{where}: {key} is no parameter" + (f"; did you mean {near}?" if near else ""), hint)
+            raise ParamsError(f"{where}: {key} is not a parameter" + (f"; did you mean {near}?" if near else ""), hint)
     rest = {key: setting for key, setting in settings.items() if key in pipeline or key not in declared}
     places = {f"{key}={json.dumps(value)}": where for key, (where, value) in rest.items()}
     try:

@@ -47,7 +47,7 @@ class Task:
 def run_folder(
     run: str,  # a name; those of a sweep have two: "sweep/run"
 ) -> Path:  # relative to the project's root
-    "Where a run's products are; `CelestialError` for a name that is no folder's."
+    "Where a run's products are; `CelestialError` for a name that is not a folder's."
     names = run.split("/", 1) if isinstance(run, str) else [str(run)]
     return Path("output", *(check_name("run", name) for name in names))
 

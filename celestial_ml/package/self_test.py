@@ -63,7 +63,7 @@ def self_test(
     off = float(abs(answers["probabilities"] - expected["probabilities"]).max())
     scale = np.maximum(abs(expected["ood_score"]), least)
     far = float((abs(answers["ood_score"] - expected["ood_score"]) / scale).max())
-    if not (off <= 1e-3 and far <= 1e-2):  # a NaN is no agreement
+    if not (off <= 1e-3 and far <= 1e-2):  # a NaN is not an agreement
         raise ModelError(
             f"{graph.version} fails its self-test: probabilities differ by {off:.1e}, the score by {far:.1%}",
             "This runtime computes it differently than Keras did. Compare the versions of ONNX Runtime.",

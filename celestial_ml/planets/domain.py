@@ -21,7 +21,7 @@ from .bodies import BODIES, get_body
 from .renderer import View, render
 
 # %% ../../nbs/planets/05_domain.ipynb #draw-example
-TABLECLOTH = "Tablecloth"  # the example that is no body
+TABLECLOTH = "Tablecloth"  # the example that is not a body
 _POSES = {
     "Earth": View(longitude_deg=10, latitude_deg=20, phase_deg=30),
     "Jupiter": View(longitude_deg=-120, latitude_deg=-5),

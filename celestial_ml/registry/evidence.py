@@ -168,7 +168,7 @@ def answers_of_other(
     before, left_out = int((answers != "").sum()), int((learned & (answers == "")).sum())
     graph = Graph(other) if len(open_rows) else None
     for row in open_rows:
-        with suppress(OSError, CelestialError):  # a file that isn't there, or is no picture any more
+        with suppress(OSError, CelestialError):  # a file that isn't there, or is not a picture any more
             content = (root / str(evidence.path[row])).read_bytes()
             if graph and sha256_of(content) == checksums[row]:
                 answers[row] = graph.classes[graph.run(decode_image(content))["probabilities"].argmax()]

@@ -304,7 +304,7 @@ async def read_files(
     field: str,  # name of the form's field
     most: int,  # files
 ) -> list[tuple[str, bytes]]:  # (file name, content), in order
-    "The files of a form; `CelestialError` for none, for too many and for what is no form."
+    "The files of a form; `CelestialError` for none, for too many and for what is not a form."
     chunks, files = request.stream(), list[tuple[str, _InMemory]]()
 
     def open_part(name: str, file: str) -> _InMemory | None:

@@ -50,7 +50,7 @@ def _is_installed(package: str) -> bool:
         distribution(package)
     except PackageNotFoundError:
         spec = find_spec(package.replace("-", "_"))
-        return spec is not None and spec.origin is not None  # a folder without Python in it is no package
+        return spec is not None and spec.origin is not None  # a folder without Python in it is not a package
     return True
 
 # %% ../../nbs/workbench/02_new_project.ipynb #check-class
