@@ -40,12 +40,12 @@ WITHOUT = {
     """,
     "evaluation": """
         import numpy as np
-        from celestial_ml.data.strangers import stranger_kinds
+        from celestial_ml.data.ood_images import ood_kinds
         from celestial_ml.model.behaviour import behaviour_report
         images, labels = [np.full((16, 16, 3), 40 * i, np.uint8) for i in range(4)], np.array([0, 1, 0, 1])
         report = behaviour_report(images, labels, ["cat", "dog"], lambda x: np.tile([0.6, 0.4], (len(x), 1)), 0)
         assert report["minimum_functionality"]["exemplar"]["passed"] is None
-        assert all(draw(2, 16, 0).shape == (2, 16, 16, 3) for draw in stranger_kinds(["cat", "dog"]).values())
+        assert all(draw(2, 16, 0).shape == (2, 16, 16, 3) for draw in ood_kinds(["cat", "dog"]).values())
     """,
     "pipeline": """
         import celestial_ml.cli.app, celestial_ml.flow.pipeline

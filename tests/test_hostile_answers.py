@@ -17,7 +17,7 @@ from celestial_ml.core.files import read_json, write_json
 from celestial_ml.data.images import open_image
 from celestial_ml.package.published import models_folder
 from celestial_ml.serve.live_models import Models
-from celestial_ml.serve.metrics import Metrics
+from celestial_ml.serve.service_metrics import ServiceMetrics
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def champion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[
     monkeypatch.setenv("CELESTIAL_HOME", str(tmp_path))
     folder = tiny_model(models_folder() / "tiny" / "7")
     write_json(models_folder() / "champion.json", {"model": "tiny/7"})
-    models = Models(Metrics())
+    models = Models(ServiceMetrics())
     models.watch(0.01)
     yield models, folder
     models.close()

@@ -346,13 +346,13 @@ def test_a_step_refuses_parameters_that_it_does_not_have(project: Path, argument
 def test_a_model_is_loaded_once_a_fault_has_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from celestial_ml.core.testing import colour_model
     from celestial_ml.serve.live_models import Models
-    from celestial_ml.serve.metrics import Metrics
+    from celestial_ml.serve.service_metrics import ServiceMetrics
 
     monkeypatch.setenv("CELESTIAL_HOME", str(tmp_path))
     folder = tmp_path / "models/tiny/1"
     colour_model(folder)
     write_json(tmp_path / "models/champion.json", {"model": "tiny/1"})
-    metrics = Metrics()
+    metrics = ServiceMetrics()
 
     def figure(models: Models) -> str:
         return next(line for line in metrics.page().decode().splitlines() if 'refused{role="champion"}' in line)
@@ -375,7 +375,7 @@ def test_a_model_is_loaded_once_a_fault_has_passed(tmp_path: Path, monkeypatch: 
     # The model is short for a moment, at the start: it is taken up once it is whole, though folder and name are the same.
     whole = (folder / "model.onnx").read_bytes()
     (folder / "model.onnx").write_bytes(whole[:100])
-    late = Models(Metrics())
+    late = Models(ServiceMetrics())
     assert late.now() is None and late.champion.refused
     (folder / "model.onnx").write_bytes(whole)
     late.refresh()

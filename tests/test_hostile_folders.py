@@ -373,7 +373,7 @@ def test_names_survive_a_whole_run(tmp_path: Path) -> None:
     settings = [
         "data.source=folder",
         f"data.folder={json.dumps(str(folder))}",
-        "evaluate.strangers=4",
+        "evaluate.ood_images=4",
         "train.epochs=1",
     ]
     command = [sys.executable, "-c", code, "run", "smoke", "--run", run, *(f"--set={setting}" for setting in settings)]

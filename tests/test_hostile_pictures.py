@@ -37,9 +37,9 @@ from celestial_ml.data.images import (
     read_image,
 )
 from celestial_ml.data.prepare import Preparer
-from celestial_ml.serve.metrics import Metrics
 from celestial_ml.serve.predictor import Predictor
 from celestial_ml.serve.scorer import Scorer
+from celestial_ml.serve.service_metrics import ServiceMetrics
 
 FAULTS = Path(__file__).resolve().parent.parent.parent / "shared/faults"
 
@@ -356,7 +356,7 @@ def test_costly_pictures_fill_few_places_and_do_not_delay_others(tmp_path: Path)
     costly = encoded(Image.effect_noise((4000, 4000), 60), "JPEG", quality=90)
 
     async def both() -> tuple[list[object], list[float]]:
-        scorer = Scorer(Metrics(), costly=3, patience=20)
+        scorer = Scorer(ServiceMetrics(), costly=3, patience=20)
         await scorer.score(costly, model)  # the process is there
         large = [asyncio.create_task(scorer.score(costly, model)) for _ in range(12)]
         waits = []
@@ -380,7 +380,7 @@ def test_a_waiting_request_is_answered_when_its_time_is_over(tmp_path: Path) -> 
     stuck = threading.Event()
 
     async def waiting() -> tuple[list[object], float]:
-        scorer = Scorer(Metrics(), patience=0.3)
+        scorer = Scorer(ServiceMetrics(), patience=0.3)
         scorer.small.answer, answer = (lambda jobs: stuck.wait(30)), scorer.small.answer
         began = time.monotonic()
         answers = await asyncio.gather(*(scorer.score(neptune(), model) for _ in range(5)), return_exceptions=True)

@@ -214,7 +214,7 @@ def test_where_am_i_tells_what_the_pipeline_would_do(smoke: Plan, at_home: Path)
     }
     module.write_text(before)
     overlay = at_home / "params/smoke.yaml"
-    overlay.write_text((text := overlay.read_text()).replace("strangers: 6", "strangers: 7"))
+    overlay.write_text((text := overlay.read_text()).replace("ood_images: 6", "ood_images: 7"))
     assert kinds("check", "smoke", at_home)["evaluate"] == "stale"
     overlay.write_text(text)
 

@@ -37,7 +37,7 @@ from celestial_ml.core.database import Schema, make_engine, open_database, schem
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.monitor import export, writer
 from celestial_ml.monitor.counters import Counters, counters_folder, living, settle
-from celestial_ml.monitor.export import export_days
+from celestial_ml.monitor.day_files import export_days
 from celestial_ml.monitor.log import PredictionLog, open_log
 from celestial_ml.monitor.records import forget, last_answers, log_status
 from celestial_ml.monitor.retention import ImagePolicy

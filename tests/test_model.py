@@ -20,7 +20,7 @@ from celestial_ml.flow.pipeline import Plan
 from celestial_ml.planets.renderer import render_many
 from celestial_ml.serve.predictor import Predictor
 
-TINY = ["model.width=4", "prepare.size=16", "evaluate.strangers=4", "stress.corrupted=4", "evaluate.bootstrap=100"]
+TINY = ["model.width=4", "prepare.size=16", "evaluate.ood_images=4", "stress.corrupted=4", "evaluate.bootstrap=100"]
 
 
 @pytest.fixture(scope="module")

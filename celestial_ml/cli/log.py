@@ -78,7 +78,7 @@ def log_export(
     json_: AsJson = False,
 ) -> None:
     "Write the answers of each day as a Parquet file, with the feedback on them."
-    from celestial_ml.monitor.export import export_days
+    from celestial_ml.monitor.day_files import export_days
 
     if day and (since or until):
         raise CelestialError("--day goes without --since and --until", "Use one or the other.")

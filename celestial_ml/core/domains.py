@@ -51,9 +51,7 @@ class Domain:
     invitation = "Drop a picture."
     examples: Sequence[str] = ()  # names of pictures to try
     controls: Sequence[Control] = ()  # of `draw`; none: nothing is drawn
-    near_strangers: ClassVar[
-        dict[str, Sequence[str]]
-    ] = {}  # kind that is hard to tell from the classes → what it shows
+    near_ood: ClassVar[dict[str, Sequence[str]]] = {}  # kind that is hard to tell from the classes → what it shows
     source_names: ClassVar[dict[str, str]] = {}  # data.source → what it is, for a sentence
 
     def in_sentence(self, label: str) -> str:
@@ -72,8 +70,8 @@ class Domain:
         "The plain picture of a class that every model must recognise."
         return None
 
-    def strangers(self) -> dict[str, Pictures]:
-        "Kinds of pictures that show none of the classes, beside those of `data.strangers`."
+    def ood_kinds(self) -> dict[str, Pictures]:
+        "Kinds of pictures that show none of the classes, beside those of `data.ood_images`."
         return {}
 
     def sources(self) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class Evaluate(Section):
     false_alarms: float = Field(0.01, gt=0, lt=0.5, description="share of known pictures that may be called unknown")
     bootstrap: int = Field(1000, ge=100, le=100_000, description="resamples behind each 95 % interval")
     min_slice: int = Field(15, ge=1, description="images that a slice needs to be judged")
-    strangers: int = Field(60, ge=4, le=10_000, description="pictures of each kind of thing that is not a known class")
+    ood_images: int = Field(60, ge=4, le=10_000, description="pictures of each kind of thing that is not a known class")
 
 
 class Stress(Section):

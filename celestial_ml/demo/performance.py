@@ -49,7 +49,7 @@ def headline_figures(metrics: Metrics) -> str:
         figures.append((damaged, "right when disturbed", more))
     if kinds := metrics.unknown.kinds:
         domain = domain_of(metrics.per_class)
-        near = [kinds[name] for name in domain.near_strangers if name in kinds]
+        near = [kinds[name] for name in domain.near_ood if name in kinds]
         counted = near or kinds.values()
         caught = sum(kind.unknown * kind.images for kind in counted) / sum(kind.images for kind in counted)
         alarms = f"{share_floor(metrics.unknown.false_alarm_rate or 0)} false alarms"

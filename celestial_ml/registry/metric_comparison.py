@@ -125,7 +125,7 @@ def _shares(metrics: Metrics) -> dict[str, Interval]:
     "The shares of images that have no interval in the metrics."
     unknown, shares = metrics.unknown, {}
     if unknown.detected is not None:
-        shares["strangers recognised"] = _of_count(unknown.detected, unknown.pictures)
+        shares["unknowns recognised"] = _of_count(unknown.detected, unknown.pictures)
     if unknown.false_alarm_rate is not None:
         shares["known ones called unknown"] = _of_count(unknown.false_alarm_rate, metrics.images)
     return shares

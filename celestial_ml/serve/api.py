@@ -39,9 +39,9 @@ from .error_responses import HANDLERS, errors, refuse
 from .forms import read_form
 from .guard import Door, Guard, Proxies
 from .live_models import Models
-from .metrics import Metrics
 from .predictor import Predictor, Seen
 from .scorer import Scored, Scorer, busy
+from .service_metrics import ServiceMetrics
 from .settings import ServeSettings
 
 # %% ../../nbs/serve/20_api.ipynb #d17dc4dc
@@ -203,7 +203,7 @@ class Service:
         settings: ServeSettings,
         log: Log | None = None,
     ):
-        self.settings, self.log, self.metrics = settings, log, Metrics()
+        self.settings, self.log, self.metrics = settings, log, ServiceMetrics()
         self.models = Models(self.metrics, folder, settings.challenged)
         s = settings
         limits = Limits(s.max_pixels, s.decode_seconds, s.decode_mb)

@@ -24,7 +24,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from ..core.errors import CelestialError
 from .error_responses import ErrorResponse
 from .guard import FOR_PROGRAMS, Proxies, rate_address
-from .metrics import Metrics
+from .service_metrics import ServiceMetrics
 from .settings import ServeSettings
 
 # %% ../../nbs/serve/19_connections.ipynb #room-for
@@ -179,7 +179,7 @@ def as_bytes(problem: CelestialError) -> bytes:
 class _Refusals:
     "Refusals before there is a request: each in the metrics, one line per code and second in the log."
 
-    def __init__(self, metrics: Metrics):
+    def __init__(self, metrics: ServiceMetrics):
         self.metrics, self.last = metrics, 0.0
         self.unwritten: dict[str, tuple[int, str]] = {}  # code → count, and the last address
 
@@ -207,7 +207,7 @@ SLOW = CelestialError("the request's head took too long to come in", "Send it at
 class Connections:
     "All connections of a server, and their limits."
 
-    def __init__(self, settings: ServeSettings, metrics: Metrics):
+    def __init__(self, settings: ServeSettings, metrics: ServiceMetrics):
         self.settings, self.proxies, self.refusals = settings, Proxies(settings), _Refusals(metrics)
         self.most = connection_limit(settings.connections)
         self.open: Stage = {}  # the oldest first

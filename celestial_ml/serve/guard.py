@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..core.errors import CelestialError
 from .error_responses import ErrorResponse, our_mistake
-from .metrics import Metrics
+from .service_metrics import ServiceMetrics
 from .settings import ServeSettings, is_clean_path, key_owner, new_key
 
 # %% ../../nbs/serve/06_guard.ipynb #boundedbody
@@ -355,7 +355,7 @@ def refuse_control(path: str) -> None:
 class Guard:
     "The outermost layer of the service. Plain ASGI: a middleware class of Starlette's costs more time than a picture."
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics, door: Door):
+    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: ServiceMetrics, door: Door):
         self.app, self.settings, self.metrics, self.door = app, settings, metrics, door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

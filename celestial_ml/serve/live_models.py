@@ -20,8 +20,8 @@ from ..core.names import printable
 from ..package.folder import ModelError
 from ..package.published import models_folder, pointer_file, published, read_pointer
 from ..package.self_test import SELF_TEST
-from .metrics import Figure, Metrics
 from .predictor import Predictor
+from .service_metrics import Figure, ServiceMetrics
 
 # %% auto #0
 __all__ = ['Models']
@@ -85,7 +85,7 @@ class Standing:
 
     name: str  # champion or challenger
     find: Callable[[], Path | None]
-    metrics: Metrics
+    metrics: ServiceMetrics
     predictor: Predictor | None = None
     refused: str | None = None  # why the registry's version does not answer
     hint: str = ""  # how to mend it
@@ -201,7 +201,7 @@ class Models:
 
     def __init__(
         self,
-        metrics: Metrics,
+        metrics: ServiceMetrics,
         folder: Path | str | None = None,  # of a packaged model that answers, whatever the registry says
         challenged: tuple[str, float] = ("off", 0),  # off, shadow or canary, and the share of the traffic
     ):

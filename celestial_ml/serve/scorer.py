@@ -28,8 +28,8 @@ from celestial_ml.data.images import (
     read_costly,
 )
 from ..data.thumbnails import shrink
-from .metrics import Metrics
 from .predictor import OVERLAY, Prediction, Predictor, as_prediction
+from .service_metrics import ServiceMetrics
 
 # %% auto #0
 __all__ = ['Scored', 'busy', 'Scorer']
@@ -129,7 +129,7 @@ class Scorer:
 
     def __init__(
         self,
-        metrics: Metrics,
+        metrics: ServiceMetrics,
         threads: int = 1,
         waiting: int = 64,  # pictures that may wait
         patience: float = 5,  # seconds that one may wait
