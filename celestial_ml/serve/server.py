@@ -191,7 +191,7 @@ def serve(
             if service.models.champion.predictor is None:
                 raise service.models.champion.error()
             service.models.watch(settings.reload_seconds)
-            Repeat(return_freed, 2).start()  # it ends with the process
+            Repeat(return_freed, 1).start()  # it ends with the process
             version, keys = service.models.current.version, bool(settings.api_keys)
             print(greeting(host, listener.getsockname()[1], version, demo is not None, keys), flush=True)
             if why:

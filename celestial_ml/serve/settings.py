@@ -89,7 +89,7 @@ class ServeSettings(_DemoSettings):
     max_bytes: int = Field(20_000_000, ge=1, description="bytes of a request; a 50-megapixel JPEG takes about this")
     max_pixels: int = Field(50_000_000, ge=64, description="pixels of a picture")
     max_files: int = Field(32, ge=1, description="pictures of one request to /predict/batch")
-    body_memory: int = Field(64_000_000, ge=1, description="bytes of all bodies under way; more are answered 503")
+    body_memory: int = Field(48_000_000, ge=1, description="bytes of all bodies under way; more are answered 503")
     head_bytes: int = Field(65_536, ge=1024, description="bytes of a request's head; more are refused")
     head_lines: int = Field(100, ge=8, description="headers of a request; more are refused")
     head_seconds: float = Field(10, gt=0, description="a head that takes longer to come in is refused")
