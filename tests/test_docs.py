@@ -148,7 +148,7 @@ def test_docments_become_documentation() -> None:
         "name": "what the person wrote",
         "names": "that exist",
     }
-    assert "None if nothing comes near" in sections["returns"][0].description
+    assert "none is similar" in sections["returns"][0].description
     assert "(../../core/00_errors.ipynb#did-you-mean)" in said.value
     assert package["core.params.Train.lr"].docstring.value == "learning rate of Adam, at its peak"
     assert package["flow.steps.Task.source"].docstring.value == "its notebook"

@@ -35,7 +35,7 @@ from typer.testing import CliRunner
 from celestial_ml.cli.app import app
 from celestial_ml.core.database import Schema, make_engine, open_database, schema_tables, writing
 from celestial_ml.core.errors import CelestialError
-from celestial_ml.monitor import export, writer
+from celestial_ml.monitor import day_files, writer
 from celestial_ml.monitor.counters import Counters, counters_folder, living, settle
 from celestial_ml.monitor.day_files import export_days
 from celestial_ml.monitor.log import PredictionLog, open_log
@@ -828,7 +828,7 @@ def test_forgetting_a_picture_that_is_being_written(url: str, opened: Callable[.
 
 @both
 def test_days_as_parquet(url: str, opened: Callable[..., PredictionLog], tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(export, "_PIECE", 7)  # several pieces a day
+    monkeypatch.setattr(day_files, "_PIECE", 7)  # several pieces a day
     log, midnight = opened(url), datetime(2026, 3, 2, tzinfo=UTC).timestamp()
     times = [midnight - 1e-3, midnight, *(midnight + 60 * i for i in range(1, 31)), midnight + 86400]
     for i, at in enumerate(times):
@@ -851,7 +851,7 @@ def test_days_as_parquet(url: str, opened: Callable[..., PredictionLog], tmp_pat
     assert table.probabilities["r9"].tolist() == [0.75, 0.25] and table.embedding["r9"].dtype == np.float32
     assert table.correct["r2"] is False and table.correct.notna().sum() == 1
     assert (table.feedback_label["r2"], table.feedback_comment["r2"]) == ("Neptune", "no")
-    assert set(export.export_schema().names) == {"request_id", *table.columns} - {"day"}
+    assert set(day_files.export_schema().names) == {"request_id", *table.columns} - {"day"}
     [one] = export_days(tmp_path / "one", "2026-03-02", "2026-03-02", url)
     assert one["rows"] == 31 and [p.name for p in (tmp_path / "one").iterdir()] == ["day=2026-03-02"]
     assert export_days(tmp_path / "none", "2031-01-01", url=url) == [] and not (tmp_path / "none").exists()
@@ -871,8 +871,8 @@ def test_an_export_replaces_a_day_or_leaves_it(
     [day] = export_days(tmp_path / "out", url=url)
     before = Path(day["path"]).read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr(export, "_PIECE", 5)
-        real, done = export._piece, []
+        patched.setattr(day_files, "_PIECE", 5)
+        real, done = day_files._piece, []
 
         def breaks(*arguments: object) -> object:
             done.append(1)
@@ -880,7 +880,7 @@ def test_an_export_replaces_a_day_or_leaves_it(
                 raise OSError("No space left on device")
             return real(*arguments)
 
-        patched.setattr(export, "_piece", breaks)
+        patched.setattr(day_files, "_piece", breaks)
         with pytest.raises(CelestialError, match="No space left"):
             export_days(tmp_path / "out", url=url)
     assert Path(day["path"]).read_bytes() == before and len(list(Path(day["path"]).parent.iterdir())) == 1
@@ -895,9 +895,9 @@ def test_an_export_needs_the_same_memory_for_any_day(url: str, tmp_path: Path) -
     with writing(engine) as connection:
         connection.execute(insert(log_table("predictions")), rows)
     code = (
-        "import sys, resource; from celestial_ml.monitor import export; url, out = sys.argv[1:]\n"
+        "import sys, resource; from celestial_ml.monitor import day_files; url, out = sys.argv[1:]\n"
         "for day, rows in ('2026-03-02', 4000), ('2026-03-03', 26_000):\n"
-        "    [done] = export.export_days(out, day, day, url); assert done['rows'] == rows\n"
+        "    [done] = day_files.export_days(out, day, day, url); assert done['rows'] == rows\n"
         "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     run = subprocess.run([sys.executable, "-c", code, url, tmp_path / "out"], capture_output=True, text=True)
@@ -909,14 +909,14 @@ def test_an_export_needs_the_same_memory_for_any_day(url: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("module", "code", "words"),
     [
-        ("pyarrow", "export.export_days('out')", "an export needs PyArrow"),
+        ("pyarrow", "day_files.export_days('out')", "an export needs PyArrow"),
         ("psycopg", "log.open_log('postgresql://anna:s3cret@127.0.0.1/x')", "needs a driver"),
     ],
 )
 def test_a_missing_library_is_named(module: str, code: str, words: str) -> None:
     script = (
         f"import sys; sys.modules[{module!r}] = None\nfrom celestial_ml.core.errors import CelestialError\n"
-        f"from celestial_ml.monitor import export, log\ntry: {code}\nexcept CelestialError as e: print(e)"
+        f"from celestial_ml.monitor import day_files, log\ntry: {code}\nexcept CelestialError as e: print(e)"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

@@ -100,7 +100,11 @@ def test_a_version_has_a_card_with_its_figures(smoke: Plan) -> None:
     assert f"| accuracy | {span['value']:.3f} | {span['low']:.3f} to {span['high']:.3f} |" in text
     for picture in re.findall(r"\]\((.+?\.png)\)", text):
         assert Path("output/smoke", picture).is_file(), picture
-    assert text.count("![") == page.count("data:image/webp;base64") == 5 and "http" not in page
+    assert (
+        text.count("![") == page.count("data:image/webp;base64") == 5
+        and "http://" not in page
+        and "https://" not in page
+    )
     for name in (*metrics["per_class"], "out of scope", "lineage", "verdict of the gate", model):
         assert name.lower() in text.lower() and name.lower() in page.lower(), name
     published = Path(os.environ["CELESTIAL_HOME"], "models", model, "model_card.html")

@@ -182,7 +182,9 @@ def differences(
     shares, others_shares = _shares(first), _shares(second)
     counted = [
         _from_intervals(
-            Difference(name, None, None, more_is_better=name.startswith("str")), shares[name], others_shares[name]
+            Difference(name, None, None, more_is_better=name == "unknowns recognised"),
+            shares[name],
+            others_shares[name],
         )
         for name in shares
         if name in others_shares
