@@ -110,6 +110,12 @@ class Evaluate(Section):
     bootstrap: int = Field(1000, ge=100, le=100_000, description="resamples behind each 95 % interval")
     min_slice: int = Field(15, ge=1, description="images that a slice needs to be judged")
     ood_images: int = Field(60, ge=4, le=10_000, description="pictures of each kind of thing that is not a known class")
+    domain: str = Field(
+        "auto", description="what is known of the classes beyond their images: auto, none, or a plug-in such as planets"
+    )
+    slice_by: list[str] | None = Field(
+        None, description="the kinds of picture that are judged apart; null: those of the domain"
+    )
 
 
 class Stress(Section):
@@ -118,6 +124,9 @@ class Stress(Section):
     corrupted: int = Field(60, ge=1, le=10_000, description="measured images behind the robustness table")
     folds: int = Field(0, ge=0, le=20, description="folds of a cross-validation, a training each; 0: none")
     leave_one_out: bool = Field(False, description="train once more without each class, to see if it is unknown then")
+    harmless: list[Literal["roll", "mirror", "shift", "jpeg"]] | None = Field(
+        None, description="changes of a picture that must keep the answer; null: those of the domain"
+    )
 
 # %% ../../nbs/core/04_params.ipynb #explain
 class Explain(Section):
@@ -139,6 +148,13 @@ class Package(Section):
     )
     serve: Literal["float32", "int8"] = Field("float32", description="int8: the smaller file, where it's as good")
     int8_loss: Fraction = Field(0.002, description="accuracy that the int8 file may lose and still be served")
+    title: str | None = Field(None, description="title of the demo, such as Which pet is this?; null: from the classes")
+    noun: str | None = Field(None, description="what a picture shows, as in: show me a pet; null: a picture")
+    plural: str | None = Field(None, description="what the classes are, as in: I know five pets; null: classes")
+    purpose: str | None = Field(None, description="what the model is for, for its card and report")
+    colour: str | None = Field(
+        None, pattern="^#[0-9A-Fa-f]{6}$", description="colour of the demo, such as #2a6f97; null: that of the domain"
+    )
 
 # %% ../../nbs/core/04_params.ipynb #register
 class Register(Section):
