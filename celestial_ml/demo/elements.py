@@ -66,7 +66,7 @@ def hero(
 ) -> str:
     "The head of the page: the question that it answers."
     domain, picture = domain_of(classes), example_uri("hero", tuple(classes), 480)
-    return part("hero", picture=picture, question=domain.question, invitation=domain.invitation)
+    return part("hero", picture=picture, question=domain.title, invitation=domain.invitation)
 
 
 def foot(manifest: Manifest | None) -> str:  # None: there is no model
