@@ -70,7 +70,7 @@ class Data(Section):
     @property
     def all_sources(self) -> list[str]:
         "The sources that images come from, that of the test images too."
-        return self.learned + [self.test_source] * (self.test_source is not None)
+        return self.learned + ([] if self.test_source is None else [self.test_source])
 
 
 class Check(Section):
