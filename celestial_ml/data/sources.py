@@ -63,6 +63,39 @@ SOURCES["guide"] = Source(
     lambda data, seed, root, run: get_guide(root / "data"), lambda data, root: root / "data" / "raw"
 )
 
+# %% ../../nbs/data/06_sources.ipynb #source-catalogs
+def _catalogs(data: Data, seed: int, root: Path, run: Path) -> dict[str, pd.DataFrame]:
+    "The catalog of every source; `CelestialError` where two of them are one folder."
+    from celestial_ml.data.catalog import make_catalog
+
+    folders: dict[Path, str] = {}
+    catalogs: dict[str, pd.DataFrame] = {}
+    for name in data.all_sources:
+        folder = get_source(name).fetch(data, seed, root, run)
+        if (other := folders.setdefault(folder.resolve(), name)) != name or name in catalogs:
+            raise CelestialError(
+                f"the sources {other} and {name} have their images in the same folder, {folder}",
+                "Name every source once in data.sources and data.test_source.",
+            )
+        catalogs[name] = make_catalog(folder, root).assign(source=name)
+    return catalogs
+
+# %% ../../nbs/data/06_sources.ipynb #test-images
+def _test_images(data: Data, learned: list[pd.DataFrame], tested: pd.DataFrame) -> pd.DataFrame:
+    "The images of `data.test_source`; `CelestialError` where they don't fit those that are learned from."
+    names = ", ".join(data.learned)
+    if any((part.split == "test").any() for part in learned):
+        raise CelestialError(
+            f"data.source {names} has a folder test, and data.test_source is {data.test_source}",
+            "Set one of them to null, or data.split=stratified to learn from all images of data.source.",
+        )
+    if strange := sorted(set(tested.label) - {label for part in learned for label in part.label}):
+        raise CelestialError(
+            f"data.test_source {data.test_source} has classes that data.source {names} lacks: {', '.join(strange)}",
+            "Test on images of the classes that are learned.",
+        )
+    return tested.drop(columns="part", errors="ignore").assign(split="test")
+
 # %% ../../nbs/data/06_sources.ipynb #make-data-set
 def make_data_set(
     data: Data,
@@ -86,36 +119,3 @@ def make_data_set(
     catalog.attrs = dict(ChainMap(*(part.attrs for part in parts)))
     catalog.attrs |= {"passed_over": dict(passed), "split_by": ", ".join(rules)}
     return catalog
-
-
-def _catalogs(data: Data, seed: int, root: Path, run: Path) -> dict[str, pd.DataFrame]:
-    "The catalog of every source; `CelestialError` where two of them are one folder."
-    from celestial_ml.data.catalog import make_catalog
-
-    folders: dict[Path, str] = {}
-    catalogs: dict[str, pd.DataFrame] = {}
-    for name in data.all_sources:
-        folder = get_source(name).fetch(data, seed, root, run)
-        if (other := folders.setdefault(folder.resolve(), name)) != name or name in catalogs:
-            raise CelestialError(
-                f"the sources {other} and {name} have their images in the same folder, {folder}",
-                "Name every source once in data.sources and data.test_source.",
-            )
-        catalogs[name] = make_catalog(folder, root).assign(source=name)
-    return catalogs
-
-
-def _test_images(data: Data, learned: list[pd.DataFrame], tested: pd.DataFrame) -> pd.DataFrame:
-    "The images of `data.test_source`; `CelestialError` where they don't fit those that are learned from."
-    names = ", ".join(data.learned)
-    if any((part.split == "test").any() for part in learned):
-        raise CelestialError(
-            f"data.source {names} has a folder test, and data.test_source is {data.test_source}",
-            "Set one of them to null, or data.split=stratified to learn from all images of data.source.",
-        )
-    if strange := sorted(set(tested.label) - {label for part in learned for label in part.label}):
-        raise CelestialError(
-            f"data.test_source {data.test_source} has classes that data.source {names} lacks: {', '.join(strange)}",
-            "Test on images of the classes that are learned.",
-        )
-    return tested.drop(columns="part", errors="ignore").assign(split="test")
