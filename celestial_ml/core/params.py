@@ -47,6 +47,7 @@ class Data(Section):
     "The images: where they come from, and which of them are held out."
 
     source: str = Field("render", description="where the images come from: render, guide, folder, or your own")
+    sources: list[str] = Field([], description="several sources together, in place of source: [guide, render]")
     folder: str | None = Field(None, description="for source folder: a folder with a folder of images a class")
     per_class: int = Field(150, ge=1, le=1_000_000, description="for source render: images of each class")
     image_px: int = Field(128, ge=16, le=1024, description="for source render: side of an image, in pixels")
@@ -60,6 +61,16 @@ class Data(Section):
     test_source: str | None = Field(
         None, description="the source of the test images, where it isn't the same: none is trained on"
     )
+
+    @property
+    def learned(self) -> list[str]:
+        "The sources that are learned from."
+        return self.sources or [self.source]
+
+    @property
+    def all_sources(self) -> list[str]:
+        "The sources that images come from, that of the test images too."
+        return self.learned + ([] if self.test_source is None else [self.test_source])
 
 
 class Check(Section):

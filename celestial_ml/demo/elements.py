@@ -74,6 +74,7 @@ def foot(manifest: Manifest | None) -> str:  # None: there is no model
     if manifest is None:
         return part("foot", line="There is no model yet")
     source, record = manifest.lineage.source, track_record(manifest.metrics)
-    trained_on = domain_of(manifest.classes).source_names.get(str(source), "pictures of your own")
+    names = domain_of(manifest.classes).source_names
+    trained_on = " and ".join(names.get(name, "pictures of your own") for name in str(source).split(", "))
     line = f"Model {manifest.model}" + (f", trained on {trained_on}" if source else "")
     return part("foot", line=line + (f"; {record}" if record else ""))
