@@ -8,7 +8,7 @@ __all__ = ['static', 'picture_uri', 'example_uri', 'sky', 'hero', 'foot']
 # %% ../../nbs/demo/01_elements.ipynb #143e4451
 import base64
 import io
-from collections.abc import Iterable
+from collections.abc import Collection
 from functools import lru_cache
 from importlib.resources import files
 
@@ -62,7 +62,7 @@ def sky(
 
 
 def hero(
-    classes: Iterable[str],  # of the model
+    classes: Collection[str],  # of the model
 ) -> str:
     "The head of the page: the question that it answers."
     domain, picture = domain_of(classes), example_uri("hero", tuple(classes), 480)

@@ -138,7 +138,7 @@ SLICES = ("phase", "lit share", "size", "brightness", "contrast", "sharpness", "
 def _chosen(features: pd.DataFrame, names: Sequence[str] | None) -> dict[str, pd.Series]:
     "The slices of these names, as far as the images have them; and columns."
     values = slice_values(features)
-    columns = [name for name in features if name != "path"]
+    columns = [str(name) for name in features if name != "path"]
     for name in names or ():
         if name not in (*SLICES, *columns):
             raise unknown("slice", name, [*SLICES, *columns])

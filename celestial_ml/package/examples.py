@@ -134,7 +134,9 @@ def write_held_out(
     "Write pictures to try the model with: typical ones that it knows and names right."
     right = predictions[predictions.correct].sort_values("ood_score", kind="stable")
     places = np.unique(np.linspace(0, len(classes) - 1, min(most, len(classes))).astype(int))
-    each, labels, pictures = max(1, min(2, most // len(classes))), [], []
+    each = max(1, min(2, most // len(classes)))
+    labels: list[str] = []
+    pictures: list[np.ndarray] = []
     for name in (classes[place] for place in places):
         kept: list[np.ndarray] = []
         for source in right.path[right.label == name].head(tried):

@@ -15,7 +15,6 @@ import numpy as np
 from ..core.files import find_root
 from ..core.intervals import f1_interval, share_interval
 from ..core.params import Register
-from ..model.calibrate import chance_error
 from ..package.deployment_check import Deployment, check_deployment
 from ..package.folder import ModelError
 from ..package.manifest import Manifest, damage, read_manifest
@@ -110,6 +109,8 @@ def _false_alarms(manifest: Manifest, evidence: Evidence | None, p: Register) ->
 
 def _calibrated(metrics: Metrics, evidence: Evidence | None, p: Register) -> Rule:
     "The calibration error, less what chance alone makes of so few images."
+    from celestial_ml.model.calibrate import chance_error  # with matplotlib, which a server may lack
+
     ece = metrics.intervals.get("ece")
     if ece is None:
         return _measured("ECE", None, p.max_ece, False)
