@@ -94,7 +94,10 @@ class Prepare(Section):
 class Model(Section):
     "The network."
 
-    network: str = Field("compact", description="compact, residual, guide, or your own")
+    network: str = Field(
+        "compact", description="auto, compact, residual, guide, efficientnet_lite0 (pretrained), or your own"
+    )
+    pool: int = Field(1, ge=1, le=8, description="side of the square of pixels that are averaged to one, to be quicker")
     width: int = Field(32, ge=4, le=512, description="filters of the first convolution")
     embedding: int = Field(64, ge=4, le=2048, description="size of the layer below the logits")
     dropout: Fraction = Field(0.2, description="share of the embedding that is dropped while training")
@@ -107,7 +110,12 @@ class Train(Section):
     batch_size: int = Field(16, ge=1, le=4096, description="images a step of the optimiser")
     lr: float = Field(3e-3, gt=0, le=1, description="learning rate of Adam, at its peak")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="course of the learning rate")
-    augment: bool = Field(True, description="show every image differently each time: roll, zoom, colour, noise")
+    augment: Literal["auto", "none", "upright", "photo", "sky"] = Field(
+        "sky",
+        description="how differently an image is shown each time; upright: shift, zoom, colour, blur; photo: mirrored, "
+        "too; sky: rolled to any angle, at any phase, among stars; auto: what the validation images favour",
+    )
+    views: int = Field(3, ge=0, le=50, description="views of each image behind the head of a pretrained network")
     label_smoothing: Fraction = Field(0.05, description="share of certainty that is taken from the label")
     class_weights: Literal["none", "balanced"] = Field("none", description="balanced: rare classes count for more")
     patience: int = Field(0, ge=0, description="epochs without a lower val_loss before it stops; 0: it never does")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from .pretrained import frozen_head, is_frozen
 
 from ..core.errors import CelestialError
 from ..core.files import atomic, sha256_of
@@ -174,9 +175,10 @@ def epochs_since_best(
 def rough_share(
     epoch: int,  # from 0
     epochs: int,
+    level: str = "sky",  # of the augmentation: on the ground pictures are less often that bad
 ) -> float:
     "The share of roughly changed pictures: less at the end. Source: He et al. 2019, arXiv:1909.09148."
-    return 0.75 if epoch < 0.8 * epochs else 0.4
+    return (0.75 if epoch < 0.8 * epochs else 0.4) * (1 if level == "sky" else 0.5)
 
 # %% ../../nbs/model/02_train.ipynb #epoch-function
 def epoch_function(
@@ -200,7 +202,11 @@ def epoch_function(
     def run(epoch: int) -> dict[str, float]:
         def change(batch: np.ndarray, step: int) -> Any:
             at = tf.constant([seed % 2**31, epoch * steps + step])
-            return compiled(batch, at, rough_share(epoch, p.epochs)) if p.augment else batch
+            return (
+                compiled(batch, at, rough_share(epoch, p.epochs, p.augment), p.augment)
+                if p.augment != "none"
+                else batch
+            )
 
         batches = epoch_batches(len(pixels), p.batch_size, seed, epoch)
         logs = train_epoch(model, pixels, targets, batches, change, weights)
@@ -220,8 +226,11 @@ def fit(
     seed: int,
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,  # (epoch from 1, its metrics)
     checkpoint: Path | None = None,  # a .npz to go on from, and to write after every epoch
+    strangers: np.ndarray | None = None,  # uint8 pixels of no class, for the embedding of a frozen network
 ) -> pd.DataFrame:  # a row an epoch: epoch, accuracy, loss, val_accuracy, val_loss
     "Train the network; on one machine, the same arguments give the same weights, interrupted or not."
+    if is_frozen(model):
+        model, train, val, p = frozen_head(model, train, val, p, seed, strangers)
     if p.patience and not len(val[0]):
         raise CelestialError("train.patience needs validation images", "Set data.val above 0, or train.patience to 0.")
     run = epoch_function(model, train, val, p, seed)
