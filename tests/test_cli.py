@@ -176,7 +176,7 @@ def test_data_check_and_show(celestial, tmp_path: Path) -> None:
     assert good.returncode == 0, good.stderr
     assert {finding["status"] for finding in json.loads(good.stdout)} <= {"pass", "warn"}
     sheet = tmp_path / "sheet.png"
-    assert celestial("data", "show", tmp_path / "images", "--out", sheet).returncode == 0
+    assert celestial("data", "show", tmp_path / "images", "--output", sheet).returncode == 0
     assert Image.open(sheet).width > 100
     for path in sorted((tmp_path / "images/Moon").iterdir())[1:]:
         path.unlink()
