@@ -151,7 +151,7 @@ def test_wrong_requests(celestial, model: Path, tmp_path: Path, pictures: Path) 
         (["predict", pictures, "--model", "nonsense"], "is not a packaged model"),
         (["predict", pictures], "there is no model yet"),
         (["serve"], "there is no model yet"),
-        (["data", "get", "gide"], "can't be fetched"),
+        (["data", "get", "gide"], "Allowed: guide"),
         (["data", "check", tmp_path / "empty"], "holds no class folder with images"),
         (["data", "check", tmp_path / "nowhere"], "is not a folder"),
     ]:
