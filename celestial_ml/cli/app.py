@@ -211,7 +211,8 @@ def _read_catalog(folder: str | None, params: str) -> "tuple[pd.DataFrame, Param
     from celestial_ml.core.params import load_params
     from celestial_ml.data.sources import make_data_set
 
-    settings = [f"data.folder={json.dumps(str(Path(folder).resolve()))}", "data.source=folder"] if folder else []
+    images = [f"data.folder={json.dumps(str(Path(folder).resolve()))}"] if folder else []
+    settings = images + ["data.source=folder", "data.sources=[]"] * bool(images)
     root = project_root()
     p = load_params(params, settings, root / "params")
     return make_data_set(p.data, p.seed, root, root / "output" / params), p
