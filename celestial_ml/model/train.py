@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from .pretrained import frozen_head, is_frozen
 
 from ..core.errors import CelestialError
 from ..core.files import atomic, sha256_of
 from ..core.params import Train
 from ..core.progress import say
 from .augment import augment
+from .pretrained import frozen_head, is_frozen
 
 if TYPE_CHECKING:
     import keras
