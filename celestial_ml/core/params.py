@@ -78,6 +78,9 @@ class Prepare(Section):
     size: int = Field(64, ge=16, le=512, description="side of the network's input, in pixels")
     grayscale: bool = Field(False, description="drop the colours")
     antialias: bool = Field(True, description="low-pass filter before making smaller")
+    background: Literal["auto", "black", "white"] = Field(
+        "auto", description="under transparent pixels; auto: black, and white for a dark drawing"
+    )
 
 # %% ../../nbs/core/04_params.ipynb #model
 class Model(Section):
