@@ -269,48 +269,6 @@ def data_show(
     catalog, p = _read_catalog(folder, params)
     shown = catalog[catalog.error.isna()].groupby("label").head(10)
     pictures = [decode_image(project_root() / path, background=p.prepare.background) for path in shown.path]
-    with atomic(out) as f:
-        contact_sheet(pictures, list(shown.label), columns=10).save(f)
-    print(f"look:  {output}")
-
-# %% ../../nbs/cli/09_app.ipynb #data-check
-ImageFolder = Annotated[str | None, typer.Argument(help="a folder of class folders; default: the source of --params")]
-
-
-@command(data_app, "check", "celestial data check my-photos/")
-def data_check(
-    folder: ImageFolder = None,
-    params: Annotated[str, typer.Option(help="the params file with the limits")] = "default",
-    json_: AsJson = False,
-) -> None:
-    "Check whether the images are good enough to train on. Exits with 1 if they aren't."
-    from dataclasses import asdict
-
-    from celestial_ml.data.checks import require_pass, run_checks
-
-    catalog, p = _read_catalog(folder, params)
-    findings = run_checks(catalog, p.check)
-    if json_:
-        print(json.dumps([asdict(finding) for finding in findings]))
-    else:
-        for finding in findings:
-            print(f"{finding.status:<5}{finding.check:<28}{finding.saw}")
-    require_pass(findings)
-
-
-@command(data_app, "show", "celestial data show my-photos/ --output sheet.png")
-def data_show(
-    folder: ImageFolder = None,
-    params: Annotated[str, typer.Option(help="the params file that names the source")] = "default",
-    output: Annotated[Path, typer.Option(help="the picture to write")] = Path("contact_sheet.png"),
-) -> None:
-    "Write a contact sheet of the images."
-    from celestial_ml.data.images import decode_image
-    from celestial_ml.data.sheet import contact_sheet
-
-    catalog, p = _read_catalog(folder, params)
-    shown = catalog[catalog.error.isna()].groupby("label").head(10)
-    pictures = [decode_image(project_root() / path) for path in shown.path]
     with atomic(output) as f:
         contact_sheet(pictures, list(shown.label), columns=10).save(f)
     print(f"look:  {output}")
