@@ -72,7 +72,7 @@ class Data(Section):
         "The sources that images come from, that of the test images too."
         return self.learned + ([] if self.test_source is None else [self.test_source])
 
-
+# %% ../../nbs/core/04_params.ipynb #check-prepare
 class Check(Section):
     "What the images must fulfil before any is learned from."
 
