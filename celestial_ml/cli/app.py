@@ -266,9 +266,9 @@ def data_show(
     from celestial_ml.data.images import decode_image
     from celestial_ml.data.sheet import contact_sheet
 
-    catalog, _ = _read_catalog(folder, params)
+    catalog, p = _read_catalog(folder, params)
     shown = catalog[catalog.error.isna()].groupby("label").head(10)
-    pictures = [decode_image(project_root() / path) for path in shown.path]
+    pictures = [decode_image(project_root() / path, background=p.prepare.background) for path in shown.path]
     with atomic(output) as f:
         contact_sheet(pictures, list(shown.label), columns=10).save(f)
     print(f"look:  {output}")
