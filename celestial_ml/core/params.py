@@ -86,7 +86,9 @@ class Check(Section):
 class Prepare(Section):
     "From a picture of any size to the network's input."
 
-    size: int = Field(64, ge=16, le=512, description="side of the network's input, in pixels")
+    size: Annotated[int, Field(ge=16, le=512)] | Literal["auto"] = Field(
+        64, description="side of the network's input, in pixels; auto: 64 to 224, as large as the pictures are"
+    )
     grayscale: bool = Field(False, description="drop the colours")
     antialias: bool = Field(True, description="low-pass filter before making smaller")
     background: Literal["auto", "black", "white"] = Field(
@@ -120,7 +122,10 @@ class Train(Section):
     )
     views: int = Field(3, ge=0, le=50, description="views of each image behind the head of a pretrained network")
     label_smoothing: Fraction = Field(0.05, description="share of certainty that is taken from the label")
-    class_weights: Literal["none", "balanced"] = Field("none", description="balanced: rare classes count for more")
+    class_weights: Literal["auto", "none", "balanced"] = Field(
+        "auto",
+        description="balanced: rare classes count for more; auto: where one class is half as large again as another",
+    )
     patience: int = Field(0, ge=0, description="epochs without a lower val_loss before it stops; 0: it never does")
 
 

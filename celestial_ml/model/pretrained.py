@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['CACHED', 'read_state_dict', 'efficientnet_lite0', 'is_frozen', 'cached_features', 'frozen_head']
+__all__ = ['CACHED', 'read_state_dict', 'efficientnet_lite0', 'is_frozen', 'cached_features', 'frozen_head', 'frozen_logits']
 
 # %% ../../nbs/model/16_pretrained.ipynb #read-state-dict
 _TYPES = {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
@@ -234,3 +234,11 @@ def frozen_head(
     head = keras.Model(embedded, model.get_layer("logits")(dropped), name=f"{model.name}-head")
     alone = p.model_copy(update={"augment": "none"})
     return head, (known, np.tile(labels, len(views))), (watched, val[1]), alone
+
+
+def frozen_logits(
+    model: keras.Model,  # frozen and trained
+    pixels: np.ndarray,  # uint8 (n, size, size, channels)
+) -> np.ndarray:  # float32 (n, classes)
+    "The answers, from features that are kept."
+    return np.asarray(model.get_layer("logits")(model.get_layer("embedding")(cached_features(model, pixels))))

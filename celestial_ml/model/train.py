@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['epoch_batches', 'learning_rate', 'class_weights', 'fit']
+__all__ = ['UNBALANCED', 'epoch_batches', 'learning_rate', 'class_weights', 'fit']
 
 # %% ../../nbs/model/02_train.ipynb #epoch-batches
 def epoch_batches(
@@ -54,15 +54,18 @@ def learning_rate(
     )
 
 # %% ../../nbs/model/02_train.ipynb #class-weights
+UNBALANCED = 1.5  # largest class over smallest, from which `auto` weighs them
+
+
 def class_weights(
     labels: np.ndarray,  # int (n,)
     classes: int,  # how many
-    rule: str,  # none or balanced
+    rule: str,  # auto, none or balanced
 ) -> np.ndarray | None:  # float32 (classes,), with a mean of one over the images; None: all alike
     "What an image of each class counts. Source: King and Zeng 2001; scikit-learn's `class_weight='balanced'`."
-    if rule == "none":
-        return None
     counts = np.bincount(labels, minlength=classes)
+    if rule == "none" or (rule == "auto" and counts.max() <= UNBALANCED * counts[counts > 0].min()):
+        return None
     return (len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))).astype(np.float32)
 
 # %% ../../nbs/model/02_train.ipynb #compile-model
