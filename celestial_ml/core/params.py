@@ -166,7 +166,7 @@ class Register(Section):
         gt=0,
         description="difference of a logit, Keras against what is served, as a share of the largest, at most",
     )
-    must_beat: list[Literal["trivial", "guide-baseline"]] = Field(
+    must_beat: list[Literal["trivial", "colours", "pixels", "guide-baseline"]] = Field(
         ["trivial", "guide-baseline"], description="what it must be significantly better than, on the same images"
     )
     require_stress: bool = Field(
