@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -50,8 +50,8 @@ class Evidence:
     def save(self, path: Path | str) -> None:
         "Write it as a .npz file."
         with atomic(path) as f:
-            arrays = {name: values for name, values in vars(self).items() if name != "baselines"}
-            np.savez_compressed(f, **arrays, **{f"baseline_{name}": a for name, a in self.baselines.items()})
+            arrays: dict[str, Any] = {name: values for name, values in vars(self).items() if name != "baselines"}
+            np.savez_compressed(f, **arrays | {f"baseline_{name}": a for name, a in self.baselines.items()})
 
     @classmethod
     def load(cls, folder: Path | str) -> Evidence | None:  # None for an older package without it
