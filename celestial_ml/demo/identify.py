@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from ..core.domains import domain_of
 from ..core.errors import CelestialError
 from ..core.many_classes import MANY, listed
-from .elements import example_uri, foot, picture_uri, sky
+from .elements import foot, picture_uri, sky, tile_uri, tiles
 from .uploads import Uploads, forget_uploads, read_file
-from .wording import SORRY, apology, card, counted, in_sentence, part, sentence, text
+from .wording import SORRY, apology, card, counted, headline, part, sentence, text
 from ..package.manifest import Manifest
 from ..serve.predictor import Explanation, Prediction, Predictor, Seen
 from ..serve.scorer import Scored
@@ -50,11 +49,6 @@ class Host:
         model = self.current()
         return model.manifest if model else None
 
-    @property
-    def classes(self) -> list[str]:
-        "The classes of that model."
-        return self.manifest.classes if self.manifest else []
-
 
 @dataclass
 class Desk:
@@ -62,6 +56,7 @@ class Desk:
 
     clock: float = 0  # when the last picture was sent, by the browser's clock
     request_id: str = ""  # of the last answer
+    known: bool = True  # whether that named a class
     picture: Seen | None = None  # that was answered, until its reasons are there
     model: Predictor | None = None  # that answered; None where none did
 
@@ -75,6 +70,7 @@ class View:
     reasons: str
     foot: str
     answered: bool = False  # whether there is something to judge
+    known: bool = True  # whether it names a class
     classes: tuple[str, ...] = ()
 
 # %% ../../nbs/demo/02_identify.ipynb #says-x
@@ -83,9 +79,9 @@ def answer_card(
     manifest: Manifest,  # of the model that answered
 ) -> str:
     "The answer, why to believe it, and the probabilities."
-    headline, aside = (prediction.label, "") if prediction.known else ("Nothing I know", "If it had to be one of them:")
-    fine = f"Answered by model {manifest.model}"
-    return card("The answer", headline, sentence(prediction, manifest.metrics), prediction, aside=aside, fine=fine)
+    aside, limit = ("", None) if prediction.known else ("If it had to be one of them", manifest.ood_threshold)
+    fine, words = f"Answered by model {manifest.model}", sentence(prediction, manifest)
+    return card("The answer", headline(prediction), words, prediction, aside=aside, limit=limit, fine=fine)
 
 
 def sorry(
@@ -101,7 +97,7 @@ def welcome(
     "The card before the first picture."
     if manifest is None:
         return sorry("no_model")
-    domain = domain_of(manifest.classes)
+    domain = manifest.domain
     classes = [domain.in_sentence(name) for name in manifest.classes]
     names = listed(classes) if len(classes) > MANY else f"{', '.join(classes[:-1])} and {classes[-1]}"
     some = f"I know {counted(len(classes))} {domain.plural}: {names}."
@@ -113,12 +109,12 @@ def reasons_card(state: str = "later") -> str:
     return part("reasons", state=state)
 
 
-def reasons(explanation: Explanation) -> str:
+def reasons(explanation: Explanation, manifest: Manifest) -> str:
     "The picture with the map of its saliency over it, and the training pictures that it looks like."
     place, prediction = explanation.saliency.where, explanation.prediction
     words = "No part stands out: whichever is covered, the answer stays."
     if place:
-        name = in_sentence(prediction.label, prediction.probabilities)
+        name = manifest.domain.in_sentence(prediction.label)
         words = f"Bright is {'what the answer rests on' if prediction.known else f'what reminds me of {name}'}."
     alt = "Map over the picture" + (f", brightest in {place}" if place else "")
     looks_like = explanation.looks_like
@@ -146,15 +142,15 @@ async def look(
     desk.picture = Seen(scored.prediction, scored.picture, scored.embedding)
     manifest, (alt, uri) = desk.model.manifest, shown
     left = sky(uri or await run_in_threadpool(picture_uri, scored.picture), alt)
-    answer = answer_card(scored.prediction, manifest)
-    return View(left, answer, reasons_card("soon"), foot(manifest), True, tuple(manifest.classes))
+    answer, desk.known = answer_card(scored.prediction, manifest), scored.prediction.known
+    return View(left, answer, reasons_card("soon"), foot(manifest), True, desk.known, tuple(manifest.classes))
 
 
 def explain(desk: Desk) -> str:
     "The reasons for the answer on the desk."
     assert desk.model is not None and desk.picture is not None
     try:
-        return reasons(desk.model.reasons(desk.picture))
+        return reasons(desk.model.reasons(desk.picture), desk.model.manifest)
     except Exception:
         _log.exception("the demo could not explain an answer")
         return reasons_card()
@@ -178,7 +174,7 @@ async def judge(
         await host.feedback(
             who=who,
             request_id=desk.request_id,
-            correct=correct,
+            correct=correct or (not desk.known and label == _ELSE),  # that it didn't know was right
             label=label or None,
             comment=(comment or "").strip() or None,
         )
@@ -228,7 +224,7 @@ def http_request(request: "gr.Request") -> Request:
     return request.request
 
 # %% ../../nbs/demo/02_identify.ipynb #changes
-VERDICT = 5  # parts of the page that belong to the verdict
+VERDICT = 7  # parts of the page that belong to the verdict
 
 
 def changes(view: View, desk: Desk) -> list[Any]:
@@ -236,7 +232,13 @@ def changes(view: View, desk: Desk) -> list[Any]:
     import gradio as gr
 
     labels: list[Any] = [*view.classes, ("Something else", _ELSE)]
-    verdict = [gr.Column(visible=view.answered), gr.Column(visible=False), gr.Dropdown(labels, value=None), "", ""]
+    question = (
+        "<p>Is that right?</p>"
+        if view.known
+        else "<p>What is it? Your answer is looked at before the next training.</p>"
+    )
+    verdict = [gr.Column(visible=view.answered), question, gr.Row(visible=view.known)]
+    verdict += [gr.Column(visible=not view.known), gr.Dropdown(labels, value=None), "", ""]
     return [view.left, view.right, view.reasons, view.foot, desk, *verdict]
 
 
@@ -258,6 +260,7 @@ async def show(
     if desk.clock != clock:
         return [gr.skip(), gr.skip(), gr.skip(), gr.skip(), desk, *(gr.skip() for _ in range(VERDICT))]
     desk.request_id, desk.picture, desk.model = latest.request_id, latest.picture, latest.model
+    desk.known = latest.known
     return changes(view, desk)
 
 
@@ -280,12 +283,12 @@ def _build_verdict(host: Host, desk: "gr.State") -> list[Any]:  # as many as `VE
     import gradio as gr
 
     with gr.Column(visible=False, elem_id="verdict") as verdict:
-        gr.HTML("<p>Is that right?</p>", apply_default_css=False)
-        with gr.Row(elem_id="thumbs"):
+        question = gr.HTML("", apply_default_css=False, elem_id="question")
+        with gr.Row(elem_id="thumbs") as thumbs:
             right, wrong = gr.Button("Yes, right", size="sm"), gr.Button("No, wrong", size="sm")
         with gr.Column(visible=False, elem_id="correction") as correction:
             label = gr.Dropdown([], label="What is it?", elem_id="truth")
-            comment = gr.Textbox(label="Anything to add?", max_length=2000, lines=1, elem_id="comment")
+            comment = gr.Textbox(label="In your own words", max_length=2000, lines=1, elem_id="comment")
             send = gr.Button("Send", size="sm", elem_id="send")
         thanks = gr.HTML("", apply_default_css=False, elem_id="thanks")
 
@@ -301,7 +304,24 @@ def _build_verdict(host: Host, desk: "gr.State") -> list[Any]:  # as many as `VE
     right.click(confirm, desk, [correction, thanks], **QUIET)
     wrong.click(None, js="() => ({visible: true, __type__: 'update'})", outputs=correction)
     send.click(correct, [desk, label, comment], [correction, thanks], preprocess=False, **QUIET)
-    return [verdict, correction, label, comment, thanks]
+    return [verdict, question, thumbs, correction, label, comment, thanks]
+
+# %% ../../nbs/demo/02_identify.ipynb #picks
+_PICKED = """element.addEventListener("click", (event) => {
+  const tile = event.target.closest("[data-tile]");
+  if (tile) trigger("click", {cell: tile.dataset.tile});
+});"""
+
+
+def _invitation(model: Predictor | None) -> str:
+    "The line above the pictures to try."
+    noun = model.manifest.domain.noun if model else "picture"
+    return INVITE.format(f"Pick a {noun} that the model has never seen, d" if tiles(model) else "D")
+
+
+def _picks(model: Predictor | None) -> str:
+    "The pictures to try, as buttons."
+    return part("tiles", items=[(name, tile_uri(model, name, 128)) for name in tiles(model)])
 
 # %% ../../nbs/demo/02_identify.ipynb #build-identify
 def build_identify(
@@ -313,13 +333,8 @@ def build_identify(
 
     block: dict[str, Any] = {"apply_default_css": False}
     desk, clock = gr.State(Desk()), gr.Number(0, visible=False)
-    classes = tuple(host.classes)
-    domain = domain_of(classes)
-    gr.HTML(INVITE.format(f"Pick a {domain.noun}, d" if domain.examples else "D"), elem_id="picks-title", **block)
-    with gr.Row(elem_id="picks", visible=bool(domain.examples)):
-        # The icons are in the page: files in Gradio's cache are swept with the uploads, by any server of this user.
-        icons: Any = {name: {"path": name, "url": example_uri(name, classes, 128)} for name in domain.examples}
-        buttons = {name: gr.Button(name, icon=icon) for name, icon in icons.items()}
+    gr.HTML(lambda: _invitation(host.current()), elem_id="picks-title", **block)
+    picks = gr.HTML(lambda: _picks(host.current()), elem_id="picks", js_on_load=_PICKED, **block)
     with gr.Row(elem_id="desk"):
         with gr.Column(elem_id="left", elem_classes="dropper"):
             left, drop = gr.HTML(sky(None), **block), drop_area("Your picture", "drop")
@@ -334,12 +349,10 @@ def build_identify(
     async def dropped(file: dict[str, Any] | None, clock: float, desk: Desk, request: gr.Request) -> list[Any]:
         return [None, *await show(host, http_request(request), read_upload(host, upload_path(file)), clock, desk)]
 
-    def picked(name: str) -> Callable[..., Any]:
-        async def look_at_it(clock: float, desk: Desk, request: gr.Request) -> list[Any]:
-            shown = (f"Example: {name}", example_uri(name, classes))
-            return await show(host, http_request(request), domain.picture(name) or b"", clock, desk, shown)
-
-        return look_at_it
+    async def picked(clock: float, desk: Desk, event: gr.EventData, request: gr.Request) -> list[Any]:
+        model, name = host.current(), str(event.cell)
+        shown = (f"Example: {name}", tile_uri(model, name))
+        return await show(host, http_request(request), tiles(model).get(name, b""), clock, desk, shown)
 
     async def explained(desk: Desk) -> Any:
         async with slots:
@@ -348,7 +361,6 @@ def build_identify(
     every: dict[str, Any] = QUIET | {"trigger_mode": "multiple"}  # a click isn't lost while another is answered
     raw: dict[str, Any] = every | {"preprocess": False}  # Gradio would open the file
     events = [drop.upload(dropped, [drop, clock, desk], [drop, *page], js=f"(file) => [file, {NOW}]", **raw)]
-    for name, button in buttons.items():
-        events.append(button.click(picked(name), [clock, desk], page, js=f"() => [{NOW}]", **every))
+    events.append(picks.click(picked, [clock, desk], page, js=f"() => [{NOW}]", **every))
     for event in events:
         event.then(explained, desk, card, **every)
