@@ -580,7 +580,10 @@ def test_a_project_of_another_domain(browser, tmp_path):
         page.get_by_role("button", name="green").wait_for()
         assert page.title() == "Red, green or blue?" == page.locator("h1").inner_text()
         assert "radial" not in page.evaluate("getComputedStyle(document.querySelector('.hero')).backgroundImage")
-        assert page.locator(".brand").inner_text().lower() == "paints" and "three paints" in page.locator("#right").inner_text()
+        assert (
+            page.locator(".brand").inner_text().lower() == "paints"
+            and "three paints" in page.locator("#right").inner_text()
+        )
         assert page.get_by_role("tab", name="Try to fool it").count() == 0
         page.get_by_role("button", name="green").click()
         headline(page, "green")
