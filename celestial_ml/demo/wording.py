@@ -119,7 +119,7 @@ def part(macro: str, /, **values: Any) -> Markup:
     "A part of the page from its template."
     return Markup(str(getattr(_parts(), macro)(**values)).strip())
 
-
+# %% ../../nbs/demo/00_wording.ipynb #card
 def card(
     eyebrow: str,
     headline: str,
