@@ -153,6 +153,8 @@ def test_a_plan_only_reads(unspoilt: Path) -> None:
     assert make_plan(unspoilt, "smoke", run="new", start="train").stale["train"] == "you asked for it"
     guide = make_plan(unspoilt, "smoke", ["data.source=guide"], run="guide")
     assert guide.stale["acquire"] == "its images are to be fetched" and guide.inputs["acquire"]["images"] == ""
+    both = make_plan(unspoilt, "smoke", ["data.sources=[render,guide]"], run="both")
+    assert both.stale["acquire"] == "its images are to be fetched" and both.inputs["acquire"]["images"] == ""
     assert state() == before and not make_plan(unspoilt, "smoke").stale
 
 
@@ -170,6 +172,24 @@ def test_images_are_fetched_when_the_plan_is_executed(
     execute(plan, quiet=True)
     assert (at_home / "fetched").is_dir()
     assert make_plan(at_home, "smoke", ["data.source=elsewhere"], run="fetched", until="acquire").stale == {}
+
+
+def test_several_sources_make_one_data_set(smoke: Plan, at_home: Path) -> None:
+    shutil.copytree("output/smoke/images/Mars", "more/Mars")
+    shutil.copytree("output/smoke/images/Moon", "more/Moon")
+    (Path("more") / "Mars" / "Mars_0000.jpg").unlink()
+    chosen = ["data.sources=[render,folder]", "data.folder=more", "data.per_class=6", "seed=8"]
+    plan = make_plan(at_home, "smoke", chosen, run="several", until="acquire")
+    execute(plan, quiet=True)
+    catalog, settings = pd.read_parquet("output/several/catalog.parquet"), read_json("output/several/acquire.json")
+    assert catalog.source.value_counts().to_dict() == {"render": 60, "folder": 23}
+    assert (catalog.groupby("source").split.nunique() == 3).all() and settings["sources"] == ["render", "folder"]
+    assert (
+        plan.inputs["acquire"]["images"] and not make_plan(at_home, "smoke", chosen, "several", until="acquire").stale
+    )
+    (Path("more") / "Moon" / "Moon_0000.jpg").unlink()
+    changed = make_plan(at_home, "smoke", chosen, "several", until="acquire").stale
+    assert changed == {"acquire": "the images changed"}
 
 
 def test_values_in_the_parameters_cell_do_not_make_a_step_stale(unspoilt: Path) -> None:

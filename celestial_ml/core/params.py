@@ -47,6 +47,7 @@ class Data(Section):
     "The images: where they come from, and which of them are held out."
 
     source: str = Field("render", description="where the images come from: render, guide, folder, or your own")
+    sources: list[str] = Field([], description="several sources together, in place of source: [guide, render]")
     folder: str | None = Field(None, description="for source folder: a folder with a folder of images a class")
     per_class: int = Field(150, ge=1, le=1_000_000, description="for source render: images of each class")
     image_px: int = Field(128, ge=16, le=1024, description="for source render: side of an image, in pixels")
@@ -61,7 +62,17 @@ class Data(Section):
         None, description="the source of the test images, where it isn't the same: none is trained on"
     )
 
+    @property
+    def learned(self) -> list[str]:
+        "The sources that are learned from."
+        return self.sources or [self.source]
 
+    @property
+    def all_sources(self) -> list[str]:
+        "The sources that images come from, that of the test images too."
+        return self.learned + ([] if self.test_source is None else [self.test_source])
+
+# %% ../../nbs/core/04_params.ipynb #check-prepare
 class Check(Section):
     "What the images must fulfil before any is learned from."
 
@@ -78,6 +89,9 @@ class Prepare(Section):
     size: int = Field(64, ge=16, le=512, description="side of the network's input, in pixels")
     grayscale: bool = Field(False, description="drop the colours")
     antialias: bool = Field(True, description="low-pass filter before making smaller")
+    background: Literal["auto", "black", "white"] = Field(
+        "auto", description="under transparent pixels; auto: black, and white for a dark drawing"
+    )
 
 # %% ../../nbs/core/04_params.ipynb #model
 class Model(Section):
@@ -110,6 +124,12 @@ class Evaluate(Section):
     bootstrap: int = Field(1000, ge=100, le=100_000, description="resamples behind each 95 % interval")
     min_slice: int = Field(15, ge=1, description="images that a slice needs to be judged")
     ood_images: int = Field(60, ge=4, le=10_000, description="pictures of each kind of thing that is not a known class")
+    domain: str = Field(
+        "auto", description="what is known of the classes beyond their images: auto, none, or a plug-in such as planets"
+    )
+    slice_by: list[str] | None = Field(
+        None, description="the kinds of picture that are judged apart; null: those of the domain"
+    )
 
 
 class Stress(Section):
@@ -118,6 +138,9 @@ class Stress(Section):
     corrupted: int = Field(60, ge=1, le=10_000, description="measured images behind the robustness table")
     folds: int = Field(0, ge=0, le=20, description="folds of a cross-validation, a training each; 0: none")
     leave_one_out: bool = Field(False, description="train once more without each class, to see if it is unknown then")
+    harmless: list[Literal["roll", "mirror", "shift", "jpeg"]] | None = Field(
+        None, description="changes of a picture that must keep the answer; null: those of the domain"
+    )
 
 # %% ../../nbs/core/04_params.ipynb #explain
 class Explain(Section):
@@ -139,6 +162,13 @@ class Package(Section):
     )
     serve: Literal["float32", "int8"] = Field("float32", description="int8: the smaller file, where it's as good")
     int8_loss: Fraction = Field(0.002, description="accuracy that the int8 file may lose and still be served")
+    title: str | None = Field(None, description="title of the demo, such as Which pet is this?; null: from the classes")
+    noun: str | None = Field(None, description="what a picture shows, as in: show me a pet; null: a picture")
+    plural: str | None = Field(None, description="what the classes are, as in: I know five pets; null: classes")
+    purpose: str | None = Field(None, description="what the model is for, for its card and report")
+    colour: str | None = Field(
+        None, pattern="^#[0-9A-Fa-f]{6}$", description="colour of the demo, such as #2a6f97; null: that of the domain"
+    )
 
 # %% ../../nbs/core/04_params.ipynb #register
 class Register(Section):

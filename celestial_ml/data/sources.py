@@ -5,7 +5,7 @@
 # %% ../../nbs/data/06_sources.ipynb #308d90fe
 from __future__ import annotations
 
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +63,39 @@ SOURCES["guide"] = Source(
     lambda data, seed, root, run: get_guide(root / "data"), lambda data, root: root / "data" / "raw"
 )
 
+# %% ../../nbs/data/06_sources.ipynb #source-catalogs
+def _catalogs(data: Data, seed: int, root: Path, run: Path) -> dict[str, pd.DataFrame]:
+    "The catalog of every source; `CelestialError` where two of them are one folder."
+    from celestial_ml.data.catalog import make_catalog
+
+    folders: dict[Path, str] = {}
+    catalogs: dict[str, pd.DataFrame] = {}
+    for name in data.all_sources:
+        folder = get_source(name).fetch(data, seed, root, run)
+        if (other := folders.setdefault(folder.resolve(), name)) != name or name in catalogs:
+            raise CelestialError(
+                f"the sources {other} and {name} have their images in the same folder, {folder}",
+                "Name every source once in data.sources and data.test_source.",
+            )
+        catalogs[name] = make_catalog(folder, root).assign(source=name)
+    return catalogs
+
+# %% ../../nbs/data/06_sources.ipynb #test-images
+def _test_images(data: Data, learned: list[pd.DataFrame], tested: pd.DataFrame) -> pd.DataFrame:
+    "The images of `data.test_source`; `CelestialError` where they don't fit those that are learned from."
+    names = ", ".join(data.learned)
+    if any((part.split == "test").any() for part in learned):
+        raise CelestialError(
+            f"data.source {names} has a folder test, and data.test_source is {data.test_source}",
+            "Set one of them to null, or data.split=stratified to learn from all images of data.source.",
+        )
+    if strange := sorted(set(tested.label) - {label for part in learned for label in part.label}):
+        raise CelestialError(
+            f"data.test_source {data.test_source} has classes that data.source {names} lacks: {', '.join(strange)}",
+            "Test on images of the classes that are learned.",
+        )
+    return tested.drop(columns="part", errors="ignore").assign(split="test")
+
 # %% ../../nbs/data/06_sources.ipynb #make-data-set
 def make_data_set(
     data: Data,
@@ -73,25 +106,16 @@ def make_data_set(
     "Fetch the images, read every one, and decide which are held out."
     import pandas as pd  # here, so that a run with nothing to do doesn't wait for it
 
-    from celestial_ml.data.catalog import make_catalog, with_split
+    from celestial_ml.data.catalog import with_split
 
-    catalog = make_catalog(get_source(data.source).fetch(data, seed, root, run), root).assign(source=data.source)
-    if data.test_source is None:
-        return with_split(catalog, data, seed)
-    learned = with_split(catalog, data.model_copy(update={"test": 0.0}), seed)
-    if (learned.split == "test").any():
-        raise CelestialError(
-            f"data.source {data.source} has a folder test, and data.test_source is {data.test_source}",
-            "Set one of them to null, or data.split=stratified to learn from all images of data.source.",
-        )
-    tested = make_catalog(get_source(data.test_source).fetch(data, seed, root, run), root)
-    tested = tested.drop(columns="part", errors="ignore")
-    if strange := sorted(set(tested.label) - set(learned.label)):
-        raise CelestialError(
-            f"data.test_source {data.test_source} has classes that data.source {data.source} lacks: {', '.join(strange)}",
-            "Test on images of the classes that are learned.",
-        )
-    both = pd.concat([learned, tested.assign(source=data.test_source, split="test")], ignore_index=True)
-    passed = Counter(learned.attrs["passed_over"]) + Counter(tested.attrs["passed_over"])
-    both.attrs = tested.attrs | learned.attrs | {"passed_over": dict(passed)}
-    return both
+    catalogs = _catalogs(data, seed, root, run)
+    held_out = data if data.test_source is None else data.model_copy(update={"test": 0.0})
+    parts = [with_split(catalogs[name], held_out, seed) for name in data.learned]
+    if data.test_source is not None:
+        parts.append(_test_images(data, parts, catalogs[data.test_source]))
+    catalog = pd.concat(parts, ignore_index=True)
+    passed = sum((Counter(part.attrs["passed_over"]) for part in parts), Counter())
+    rules = dict.fromkeys(rule for part in parts if (rule := part.attrs.get("split_by")))
+    catalog.attrs = dict(ChainMap(*(part.attrs for part in parts)))
+    catalog.attrs |= {"passed_over": dict(passed), "split_by": ", ".join(rules)}
+    return catalog

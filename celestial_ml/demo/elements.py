@@ -8,7 +8,7 @@ __all__ = ['static', 'picture_uri', 'example_uri', 'sky', 'hero', 'foot']
 # %% ../../nbs/demo/01_elements.ipynb #143e4451
 import base64
 import io
-from collections.abc import Iterable
+from collections.abc import Collection
 from functools import lru_cache
 from importlib.resources import files
 
@@ -62,11 +62,11 @@ def sky(
 
 
 def hero(
-    classes: Iterable[str],  # of the model
+    classes: Collection[str],  # of the model
 ) -> str:
     "The head of the page: the question that it answers."
     domain, picture = domain_of(classes), example_uri("hero", tuple(classes), 480)
-    return part("hero", picture=picture, question=domain.question, invitation=domain.invitation)
+    return part("hero", picture=picture, question=domain.title, invitation=domain.invitation)
 
 
 def foot(manifest: Manifest | None) -> str:  # None: there is no model
@@ -74,6 +74,7 @@ def foot(manifest: Manifest | None) -> str:  # None: there is no model
     if manifest is None:
         return part("foot", line="There is no model yet")
     source, record = manifest.lineage.source, track_record(manifest.metrics)
-    trained_on = domain_of(manifest.classes).source_names.get(str(source), "pictures of your own")
+    names = domain_of(manifest.classes).source_names
+    trained_on = " and ".join(names.get(name, "pictures of your own") for name in str(source).split(", "))
     line = f"Model {manifest.model}" + (f", trained on {trained_on}" if source else "")
     return part("foot", line=line + (f"; {record}" if record else ""))

@@ -28,7 +28,7 @@ def build_demo(host: Host) -> "gr.Blocks":
 
     block: dict[str, Any] = {"apply_default_css": False}
     classes = host.classes
-    with gr.Blocks(title=domain_of(classes).question, analytics_enabled=False) as page:
+    with gr.Blocks(title=domain_of(classes).title, analytics_enabled=False) as page:
         gr.HTML(hero(classes), elem_id="hero", **block)
         footer = gr.HTML(lambda: foot(host.manifest), elem_id="foot", render=False, **block)
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap"):

@@ -7,7 +7,7 @@ __all__ = ['SORRY', 'in_sentence', 'counted', 'percent', 'track_record', 'senten
            'share_floor', 'part', 'card']
 
 # %% ../../nbs/demo/00_wording.ipynb #3b6bdda6
-from collections.abc import Iterable
+from collections.abc import Collection
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..serve.predictor import Prediction
 # %% ../../nbs/demo/00_wording.ipynb #named
 def in_sentence(
     label: str,
-    classes: Iterable[str],  # of the model
+    classes: Collection[str],  # of the model
 ) -> str:  # as in: this is …
     "A class's name in a sentence, as its domain puts it."
     return domain_of(classes).in_sentence(label)

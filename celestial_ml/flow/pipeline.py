@@ -95,8 +95,9 @@ def images_checksum(
     cache: dict[Any, Any] | None = None,  # folder → checksum
 ) -> str | None:  # None where the run makes all of its images; empty where some are to be fetched first
     "The checksum of the images that come from outside."
-    names = filter(None, (params.data.source, params.data.test_source))
-    folders = [folder for name in names if (folder := get_source(name).inputs(params.data, root)) is not None]
+    folders = [
+        folder for name in params.data.all_sources if (folder := get_source(name).inputs(params.data, root)) is not None
+    ]
     cache = {} if cache is None else cache
     for folder in folders:
         if folder.is_dir() and folder not in cache:
@@ -109,7 +110,7 @@ def fetch_images(plan: Plan) -> Plan:
     if plan.stale.get("acquire") != FETCH:
         return plan
     data = plan.params.data
-    for name in filter(None, (data.source, data.test_source)):
+    for name in data.all_sources:
         source = get_source(name)
         folder = source.inputs(data, plan.root)
         if folder is not None and not folder.is_dir():

@@ -76,7 +76,8 @@ def shared_settings(
     "What the trials of a study have in common."
     data = {key: value for key, value in acquired.items() if key in Data.model_fields and key != "folder"}
     try:
-        outside = get_source(acquired["source"]).inputs(Data.of(**data, folder=acquired["folder"]), Path()) is not None
+        p = Data.of(**data, folder=acquired["folder"])
+        outside = any(get_source(name).inputs(p, Path()) is not None for name in p.all_sources)
     except CelestialError:  # the folder was moved since
         outside = True
     if outside:

@@ -60,7 +60,8 @@ def write_examples(
 class Planets(Domain):
     "The ten bodies of the renderer."
 
-    noun, plural, question = "world", "bodies", "Which world is this?"
+    name, is_sky, colour = "planets", True, "#9a6208"
+    noun, plural, title = "world", "bodies", "Which world is this?"
     invitation = "Drop a picture of a planet, of Pluto or of the Moon."
     classes, examples = tuple(BODIES), (*BODIES, TABLECLOTH)
     controls = (
@@ -70,6 +71,8 @@ class Planets(Domain):
         Control("exposure", "Exposure", 0.05, 4, 1, 0.05, "exposed {:.2f} times"),
         Control("warmth", "Colour cast (blue to red)", -0.5, 0.5, 0, 0.01, "cast by {:+.2f} in colour"),
     )
+    slices = ("phase", "lit share", "size", "brightness", "sharpness", "saturation", "latitude", "source", "class")
+    harmless = ("roll", "mirror", "jpeg")
     near_ood: ClassVar = {"bodies": ("Ceres", "Ganymede", "Io", "Europa", "Titan")}
     source_names: ClassVar = {"render": "pictures drawn by our own renderer", "guide": "the Swiss AI Center's pictures"}
 
@@ -105,7 +108,7 @@ class Planets(Domain):
 
         return {"render": RENDERED}
 
-
+# %% ../../nbs/planets/05_domain.ipynb #planets-domain-object
 DOMAIN = Planets()
 
 # %% ../../nbs/planets/05_domain.ipynb #planets-main
