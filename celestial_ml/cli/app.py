@@ -7,6 +7,7 @@ __all__ = ['app', 'data_app', 'main']
 
 # %% ../../nbs/cli/09_app.ipynb #bbc46a24
 import codecs
+import gc
 import json
 import locale
 import os
@@ -266,9 +267,9 @@ def data_show(
     from celestial_ml.data.images import decode_image
     from celestial_ml.data.sheet import contact_sheet
 
-    catalog, _ = _read_catalog(folder, params)
+    catalog, p = _read_catalog(folder, params)
     shown = catalog[catalog.error.isna()].groupby("label").head(10)
-    pictures = [decode_image(project_root() / path) for path in shown.path]
+    pictures = [decode_image(project_root() / path, background=p.prepare.background) for path in shown.path]
     with atomic(output) as f:
         contact_sheet(pictures, list(shown.label), columns=10).save(f)
     print(f"look:  {output}")
@@ -311,4 +312,5 @@ def main() -> None:
             print_error(refusal)
         code = CUT_OFF if isinstance(e, BrokenPipeError) else 2
         drop_output()
+    gc.freeze()  # or IPython would collect garbage at the end, once for each step that has run
     sys.exit(code)

@@ -72,7 +72,7 @@ def _summary(result: "Result", model: "Predictor", images: str, column: str | No
         pace = {"images a second": f"{result.rate:,.0f}", "took": as_time(result.seconds)} if result.rate else {}
         if left := sum(result.passed_over.values()):
             pace["passed over"] = f"{left:,}"
-        write_page(result.where, summary, find_inputs(images, column), model.version, result.bad, pace)
+        write_page(result.where, summary, find_inputs(images, column), model, result.bad, pace)
     return summary
 
 

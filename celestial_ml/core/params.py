@@ -72,7 +72,7 @@ class Data(Section):
         "The sources that images come from, that of the test images too."
         return self.learned + ([] if self.test_source is None else [self.test_source])
 
-
+# %% ../../nbs/core/04_params.ipynb #check-prepare
 class Check(Section):
     "What the images must fulfil before any is learned from."
 
@@ -89,6 +89,9 @@ class Prepare(Section):
     size: int = Field(64, ge=16, le=512, description="side of the network's input, in pixels")
     grayscale: bool = Field(False, description="drop the colours")
     antialias: bool = Field(True, description="low-pass filter before making smaller")
+    background: Literal["auto", "black", "white"] = Field(
+        "auto", description="under transparent pixels; auto: black, and white for a dark drawing"
+    )
 
 # %% ../../nbs/core/04_params.ipynb #model
 class Model(Section):

@@ -9,7 +9,7 @@ __all__ = ['Manifest', 'read_manifest', 'damage', 'copy_package', 'fingerprint',
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -98,6 +98,7 @@ class Manifest(Document):
     file: FileName = MODEL_FILE
     files: dict[FileName, str] = Field({})  # the other files of the package, such as training examples → SHA-256
     input: str = ""
+    background: Literal["auto", "black", "white"] = "black"  # under transparent pixels; older packages don't say
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)  # that the logits are divided by
     false_alarms: float | None = None  # the share of known pictures that the threshold was set for
     false_alarm_rate: float | None = None  # the share of test images above it
@@ -175,13 +176,14 @@ def copy_package(
             shutil.copy2(source / file, folder)
         write_json(folder / MODEL_JSON, read_json(source / MODEL_JSON) | {"name": name, "version": version})
 
-
+# %% ../../nbs/package/02_manifest.ipynb #fingerprint
 def fingerprint(
     folder: Path,  # of a package
 ) -> str:  # 64 hexadecimal digits
     "One checksum of all that makes a package what it is: its files, and what decides and describes its answers."
     content = read_json(folder / MODEL_JSON)
     decisive = [content.get(key) for key in ("file", "classes", "ood_threshold", "temperature", "metrics")]
+    decisive += [content[key] for key in ("background",) if key in content]  # older packages lack it
     return sha256_of(json.dumps([read_manifest(folder).checksums, decisive], sort_keys=True).encode())
 
 # %% ../../nbs/package/02_manifest.ipynb #write-manifest
