@@ -194,7 +194,7 @@ class Metrics(Document):
         ]
         return sorted(names, key=lambda name: self.margins[name].value)
 
-
+# %% ../../nbs/package/01_metrics.ipynb #read-metrics
 def read_metrics(
     folder: Path,  # of a run
 ) -> Metrics:
