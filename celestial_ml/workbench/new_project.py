@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import celestial_ml
+from ..core.domains import domain_of
 from ..core.errors import CelestialError
 from ..core.files import atomic
 from ..core.names import check_class, check_name, check_path
@@ -129,6 +130,7 @@ def new_project(
         raise CelestialError(f"there is no folder {path.parent}", "Make it first.")
     names, images = classes_of(classes, data), data.resolve().as_posix() if data else "data/images"
     answers = {"project": path.name, "package": package, "classes": names, "data": images, "size": size}
+    answers["domain"] = domain_of(names).name
     with atomic(path) as beside:
         _fill(beside, answers | library_source())
     return names
