@@ -86,8 +86,11 @@ class Check(Section):
 class Prepare(Section):
     "From a picture of any size to the network's input."
 
-    size: Annotated[int, Field(ge=16, le=512)] | Literal["auto"] = Field(
-        64, description="side of the network's input, in pixels; auto: 64 to 224, as large as the pictures are"
+    size: int | None = Field(
+        64,
+        ge=16,
+        le=512,
+        description="side of the network's input, in pixels; null: 64 to 224, as large as the pictures are",
     )
     grayscale: bool = Field(False, description="drop the colours")
     antialias: bool = Field(True, description="low-pass filter before making smaller")
@@ -100,7 +103,7 @@ class Model(Section):
     "The network."
 
     network: str = Field(
-        "compact", description="auto, compact, residual, guide, efficientnet_lite0 (pretrained), or your own"
+        "auto", description="auto, compact, residual, guide, efficientnet_lite0 (pretrained), or your own"
     )
     pool: int = Field(1, ge=1, le=8, description="side of the square of pixels that are averaged to one, to be quicker")
     width: int = Field(32, ge=4, le=512, description="filters of the first convolution")
@@ -116,7 +119,7 @@ class Train(Section):
     lr: float = Field(3e-3, gt=0, le=1, description="learning rate of Adam, at its peak")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="course of the learning rate")
     augment: Literal["auto", "none", "upright", "photo", "sky"] = Field(
-        "sky",
+        "auto",
         description="how differently an image is shown each time; upright: shift, zoom, colour, blur; photo: mirrored, "
         "too; sky: rolled to any angle, at any phase, among stars; auto: what the validation images favour",
     )
@@ -136,6 +139,9 @@ class Evaluate(Section):
     false_alarms: float = Field(0.01, gt=0, lt=0.5, description="share of known pictures that may be called unknown")
     bootstrap: int = Field(1000, ge=100, le=100_000, description="resamples behind each 95 % interval")
     min_slice: int = Field(15, ge=1, description="images that a slice needs to be judged")
+    strangers: str | None = Field(
+        None, description="a folder of pictures that show none of the classes; null: drawn ones alone"
+    )
     ood_images: int = Field(60, ge=4, le=10_000, description="pictures of each kind of thing that is not a known class")
     domain: str = Field(
         "auto", description="what is known of the classes beyond their images: auto, none, or the name of a plug-in"

@@ -269,14 +269,14 @@ def augment(
     pixels: tf.Tensor,  # uint8 (n, size, size, channels), in a random order
     seed: tf.Tensor,  # two integers: the same seed gives the same pictures
     rough: float = 0.75,  # share of the pictures, the first ones, that are changed roughly
-    level: str = "sky",  # of `LEVELS`, or none
+    level: str = "sky",  # of `LEVELS`, or none; auto: upright, until the evidence is in
 ) -> tf.Tensor:  # uint8, the same shape
     "Another picture of the same thing, for each picture."
     import tensorflow as tf
 
     if level == "none":
         return pixels
-    limits, images = LEVELS[level], tf.cast(pixels, tf.float32)
+    limits, images = LEVELS.get(level, LEVELS["upright"]), tf.cast(pixels, tf.float32)
     count = tf.cast(rough * tf.cast(tf.shape(images)[0], tf.float32), tf.int32)
     if limits.sky:
         images = tf.concat([random_phase(images[:count], seed), images[count:]], 0)

@@ -113,6 +113,7 @@ def build_network(
     classes: int,  # how many
 ) -> keras.Model:  # uint8 pixels (n, size, size, channels) → logits (n, classes)
     "An untrained network; `CelestialError` for a name that nobody registered, or without a layer named embedding."
+    p = p.model_copy(update={"network": "compact"}) if p.network == "auto" else p  # until the evidence is in
     layers = get_network(p.network)
     import keras
 
