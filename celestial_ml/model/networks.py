@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import CelestialError, unknown
 from ..core.params import Model
 from ..core.plugins import find_plugin
+from .pretrained import efficientnet_lite0
 
 if TYPE_CHECKING:
     import keras
@@ -33,6 +34,8 @@ def get_network(
     name: str,  # as in the parameter model.network
 ) -> Layers:
     "The registered network of that name, or the project's own; `CelestialError` where there is none."
+    if name == "auto":  # until the evidence is in
+        return compact
     if own := find_plugin("network (model.network)", name):
         return own
     if name not in NETWORKS:
@@ -106,6 +109,9 @@ def residual(x: Any, p: Model) -> Any:
         stages.append(x)
     return _embedding(stages[0], stages[1], p)
 
+
+network(efficientnet_lite0)
+
 # %% ../../nbs/model/00_networks.ipynb #build-network
 def build_network(
     p: Model,
@@ -113,7 +119,6 @@ def build_network(
     classes: int,  # how many
 ) -> keras.Model:  # uint8 pixels (n, size, size, channels) → logits (n, classes)
     "An untrained network; `CelestialError` for a name that nobody registered, or without a layer named embedding."
-    p = p.model_copy(update={"network": "compact"}) if p.network == "auto" else p  # until the evidence is in
     layers = get_network(p.network)
     import keras
 

@@ -20,7 +20,6 @@ from ..core.files import atomic, home, sha256_of
 from ..core.params import Model, Train
 from ..core.progress import say
 from .augment import augment
-from .networks import network
 
 if TYPE_CHECKING:
     import keras
@@ -125,7 +124,6 @@ def _named_layers(x: Any) -> Iterator[tuple[str, Any]]:
     yield "head", normed(convolution(x, "_conv_head", 1280), "_bn1")
 
 
-@network
 def efficientnet_lite0(x: Any, p: Model) -> Any:
     "EfficientNet-Lite0's frozen features of five depths, behind a frozen linear embedding of 4 * p.embedding numbers."
     import keras
