@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from .labels import METADATA, PARTS, composed, label_table
 
 from ..core.errors import CelestialError
 from ..core.files import sha256_of
@@ -25,6 +24,7 @@ from ..core.names import check_class, printable
 from ..core.params import Data
 from ..core.progress import progress
 from .images import SUFFIXES, find_pictures, is_picture, read_content, read_image
+from .labels import METADATA, PARTS, composed, label_table
 
 # %% ../../nbs/data/04_catalog.ipynb #class-folders
 def _class_folders(folder: Path, passed: PassedOver) -> list[Path]:

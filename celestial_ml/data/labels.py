@@ -58,7 +58,7 @@ def _csv_rows(path: Path, text: str) -> dict[int, dict[str, Any]]:
         )
     return {row: dict(zip(names, cells, strict=False)) for row, cells in rows.items()} or {1: dict.fromkeys(names, "")}
 
-
+# %% ../../nbs/data/02_labels.ipynb #json-rows
 def _json_rows(path: Path, text: str) -> dict[int, dict[str, Any]]:
     "The objects of JSON lines, by the number of their line."
     rows = {}
@@ -126,7 +126,7 @@ def read_labels(
     others = [column for column in table if column not in _COLUMNS]
     return table.assign(**{column: _typed(table[column]) for column in others})
 
-
+# %% ../../nbs/data/02_labels.ipynb #cells
 def _cell(value: Any) -> str:
     "A cell as text; a list of one is that one."
     if isinstance(value, list):
