@@ -7,6 +7,7 @@ __all__ = ['app', 'data_app', 'main']
 
 # %% ../../nbs/cli/09_app.ipynb #bbc46a24
 import codecs
+import gc
 import json
 import locale
 import os
@@ -315,4 +316,5 @@ def main() -> None:
             print_error(refusal)
         code = CUT_OFF if isinstance(e, BrokenPipeError) else 2
         drop_output()
+    gc.freeze()  # or IPython would collect garbage at the end, once for each step that has run
     sys.exit(code)

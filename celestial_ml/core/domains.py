@@ -56,7 +56,7 @@ class Domain:
     is_sky = False  # whether a picture shows a lit thing on black: stars, phases and rolls fit it
     slices: Sequence[str] = ("brightness", "contrast", "sharpness", "saturation", "shape", "source", "class")
     harmless: Sequence[str] = ("shift", "jpeg")  # changes of a picture that must keep the answer
-    examples: Sequence[str] = ()  # names of pictures to try
+    examples: Sequence[str] = ()  # names of pictures to try that show none of the classes
     controls: Sequence[Control] = ()  # of `draw`; none: nothing is drawn
     near_ood: ClassVar[dict[str, Sequence[str]]] = {}  # kind that is hard to tell from the classes → what it shows
     source_names: ClassVar[dict[str, str]] = {}  # data.source → what it is, for a sentence
