@@ -151,6 +151,13 @@ def test_class_names_with_commas_are_names(tmp_path: Path) -> None:
     assert set(image_files(folder)) == {"tench, Tinca tinca", "goldfish, Carassius"}
 
 
+def test_the_usual_column_comes_before_others(tmp_path: Path) -> None:
+    folder = flat(tmp_path, 2)
+    (folder / "metadata.csv").write_text("file,file_name,Label,class,label\nx,0.png,cat,1,2\ny,1.png,dog,3,4\n")
+    catalog = make_catalog(folder)
+    assert list(catalog.label) == ["cat", "dog"] and catalog["class"].tolist() == [1, 3]
+
+
 def test_two_tables_in_one_folder_are_refused(tmp_path: Path) -> None:
     folder = flat(tmp_path, 2)
     (folder / "metadata.csv").write_text(table(count=2))

@@ -106,15 +106,16 @@ def read_labels(
     rows = (_json_rows if path.suffix.lower() == ".jsonl" else _csv_rows)(path, _text(path))
     cells = {row: {name: _cell(value) for name, value in row_.items() if name} for row, row_ in rows.items()}
     table = pd.DataFrame.from_dict(cells, orient="index").fillna("")
+    columns = [*map(str, table)]
     for name, usual in _COLUMNS.items():
-        columns = sorted(
-            (column for column in table if column.casefold() in usual), key=lambda c: usual.index(c.casefold())
+        there = sorted(
+            (column for column in columns if column.casefold() in usual), key=lambda c: usual.index(c.casefold())
         )
-        if columns:
-            table = table.rename(columns={columns[0]: name})
+        if there and there[0] != name:
+            table = table.drop(columns=name, errors="ignore").rename(columns={there[0]: name})
     if "file" not in table:
-        columns = ", ".join(map(printable, table)) or "none"
-        raise CelestialError(f"{path} has no column file_name; its columns: {columns}", "It holds the picture's path.")
+        listed = ", ".join(map(printable, columns)) or "none"
+        raise CelestialError(f"{path} has no column file_name; its columns: {listed}", "It holds the picture's path.")
     if "label" in table:
         _check_labels(path, table)
     table = table[table.file != ""]  # spreadsheets add rows of commas alone at the end
@@ -123,7 +124,7 @@ def read_labels(
             what = f"the split is {odd.split.iloc[0]!r}" if odd.split.iloc[0] else "there is no split"
             _refuse(path, odd.index, what, "Write train, val or test, or remove the column.")
         table["split"] = table.split.str.casefold().map(PARTS)
-    others = [column for column in table if column not in _COLUMNS]
+    others = [column for column in map(str, table) if column not in _COLUMNS]
     return table.assign(**{column: _typed(table[column]) for column in others})
 
 # %% ../../nbs/data/02_labels.ipynb #cells
@@ -169,7 +170,7 @@ def label_table(
     passed: PassedOver | None = None,  # counts the pictures that the table doesn't name
 ) -> pd.DataFrame | None:  # by the picture's path below the folder: path (on the disk), label, split, others; or None
     "What a table says about the pictures of a folder; `CelestialError` where the two don't fit."
-    tables = []
+    tables, passed = [], PassedOver() if passed is None else passed
     for path in [labels] if labels else _metadata_files(folder):
         inner, table = ("" if labels else path.parent.relative_to(folder).as_posix().lstrip(".")), read_labels(path)
         if "label" in table:
@@ -211,9 +212,7 @@ def _metadata_files(folder: Path) -> list[Path]:
     return []
 
 
-def _pictures(
-    path: Path, table: pd.DataFrame, folder: Path, passed: PassedOver | None
-) -> tuple[pd.Series, dict[str, str]]:
+def _pictures(path: Path, table: pd.DataFrame, folder: Path, passed: PassedOver) -> tuple[pd.Series, dict[str, str]]:
     "The name of each row's picture, and the path on the disk of every name."
     there = {
         composed(PurePosixPath(file).relative_to(folder).as_posix()): file for file in find_pictures(folder, passed)
@@ -228,7 +227,7 @@ def _pictures(
         what = f"{printable(file)} {'is not a JPEG, PNG or WebP' if other else f'is not in {folder}'}"
         hint = "Convert it." if other else "Paths are relative to that folder; data.folder names another one."
         _refuse(path, missing, what, hint)
-    for name in sorted(there.keys() - set(names)) if passed is not None else ():
+    for name in sorted(there.keys() - set(names)):
         passed.add("no_label", there[name])
     return names, there
 

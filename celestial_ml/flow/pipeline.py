@@ -104,7 +104,7 @@ def images_checksum(
             cache[folder] = folder_checksum(folder)
     if (table := labels_path(params.data, root)) and table not in cache:
         cache[table] = sha256_of(table)
-    folders += [table] * (table is not None)
+    folders += [table] if table else []
     return " ".join(cache[folder] for folder in folders) or None if all(f in cache for f in folders) else ""
 
 # %% ../../nbs/flow/03_pipeline.ipynb #fetch-images
