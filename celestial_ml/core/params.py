@@ -126,7 +126,7 @@ class Evaluate(Section):
     min_slice: int = Field(15, ge=1, description="images that a slice needs to be judged")
     ood_images: int = Field(60, ge=4, le=10_000, description="pictures of each kind of thing that is not a known class")
     domain: str = Field(
-        "auto", description="what is known of the classes beyond their images: auto, none, or a plug-in such as planets"
+        "auto", description="what is known of the classes beyond their images: auto, none, or the name of a plug-in"
     )
     slice_by: list[str] | None = Field(
         None, description="the kinds of picture that are judged apart; null: those of the domain"
@@ -197,7 +197,7 @@ class Register(Section):
         gt=0,
         description="difference of a logit, Keras against what is served, as a share of the largest, at most",
     )
-    must_beat: list[Literal["trivial", "guide-baseline"]] = Field(
+    must_beat: list[Literal["trivial", "colours", "pixels", "guide-baseline"]] = Field(
         ["trivial", "guide-baseline"], description="what it must be significantly better than, on the same images"
     )
     require_stress: bool = Field(
