@@ -131,46 +131,6 @@ def new_project(
     names, table = classes_of(classes, data), data if data and data.is_file() else None
     images = ((table.parent if table else data).resolve().as_posix()) if data else "data/images"
     answers = {"project": path.name, "package": package, "classes": names, "data": images, "size": size}
-    answers["labels"] = table.resolve().as_posix() if table else ""
-    with atomic(path) as beside:
-        _fill(beside, answers | library_source())
-    return names
-
-
-def _fill(folder: Path, answers: dict[str, Any]) -> None:
-    "Fill the template in."
-    if find_spec("copier") is None:
-        raise CelestialError("copier isn't installed", "pip install 'celestial-ml[train]'")
-    from copier import run_copy
-
-    with as_file(files("celestial_ml.workbench") / "template") as template, tempfile.TemporaryDirectory() as name:
-        form = Path(name) / "template"
-        shutil.copytree(template, form, ignore=shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__"))
-        run_copy(str(form), folder, data=answers, defaults=True, overwrite=True, quiet=True)
-    for name in ("pipeline.yaml", "nbs/steps/01_acquire.ipynb"):
-        if not (folder / name).is_file():
-            raise CelestialError(f"the template lacks {name}", "Links are missing: install celestial-ml again.")
-
-# %% ../../nbs/workbench/02_new_project.ipynb #fill
-def new_project(
-    path: Path,  # the project's folder; must not exist
-    classes: Sequence[str] | None = None,  # None: the folders in data
-    data: Path | None = None,  # as `classes_of`; None: data/images in the project, still empty
-    size: int = 64,  # side of the network's input, in pixels
-) -> list[str]:  # its classes
-    "Make a project; `CelestialError`, and nothing is written, for whatever is wrong."
-    path = path.absolute()
-    package = package_name(path.name)
-    Prepare.of(size=size)
-    for folder in filter(None, (path, data)):
-        check_path(folder)
-    if path.exists() or path.is_symlink():
-        raise CelestialError(f"{path} is there already", "Choose another name, or remove it.")
-    if not path.parent.is_dir():
-        raise CelestialError(f"there is no folder {path.parent}", "Make it first.")
-    names, table = classes_of(classes, data), data if data and data.is_file() else None
-    images = ((table.parent if table else data).resolve().as_posix()) if data else "data/images"
-    answers = {"project": path.name, "package": package, "classes": names, "data": images, "size": size}
     answers["domain"] = domain_of(names).name
     with atomic(path) as beside:
         _fill(beside, answers | library_source())
