@@ -215,7 +215,7 @@ def ood_kinds(
     "The kinds of OOD pictures for these classes: those of their domain, the general ones, and one's own."
     of_domain = domain_of(classes, domain)
     # Photographs from the ground may show a project's own classes: cats, flowers.
-    general = {name: draw for name, draw in OOD_KINDS.items() if of_domain.is_sky or name != "photographs"}
+    general = {name: draw for name, draw in OOD_KINDS.items() if of_domain.on_black or name != "photographs"}
     return of_domain.ood_kinds() | general | ({"own": _pictures_in(own)} if own else {})
 
 # %% ../../nbs/data/14_ood_images.ipynb #strangers-table
