@@ -167,8 +167,8 @@ class Explain(Section):
     "What of the model's reasons is shown."
 
     per_class: int = Field(1, ge=1, le=20, description="images of each class to explain")
-    patch: int = Field(12, ge=2, le=128, description="side of the square that is covered, in input pixels")
-    stride: int = Field(4, ge=1, le=64, description="step between two covers, in input pixels")
+    patch: int = Field(12, ge=2, le=128, description="side of the square that is covered, in 64ths of the picture's")
+    stride: int = Field(4, ge=1, le=64, description="step between two covers, in 64ths of the picture's side")
 
 
 class Package(Section):

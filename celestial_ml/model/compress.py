@@ -120,7 +120,7 @@ def _packed(
     name, weights = constant.name, numpy_helper.to_array(constant)
     if weights.size < smallest or weights.dtype != np.float32:
         return [constant], []
-    if name == "answer/whitening" and abs(weights).max() < np.finfo(np.float16).max:
+    if name in ("answer/whitening", "answer/background_whitening") and abs(weights).max() < np.finfo(np.float16).max:
         half = numpy_helper.from_array(weights.astype(np.float16), f"{name}/float16")
         return [half], [helper.make_node("Cast", [half.name], [name], to=onnx.TensorProto.FLOAT)]
     if name not in axes:

@@ -76,7 +76,7 @@ def with_embedding(
 def logits_and_embeddings(
     both: keras.Model,  # of `with_embedding`
     pixels: np.ndarray,  # uint8 (n, size, size, channels)
-    batch_size: int = 256,
+    batch_size: int = 64,
 ) -> tuple[np.ndarray, np.ndarray]:  # float32 (n, classes) and (n, embedding)
     "What the network answers for each image, and what it answers from."
     # A call, not `predict`, which would trace the network anew for each network and size of a batch.

@@ -56,13 +56,20 @@ answer (float[n, k] logits, float[n, d] embedding) => (float[n, k] probabilities
   offsets = Sub (spread, means)
   squares = ReduceSumSquare <keepdims = 0> (offsets, two)
   nearest = ReduceMin <keepdims = 0> (squares, one)
-  distance = Sqrt (nearest)
-  unit = Constant <value = float {unit}> ()
-  far = Div (distance, unit)
+  centred_all = Sub (embedding, background_centre)
+  white_all = MatMul (centred_all, background_whitening)
+  offsets_all = Sub (white_all, background_means)
+  background = ReduceSumSquare <keepdims = 0> (offsets_all, one)
+  difference = Sub (nearest, background)
+  factor = Constant <value = float {factor}> ()
+  offset = Constant <value = float {offset}> ()
+  scaled_difference = Mul (difference, factor)
+  far = Add (scaled_difference, offset)
   bias = Constant <value = float {bias}> ()
   exposed = MatMul (embedding, exposure)
   strange = Add (exposed, bias)
-  ood_score = Max (far, strange)
+  zero = Constant <value = float {{0}}> ()
+  ood_score = Max (far, strange, zero)
 }}
 """
 
@@ -72,14 +79,13 @@ def answer_graph(
     temperature: float = 1.0,  # that the logits are divided by
 ) -> onnx.ModelProto:  # logits, embedding → probabilities float32 (n, classes), ood_score float32 (n,)
     "The out-of-distribution score and the calibrated probabilities, as ONNX."
-    numbers = {"sharpness": 1 / temperature, "unit": ood.unit, "bias": ood.bias}
+    numbers = {"sharpness": 1 / temperature, "factor": ood.far[0], "offset": ood.far[1], "bias": ood.bias}
     model = onnx.parser.parse_model(
         _ANSWER.format(opset=OPSET, **{name: f"{{{value:.9g}}}" for name, value in numbers.items()})
     )
-    arrays = {name: getattr(ood.distance, name) for name in ("centre", "whitening", "means")}
-    arrays["exposure"] = np.zeros(len(ood.distance.centre), np.float32) if ood.exposure is None else ood.exposure
-    for name, array in arrays.items():
-        model.graph.initializer.append(numpy_helper.from_array(array, name))
+    for name, array in ood.arrays().items():
+        if name != "scale":
+            model.graph.initializer.append(numpy_helper.from_array(array, name))
     onnx.checker.check_model(model, full_check=True)
     return model
 

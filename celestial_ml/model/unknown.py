@@ -164,11 +164,12 @@ def auroc(
 # %% ../../nbs/model/06_unknown.ipynb #ood-score
 @dataclass(frozen=True)
 class OodScore:
-    "The out-of-distribution score: the distance to the classes, or the likeness to strangers, whichever is larger."
+    "The out-of-distribution score: far from every class, or like a stranger, whichever is more. 1 is the edge of the known."
 
-    distance: Distance
-    unit: float = 1.0  # the distance that counts as 1
-    exposure: np.ndarray | None = None  # float32 (d,): weights of the head that has seen strangers
+    distance: Distance  # to the classes
+    background: Distance  # to all images as one class
+    far: tuple[float, float]  # factor and offset of the difference of their squares
+    exposure: np.ndarray  # float32 (d,): weights of the head that has seen strangers, or zeros
     bias: float = 0.0
 
     def __call__(
@@ -176,23 +177,38 @@ class OodScore:
         embeddings: np.ndarray,  # float (n, d)
     ) -> np.ndarray:  # float (n,), 0 and more
         "The score of each embedding."
-        far = self.distance(embeddings) / self.unit
-        return far if self.exposure is None else np.maximum(far, embeddings @ self.exposure + self.bias)
+        far = (self.distance(embeddings) ** 2 - self.background(embeddings) ** 2) * self.far[0] + self.far[1]
+        return np.maximum(np.maximum(far, embeddings @ self.exposure + self.bias), 0)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        "The constants, as the graph and the file hold them."
+        both = {"": self.distance, "background_": self.background}
+        parts = {f"{prefix}{name}": array for prefix, d in both.items() for name, array in asdict(d).items()}
+        return parts | {"exposure": self.exposure, "scale": np.array([*self.far, self.bias], np.float32)}
 
     def save(self, path: Path) -> None:
         "Write it as a .npz, atomically."
-        exposure = np.zeros(len(self.distance.centre), np.float32) if self.exposure is None else self.exposure
         with atomic(path) as f:
-            np.savez(f, **asdict(self.distance), unit=self.unit, exposure=exposure, bias=self.bias)
+            np.savez(f, **self.arrays())
 
     @classmethod
     def load(cls, path: Path) -> "OodScore":
         "Read what `save` wrote."
         with np.load(path, allow_pickle=False) as a:
-            distance = Distance(*(a[name] for name in ("centre", "whitening", "means")))
-            return cls(distance, float(a["unit"]), a["exposure"], float(a["bias"]))
+            parts = (
+                Distance(*(a[f"{b}{name}"] for name in ("centre", "whitening", "means"))) for b in ("", "background_")
+            )
+            factor, offset, bias = (float(x) for x in a["scale"])
+            return cls(*parts, (factor, offset), a["exposure"], bias)
 
 
+def _edge(values: np.ndarray) -> tuple[float, float]:  # factor and offset
+    "What maps the median of held-out known images to 0, and their 95th percentile to 1."
+    middle, edge = np.quantile(values, [0.5, 0.95])
+    spread = max(float(edge - middle), 1e-6)
+    return 1 / spread, -float(middle) / spread
+
+# %% ../../nbs/model/06_unknown.ipynb #fit-ood-score
 def fit_ood_score(
     embeddings: np.ndarray,  # float (n, d), of the training images
     labels: np.ndarray,  # int (n,)
@@ -201,20 +217,18 @@ def fit_ood_score(
 ) -> OodScore:
     """The score that fits these classes and strangers.
 
-    Source: Hendrycks et al. 2019, Deep anomaly detection with outlier exposure, arXiv:1812.04606; the distance as `fit_distance`."""
-    distance = fit_distance(embeddings, labels)
-    unit = float(np.quantile(distance(held_out), 0.95)) or 1.0
+    Sources: Ren et al. 2021, relative Mahalanobis, arXiv:2106.09022; Hendrycks et al. 2019, outlier exposure, arXiv:1812.04606."""
+    distance, background = fit_distance(embeddings, labels), fit_distance(embeddings, np.zeros(len(labels), int))
+    far = _edge(distance(held_out) ** 2 - background(held_out) ** 2)
     if strangers is None or not len(strangers):
-        return OodScore(distance, unit)
+        return OodScore(distance, background, far, np.zeros(embeddings.shape[1], np.float32))
     both = np.concatenate([embeddings, strangers])
     centre, scale = both.mean(axis=0), both.std(axis=0) + 1e-3
     head = LogisticRegression(C=0.1, max_iter=300, class_weight="balanced")
     head.fit((both - centre) / scale, np.repeat([0, 1], [len(embeddings), len(strangers)]))
     weights = head.coef_[0] / scale
-    logits = held_out @ weights
-    middle, edge = np.quantile(logits, [0.5, 0.95])
-    spread = max(float(edge - middle), 1e-3)
-    return OodScore(distance, unit, (weights / spread).astype(np.float32), float(1 - edge / spread))
+    factor, offset = _edge(held_out @ weights)
+    return OodScore(distance, background, far, (weights * factor).astype(np.float32), offset)
 
 # %% ../../nbs/model/06_unknown.ipynb #compare-scores
 def _without_each(
