@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .advice import baseline_rows, not_worth_it
+
 from ..core.files import without_folders
 from ..core.many_classes import listed
 from ..core.page_builder import Page, share
@@ -104,6 +106,8 @@ def make_card(
     data = _figure_tables(metrics) | {
         "about": manifest,
         "metrics": metrics,
+        "baselines": baseline_rows(metrics),
+        "warning": not_worth_it(metrics),
         "verdict": verdict,
         "verdict_words": verdict_words(verdict),
         "rules": [(r["name"], r["kind"], "✓" if r["passed"] else "✗", r["why"]) for r in verdict["rules"]],
