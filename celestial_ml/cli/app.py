@@ -71,11 +71,10 @@ def run(
     json_: AsJson = False,
 ) -> None:
     "Run the pipeline: only the steps whose inputs changed."
-    from celestial_ml.reports.advice import not_worth_it, what_to_try
-
     from celestial_ml.core.files import read_json
     from celestial_ml.flow.pipeline import execute, make_plan
     from celestial_ml.package.manifest import read_manifest
+    from celestial_ml.reports.advice import not_worth_it, what_to_try
 
     plan = make_plan(enter_project(), params, set_, name, from_, force, beside=with_ or ())
     if not json_:
@@ -220,8 +219,12 @@ def _read_catalog(folder: str | None, params: str) -> "tuple[pd.DataFrame, Param
     from celestial_ml.core.params import load_params
     from celestial_ml.data.sources import make_data_set
 
-    images = [f"data.folder={json.dumps(str(Path(folder).resolve()))}"] if folder else []
-    settings = images + ["data.source=folder", "data.sources=[]"] * bool(images)
+    settings = []
+    if folder:
+        path = Path(folder).resolve()
+        images, labels = (path.parent, str(path)) if path.is_file() else (path, None)
+        settings = [f"data.folder={json.dumps(str(images))}", f"data.labels={json.dumps(labels)}"]
+        settings += ["data.source=folder", "data.sources=[]"]
     root = project_root()
     p = load_params(params, settings, root / "params")
     return make_data_set(p.data, p.seed, root, root / "output" / params), p

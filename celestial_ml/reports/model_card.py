@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .advice import baseline_rows, not_worth_it
-
 from ..core.files import without_folders
 from ..core.many_classes import listed
 from ..core.page_builder import Page, share
 from ..package.manifest import Manifest
 from ..package.metrics import Metrics
 from ..registry.metric_comparison import flat
+from .advice import baseline_rows, not_worth_it
 
 if TYPE_CHECKING:
     import pandas as pd

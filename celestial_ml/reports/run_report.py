@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from .advice import baseline_rows, not_worth_it, what_to_try
 
 from ..core.errors import CelestialError
 from ..core.page_builder import Page, share
@@ -21,6 +20,7 @@ from ..package.published import published
 from ..registry.evidence import Evidence, Paired
 from ..registry.metric_comparison import Comparison, Difference, flat, make_comparison
 from ..registry.versions import read_version
+from .advice import baseline_rows, not_worth_it, what_to_try
 from .model_card import count_table, verdict_words, weak_spots
 
 if TYPE_CHECKING:
