@@ -217,7 +217,7 @@ def test_a_stopped_job_keeps_what_is_scored(sign: signal.Signals, model: Path, t
     time.sleep(0.5)  # it scores
     process.send_signal(sign)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "what was finished is kept" in said, said
+    assert process.returncode == 130 and "finished work is kept" in said, said
     kept = sum(pq.read_metadata(path).num_rows for path in part_files(places(out)))
     assert 0 < kept < 5940
     assert command(folder, out, "--model", model).returncode == 0

@@ -23,7 +23,9 @@ from programs import chromium
 from serving import encoded, neptune, running, tiny_model
 
 from celestial_ml.core.files import read_json, sha256_of, write_json
+from celestial_ml.core.testing import colour_model
 from celestial_ml.package.answer_examples import write_performance
+from celestial_ml.package.examples import HELD_OUT, write_examples
 from celestial_ml.package.published import find_model, models_folder
 from celestial_ml.planets.bodies import BODIES
 from celestial_ml.planets.renderer import render
@@ -80,6 +82,7 @@ PASTE = """async (bytes) => {
   document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: carrier, bubbles: true, cancelable: true}));
 }"""
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+COLOURS = ("red", "green", "blue")  # the classes of `colour_model`
 TABS = {"identify": "Identify", "fool": "Try to fool it", "compare": "Compare"}
 TABS |= {"performance": "Performance", "many": "Many at once"}
 only_tiny = pytest.mark.skipif(SCREENSHOTS is not None, reason="the answers are those of the tiny model")
@@ -304,11 +307,26 @@ class TestIdentify:
             drop(page, f"mine.{kind.lower()}", encoded(render(body), kind), f"image/{kind.lower()}")
             headline(page, body)
 
-    def test_unknown(self, open_page):
+    def test_unknown(self, open_page, home):
         page = open_page()
         drop(page, "black.png", encoded(Image.new("RGB", (64, 64))))
-        headline(page, "Nothing I know")
-        playwright.expect(page.locator("#right .plain")).to_contain_text("none of the ten bodies I know")
+        headline(page, "Not sure. Closest: Earth")
+        scale = page.get_by_role("img", name="beyond the limit")
+        assert scale.is_visible() and not page.locator("#right .bars").is_visible()
+        assert (
+            page.locator("#question").inner_text().startswith("What is it?")
+            and not page.locator("#thumbs").is_visible()
+        )
+        page.get_by_label("What is it?").click()
+        assert page.get_by_role("option").all_inner_texts()[-1] == "Something else"
+        page.get_by_role("option", name="Something else").click()
+        page.get_by_label("In your own words").fill("The night.")
+        page.get_by_role("button", name="Send").click()
+        playwright.expect(page.locator("#thanks")).to_contain_text("Thank you")
+        row = kept_feedback(home, 1)[0]
+        assert (row["correct"], row["label"], row["comment"]) == (1, "unknown", "The night."), (
+            "it was right not to know"
+        )
         why = page.get_by_role("region", name="Why")
         playwright.expect(why).to_contain_text("No part stands out")  # there is nothing to cover in the dark
         playwright.expect(why).to_contain_text("Looks most like")
@@ -376,7 +394,7 @@ class TestIdentify:
         page.get_by_role("button", name="No, wrong").click()
         page.get_by_label("What is it?").click()
         page.get_by_role("option", name="Uranus").click()
-        page.get_by_label("Anything to add?").fill("It has no spots.")
+        page.get_by_label("In your own words").fill("It has no spots.")
         page.get_by_role("button", name="Send").click()
         playwright.expect(page.locator("#thanks")).to_contain_text("Thank you")
         said = kept_feedback(home, 2)
@@ -394,7 +412,7 @@ class TestIdentify:
         assert page.evaluate("document.activeElement.innerText.trim()") == "Neptune"
         page.keyboard.press("Enter")
         headline(page, "Neptune")
-        for _ in range(6):
+        for _ in range(5):
             page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.closest('#drop') !== null")
         page.get_by_role("tab", name="Try to fool it").focus()
@@ -439,7 +457,7 @@ def test_fool(open_page):
     assert took[len(took) // 2] < 250
     page.get_by_role("button", name="What would it take to fool it?").click()
     playwright.expect(page.locator("#found")).to_contain_text("I found no wrong name")
-    playwright.expect(page.locator("#found li").first).to_contain_text("the model says “nothing I know”")
+    playwright.expect(page.locator("#found li").first).to_contain_text("the model says that it is not sure")
     page.get_by_role("button", name="Start over").click()
     playwright.expect(page.locator("#found li")).to_have_count(0)
     assert page.locator("#roll input[type=number]").input_value() == "0"
@@ -544,3 +562,30 @@ def test_another_champion_is_named(open_page, home):
         playwright.expect(page.locator("#foot")).to_contain_text("Model tiny/8")
     finally:
         write_json(home / "models" / "champion.json", {"model": "tiny/7"})
+
+
+@only_tiny
+def test_a_project_of_another_domain(browser, tmp_path):
+    "Its own classes, title and colour, its own held-out pictures, and neither stars nor a tab for worlds."
+    pictures = {name: np.full((90, 120, 3), np.eye(3)[i] * 230, np.uint8) for i, name in enumerate(COLOURS)}
+    model = tmp_path / "model"
+    colour_model(model)
+    write_examples(model / HELD_OUT, np.zeros((3, 1)), COLOURS, pictures.values())
+    about = read_json(model / "model.json") | {"files": {HELD_OUT: sha256_of(model / HELD_OUT)}, "name": "paints"}
+    write_json(model / "model.json", about | {"project": {"colour": "#80c080", "plural": "paints"}})
+    with running(model, tmp_path / "log") as url:
+        context = browser.new_context(viewport=PHONE, color_scheme="light", reduced_motion="reduce")
+        page = context.new_page()
+        page.goto(url)
+        page.get_by_role("button", name="green").wait_for()
+        assert page.title() == "Red, green or blue?" == page.locator("h1").inner_text()
+        assert "radial" not in page.evaluate("getComputedStyle(document.querySelector('.hero')).backgroundImage")
+        assert (
+            page.locator(".brand").inner_text().lower() == "paints"
+            and "three paints" in page.locator("#right").inner_text()
+        )
+        assert page.get_by_role("tab", name="Try to fool it").count() == 0
+        page.get_by_role("button", name="green").click()
+        headline(page, "green")
+        assert page.get_by_alt_text("Example: green").is_visible() and sideways(page) == 0 and violations(page) == []
+        context.close()

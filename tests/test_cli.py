@@ -151,7 +151,7 @@ def test_wrong_requests(celestial, model: Path, tmp_path: Path, pictures: Path) 
         (["predict", pictures, "--model", "nonsense"], "is not a packaged model"),
         (["predict", pictures], "there is no model yet"),
         (["serve"], "there is no model yet"),
-        (["data", "get", "gide"], "can't be fetched"),
+        (["data", "get", "gide"], "Allowed: guide"),
         (["data", "check", tmp_path / "empty"], "holds no class folder with images"),
         (["data", "check", tmp_path / "nowhere"], "is not a folder"),
     ]:
@@ -176,7 +176,7 @@ def test_data_check_and_show(celestial, tmp_path: Path) -> None:
     assert good.returncode == 0, good.stderr
     assert {finding["status"] for finding in json.loads(good.stdout)} <= {"pass", "warn"}
     sheet = tmp_path / "sheet.png"
-    assert celestial("data", "show", tmp_path / "images", "--out", sheet).returncode == 0
+    assert celestial("data", "show", tmp_path / "images", "--output", sheet).returncode == 0
     assert Image.open(sheet).width > 100
     for path in sorted((tmp_path / "images/Moon").iterdir())[1:]:
         path.unlink()

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,16 @@ from types import ModuleType, SimpleNamespace
 from urllib.parse import unquote, urldefrag
 
 import pytest
+import typer
 import yaml
 from programs import chromium, web_server
+from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from celestial_ml.core.files import read_json, write_json
-from celestial_ml.core.params import known_keys
+from celestial_ml.core.params import known_keys, load_params
 from celestial_ml.flow.steps import SECTIONS, load_tasks
+from celestial_ml.serve.settings import ServeSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -108,6 +112,80 @@ def test_every_command_is_explained(pages: dict[str, str]) -> None:
             assert option == "--help" or option in there, f"{' '.join(words)} has {option}"
         assert "Example: `celestial " in there
     assert seen > 20
+
+
+def code_of(path: Path) -> str:
+    "The code on a page, a command a line: blocks, spans in the text, and the cells of a notebook that go to the shell."
+    text, cells = path.read_text(), []
+    if path.suffix == ".ipynb":
+        cells = [("".join(cell["source"]), cell["cell_type"]) for cell in read_json(path)["cells"]]
+        text = "\n".join(source for source, kind in cells if kind == "markdown")
+    shell = [source for source, kind in cells if kind == "code" and source.startswith("%%sh")]
+    blocks = re.findall(r"^```.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL) + re.findall(
+        r"^    .*$", text, re.MULTILINE
+    )
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    return "\n".join([*blocks, *shell, *spans]).replace("\\\n", " ")
+
+
+PAGES = [ROOT / "README.md", *HANDWRITTEN, *sorted((NBS / "guides").glob("*.ipynb"))]
+
+
+def commands_of(path: Path, program: str) -> list[list[str]]:
+    "The words behind a program's name, each time that a page calls it."
+    found = []
+    for line in code_of(path).splitlines():
+        for part in re.split(r"\s[|<>]+\s|&&|;|2>", line):
+            words = shlex.split(part.replace("'", '"') if part.count("'") % 2 else part, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                words = words[1:]
+            if words[:1] == [program]:
+                found.append(words[1:])
+    return found
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_a_page_prints_commands_that_parse(path: Path) -> None:
+    "Each command of a page exists and takes the options and values beside it; a name alone stands for the command."
+    from celestial_ml.cli.app import app
+
+    for words in commands_of(path, "celestial"):
+        command, name, rest = typer.main.get_command(app), "celestial", list(words)
+        while rest and isinstance(command, TyperGroup):
+            assert rest[0] in command.commands, f"there is no celestial {' '.join(words)}"
+            command, name = command.commands[rest[0]], rest.pop(0)
+        if rest and rest != ["--help"]:
+            values = command.make_context(name, rest).params  # raises for an unknown option or a value out of range
+            settings = [*(values.get("set_") or ()), *(one.split(",")[0] for one in values.get("grid") or ())]
+            load_params("default", [] if values.get("notebook") else settings, ROOT / "params")
+            files = values.get("params") or []
+            names = {files} if isinstance(files, str) else {*files}
+            names = {name for name in names if Path(name).suffix != ".yaml" and name != "NAME"}
+            assert names <= {"tuned", *(file.stem for file in (ROOT / "params").glob("*.yaml"))}, words
+
+
+def test_the_commands_of_the_pages_are_read() -> None:
+    counts = {path.name: len(commands_of(path, "celestial")) for path in PAGES}
+    assert counts["README.md"] > 20 and counts["operations.md"] > 12 and counts["06_batch_reruns_and_sweeps.ipynb"] > 4
+    assert ["sweep", "smoke", "--grid", "train.lr=0.001,0.003", "--grid", "model.width=8,16"] in commands_of(
+        ROOT / "README.md", "celestial"
+    )
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_a_page_names_targets_variables_and_files_that_exist(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for words in commands_of(path, "make"):
+        assert {word for word in words if "=" not in word} <= targets, words
+    source = "".join(file.read_text() for file in (ROOT / "celestial_ml").rglob("*.py"))
+    for name in re.findall(r"CELESTIAL_[A-Z_]*[A-Z]", text := path.read_text()):
+        setting = name.removeprefix("CELESTIAL_SERVE_")
+        assert setting == "CELESTIAL_SERVE" or setting.lower() in ServeSettings.model_fields or name in source, name
+    for file in re.findall(r"`((?:nbs|tests|params|bench|celestial_ml|\.github)/[\w./-]+)`", text):
+        assert "NN_" in file or (ROOT / file).exists(), file
+    for words in commands_of(path, "papermill"):
+        assert words[0] == "…" or (ROOT / words[0]).is_file(), words
 
 
 def test_every_route_is_explained(pages: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,7 @@ def test_every_metric_of_the_page_exists(app) -> None:
     named = set(re.findall(r"`(celestial_\w+)", OPERATIONS))
     assert len(named) > 20 and named - measured == set()
     created = {name for name in measured if name.endswith("_created")}
-    listed = {row[0].strip("`") for row in table("What the figures mean")}
+    listed = {row[0].strip("`") for row in table("What the metrics mean")}
     assert {name for name in measured - created if name.startswith("celestial_")} - listed == set(), "rows are missing"
 
 

@@ -138,7 +138,14 @@ def test_int8_is_served_where_it_is_as_good(celestial, smoke: Plan) -> None:
     published = Path(".celestial/models", read_json("output/smoke/register.json")["model"])
     reports = {"gate.json", "model_card.md", "model_card.html"}
     assert {about["file"], "model.json", *about["files"]} | reports == {path.name for path in published.iterdir()}
-    beside = {"reference.npz", "selftest.npz", "test_predictions.npz", "performance.json", "performance.webp"}
+    beside = {
+        "reference.npz",
+        "selftest.npz",
+        "test_predictions.npz",
+        "performance.json",
+        "performance.webp",
+        "held_out.npz",
+    }
     assert beside == about["files"].keys()
 
 

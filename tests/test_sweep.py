@@ -69,7 +69,7 @@ def printed(path: Path) -> str:
         (["smoke", "--until", "prepar"], "did you mean 'prepare'?"),
         (["--notebook", "sum.ipynb", "--grid", "a=1,x"], "--grid a=x: a can't be 'x'"),
         (["--notebook", "sum.ipynb", "--grid", "aa=1,2"], "--grid aa=1: aa is not a parameter; did you mean a?"),
-        (["--notebook", "sum.ipynb", "--until", "train"], "exclude each other"),
+        (["--notebook", "sum.ipynb", "--until", "train"], "--until"),
         (["--notebook", "none.ipynb"], "there is no notebook"),
         (["smoke", "--run", "../out"], "can't be the name of a run"),
     ],
@@ -452,7 +452,7 @@ def test_a_stopped_sweep_leaves_no_process_and_resumes(project: Path, at_home: P
     assert not any(map(is_running, pids))
     assert len(list(project.glob(f"{name}-*.tidy"))) == 2, "a cell that is stopped tidies up behind itself"
     if number != signal.SIGKILL:
-        assert process.returncode == 130 and "what was finished is kept" in said and "Traceback" not in said
+        assert process.returncode == 130 and "finished work is kept" in said and "Traceback" not in said
         assert (project / f"output/{name}/index.html").is_file()
     sweep = plan_sweep(at_home, [], ["i=1,2,3"], [f"name={name}"], ["sleep.ipynb"], run=name)
     assert [[*one.plan.stale] for one in sweep.runs] == [["sleep"]] * 3

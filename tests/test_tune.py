@@ -184,7 +184,7 @@ def test_a_stopped_command_stops_its_workers(tuned: dict, project: Path) -> None
     process, children = start_endless(project, "stopped")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 130 and "what was finished is kept" in err and "Traceback" not in out + err
+    assert process.returncode == 130 and "finished work is kept" in err and "Traceback" not in out + err
     until(lambda: gone(children), 30, 0.1)
     assert states("stopped") == ["FAIL"]
 

@@ -99,7 +99,8 @@ def score_unit(
         try:
             if isinstance(content, Exception):
                 raise content
-            waiting.append((item, sha256_of(content), decode_image(content, item.name)))
+            image = decode_image(content, item.name, background=model.background)
+            waiting.append((item, sha256_of(content), image))
         except Exception as e:  # of any class: a decoder's, on bytes made to break it
             bad.append(as_bad(item, e, "unreadable" if e is content else "damaged"))
         if sum(image.size for _, _, image in waiting) > _WAITING:

@@ -20,11 +20,13 @@ from .parts import Places, answer_files
 from ..core.errors import CelestialError
 from ..core.files import atomic
 from ..core.page_builder import Page, html_part
-from ..data.images import decode_image
+from ..data.images import Background, decode_image
 from ..data.thumbnails import shrink
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from celestial_ml.serve.predictor import Predictor
 
 # %% auto #0
 __all__ = ['SHOWN', 'BANDS', 'BINS', 'Doubt', 'Summary', 'summarise', 'charts', 'thumbnails', 'as_percent', 'write_page']
@@ -147,6 +149,7 @@ def charts(
 def thumbnails(
     source: Inputs,
     doubts: Sequence[Doubt],
+    background: Background,  # of the model
     side: int = 128,  # pixels along the longer edge
 ) -> dict[int, np.ndarray]:  # row → uint8 (height, width, 3); files that are gone are missing
     "Small versions of some images."
@@ -154,7 +157,7 @@ def thumbnails(
     with suppress(CelestialError):  # the source is gone or has changed; the answers are there
         for row, content in read_again(source, {doubt.row: doubt.path for doubt in doubts}):
             with suppress(Exception):  # it changed since, or its decoder refuses it
-                small[row] = shrink(decode_image(content), side)
+                small[row] = shrink(decode_image(content, background=background), side)
     return small
 
 # %% ../../nbs/batch/03_summary.ipynb #as-percent
@@ -167,12 +170,12 @@ def write_page(
     where: Places,
     summary: Summary,
     source: Inputs,
-    model_version: str,
+    model: Predictor,
     bad: int,  # unreadable images
     more: dict[str, str],  # further figures to show at the top, by name
 ) -> None:
     "Write the page of a job."
-    images = thumbnails(source, summary.unsure + summary.strange)
+    images = thumbnails(source, summary.unsure + summary.strange, model.background)
     tiles = {
         "answered": f"{summary.rows:,}",
         "unknown": f"{summary.unknown.total():,}",
@@ -187,7 +190,7 @@ def write_page(
         return images.get(doubt.row), f"{answer} · {doubt.path.split('::')[0].rpartition('/')[2]}", ""
 
     data = {
-        "title": f"{summary.rows + bad:,} images, scored by {model_version}",
+        "title": f"{summary.rows + bad:,} images, scored by {model.version}",
         "subtitle": source.name,
         "tiles": [(name, value, "") for name, value in tiles.items()],
         "classes": _class_rows(summary),

@@ -7,6 +7,7 @@ __all__ = ['app', 'data_app', 'main']
 
 # %% ../../nbs/cli/09_app.ipynb #bbc46a24
 import codecs
+import gc
 import json
 import locale
 import os
@@ -64,7 +65,7 @@ def run(
     set_: Settings = None,
     name: RunName = None,
     from_: Annotated[str | None, typer.Option("--from", help="rerun this step and all that depend on it")] = None,
-    with_: Annotated[list[str] | None, typer.Option("--with", help="a step beside the chain too: stress")] = None,
+    with_: Annotated[list[str] | None, typer.Option("--with", help="a step beside the chain as well: stress")] = None,
     force: Annotated[bool, typer.Option(help="rerun every step")] = False,
     executor: Executor = "inline",
     json_: AsJson = False,
@@ -99,12 +100,12 @@ def tune(
     params: ParamsFile = "default",
     set_: Settings = None,
     name: RunName = None,
-    workers: Annotated[int | None, typer.Option(help="processes on this machine; tune.workers if not given")] = None,
-    trials: Annotated[int | None, typer.Option(help="trials of all workers; tune.trials if not given")] = None,
+    workers: Annotated[int | None, typer.Option(help="processes on this machine; default: tune.workers")] = None,
+    trials: Annotated[int | None, typer.Option(help="trials of all workers; default: tune.trials")] = None,
     executor: Executor = "inline",
     json_: AsJson = False,
 ) -> None:
-    "Search better parameters; the same command elsewhere joins in, or goes on later."
+    "Search for better parameters; the same command elsewhere joins the search, or resumes it later."
     from celestial_ml.flow.tuning import tune_run
 
     values = {"workers": workers, "trials": trials}
@@ -114,7 +115,7 @@ def tune(
         print(json.dumps(result))
         return
     best, own = result["best"], result["own_loss"]
-    than = f"; the run's own values had {own:.4f}" if own is not None else ""
+    than = f"; with the values of the params file: {own:.4f}" if own is not None else ""
     print(f"\nbest: trial {best['trial']}, cross-entropy {best['loss']:.4f} on the validation images{than}")
     for key, value in best["values"].items():
         print(f"  {key:<24}{value}")
@@ -179,14 +180,14 @@ def predict(
 # %% ../../nbs/cli/09_app.ipynb #serve
 @command(app, "serve", "celestial serve --model guide --port 8080")
 def serve(
-    host: Annotated[str, typer.Option(help="the address to listen on; by default this machine only")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0: all networks")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="the port to listen on")] = 8000,
     model: ModelOption = None,
     demo: Annotated[bool, typer.Option(help="serve the demo at / too")] = True,
     open_demo: Annotated[
-        bool, typer.Option("--open-demo", help="let everybody who reaches --host use the demo")
+        bool, typer.Option("--open-demo", help="allow the demo without a login where other machines reach --host")
     ] = False,
-    challenger: Annotated[str | None, typer.Option(help="off, shadow:SHARE or canary:SHARE of the traffic")] = None,
+    challenger: Annotated[str | None, typer.Option(help="off, shadow:SHARE or canary:SHARE of the requests")] = None,
 ) -> None:
     "Serve the HTTP API and the demo."
     from celestial_ml.demo.routes import add_demo
@@ -227,21 +228,21 @@ def data_get(
     from celestial_ml.data.guide import get_guide
 
     if name != "guide":
-        raise CelestialError(f"{name!r} can't be fetched", "Allowed: guide. Rendered images are made by the run.")
+        raise CelestialError(f"there is no data set {name!r}", "Allowed: guide. Rendered images are made by the run.")
     folder = get_guide(project_root() / "data", from_.resolve() if from_ else None)
     print(f"{folder} is complete and verified\nnext:  celestial run guide")
 
 # %% ../../nbs/cli/09_app.ipynb #data-check
-ImageFolder = Annotated[str | None, typer.Argument(help="a folder of class folders; the PARAMS' source if not given")]
+ImageFolder = Annotated[str | None, typer.Argument(help="a folder of class folders; default: the source of --params")]
 
 
 @command(data_app, "check", "celestial data check my-photos/")
 def data_check(
     folder: ImageFolder = None,
-    params: Annotated[str, typer.Option(help="the params file with the requirements")] = "default",
+    params: Annotated[str, typer.Option(help="the params file with the limits")] = "default",
     json_: AsJson = False,
 ) -> None:
-    "Is the data good enough to learn from? Exits with 1 if it isn't."
+    "Check whether the images are good enough to train on. Exits with 1 if they aren't."
     from dataclasses import asdict
 
     from celestial_ml.data.checks import require_pass, run_checks
@@ -256,22 +257,22 @@ def data_check(
     require_pass(findings)
 
 
-@command(data_app, "show", "celestial data show my-photos/ --out sheet.png")
+@command(data_app, "show", "celestial data show my-photos/ --output sheet.png")
 def data_show(
     folder: ImageFolder = None,
     params: Annotated[str, typer.Option(help="the params file that names the source")] = "default",
-    out: Annotated[Path, typer.Option(help="the picture to write")] = Path("contact_sheet.png"),
+    output: Annotated[Path, typer.Option(help="the picture to write")] = Path("contact_sheet.png"),
 ) -> None:
     "Write a contact sheet of the images."
     from celestial_ml.data.images import decode_image
     from celestial_ml.data.sheet import contact_sheet
 
-    catalog, _ = _read_catalog(folder, params)
+    catalog, p = _read_catalog(folder, params)
     shown = catalog[catalog.error.isna()].groupby("label").head(10)
-    pictures = [decode_image(project_root() / path) for path in shown.path]
-    with atomic(out) as f:
+    pictures = [decode_image(project_root() / path, background=p.prepare.background) for path in shown.path]
+    with atomic(output) as f:
         contact_sheet(pictures, list(shown.label), columns=10).save(f)
-    print(f"look:  {out}")
+    print(f"look:  {output}")
 
 # %% ../../nbs/cli/09_app.ipynb #in-utf8
 def _in_utf8() -> None:
@@ -311,4 +312,5 @@ def main() -> None:
             print_error(refusal)
         code = CUT_OFF if isinstance(e, BrokenPipeError) else 2
         drop_output()
+    gc.freeze()  # or IPython would collect garbage at the end, once for each step that has run
     sys.exit(code)

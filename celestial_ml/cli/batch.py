@@ -32,21 +32,21 @@ def batch(
     out: Annotated[str, typer.Argument(metavar="OUT", help="a folder for parts, or one file that ends in .parquet")],
     model: ModelOption = None,
     engine: Annotated[str, typer.Option(help="threads: this machine; dask: a cluster")] = "threads",
-    scheduler: Annotated[str | None, typer.Option(help="Dask's, as tcp://HOST:8786; processes here if none")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="threads or processes; the cores if not given")] = None,
-    column: Annotated[str | None, typer.Option(help="of a Parquet file: the one with bytes or paths")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="throw away what OUT holds of an earlier job")] = False,
-    max_bad: Annotated[float, typer.Option(min=0, max=1, help="exit with 1 if more than this share is bad")] = 1.0,
+    scheduler: Annotated[str | None, typer.Option(help="Dask's: tcp://HOST:8786; default: local processes")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="threads or processes; default: one for each core")] = None,
+    column: Annotated[str | None, typer.Option(help="the column of a Parquet file with bytes or paths")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="delete the results of an earlier job in OUT")] = False,
+    max_bad: Annotated[float, typer.Option(min=0, max=1, help="exit with 1 if a larger share is unreadable")] = 1.0,
     json_: AsJson = False,
 ) -> None:
-    """Score any number of pictures; after a kill the same command goes on.
+    """Score any number of pictures; after a kill the same command resumes.
 
     Exits with 0 when every picture has a row or a line in bad.jsonl, and with 1 when no picture could be read, or more
-    than --max-bad of them. An archive, table or list that breaks off exits with 2; what came before is kept.
+    than --max-bad of them. A truncated archive, table or list exits with 2; the pictures before that are kept.
 
     Row n of a table, line n of a list and picture n of an archive, from 0, have "row" n, in OUT or in bad.jsonl.
 
-    A server has CELESTIAL_URL_SECONDS (60) for a picture, and a second more for each 10 kB that arrived.
+    A URL may take CELESTIAL_URL_SECONDS (60) for a picture, and a second more for each 10 kB received.
     """
     os.environ["CELESTIAL_TERMINAL"] = "1"
     from celestial_ml.batch.job import batch as score
@@ -72,7 +72,7 @@ def _summary(result: "Result", model: "Predictor", images: str, column: str | No
         pace = {"images a second": f"{result.rate:,.0f}", "took": as_time(result.seconds)} if result.rate else {}
         if left := sum(result.passed_over.values()):
             pace["passed over"] = f"{left:,}"
-        write_page(result.where, summary, find_inputs(images, column), model.version, result.bad, pace)
+        write_page(result.where, summary, find_inputs(images, column), model, result.bad, pace)
     return summary
 
 
@@ -88,9 +88,9 @@ def _print_result(result: "Result", summary: "Summary", as_json: bool) -> None:
         print(json.dumps(about | {"summary": str(where.summary), "bad_pictures": str(where.bad)}))
         return
     if result.before == result.items:
-        print("nothing to do: all pictures have their answers", file=sys.stderr)
+        print("nothing to do: all pictures are scored", file=sys.stderr)
     elif result.before:
-        print(f"went on behind {result.before:,} pictures", file=sys.stderr)
+        print(f"resumed after {result.before:,} pictures", file=sys.stderr)
     pace = f", {result.rate:,.0f} a second" if result.rate else ""
     print(f"{result.rows:,} pictures answered{pace}; {unknown:,} are unknown")
     if result.bad:

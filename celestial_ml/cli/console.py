@@ -52,7 +52,7 @@ def errors_as_text() -> Iterator[None]:
         print_error(error)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        print("stopped; what was finished is kept", file=sys.stderr)
+        print("stopped; finished work is kept", file=sys.stderr)
         raise typer.Exit(130) from None
 
 # %% ../../nbs/cli/00_console.ipynb #command
@@ -60,9 +60,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON")
 Executor = Annotated[
     Literal["inline", "kernel"], typer.Option(help="inline: one process, fast; kernel: one a step, isolated")
 ]
-ModelOption = Annotated[str | None, typer.Option(help="a folder, a run, a version; the champion if not given")]
+ModelOption = Annotated[str | None, typer.Option(help="a folder, a run or a version; default: the champion")]
 ParamsFile = Annotated[str, typer.Argument(help="a file in params/: default, smoke, guide, …")]
-RunName = Annotated[str | None, typer.Option("--run", help="folder under output/; as PARAMS if not given")]
+RunName = Annotated[str | None, typer.Option("--run", help="name of the run, a folder under output/; default: PARAMS")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="a parameter for this run: train.lr=0.001")]
 
 

@@ -15,14 +15,14 @@ from .console import command, command_group
 from ..core.errors import CelestialError
 
 # %% ../../nbs/cli/03_keys.ipynb #keys-new
-keys_app = command_group("Who may use the service: API keys, the demo's login.")
+keys_app = command_group("Access to the service: API keys, and logins for the demo.")
 
 
 @command(keys_app, "new", "celestial keys new observatory")
 def keys_new(
-    name: Annotated[str, typer.Argument(help="whose key it is; shown in the access log and in the rate limit")],
+    name: Annotated[str, typer.Argument(help="the owner; shown in the access log, and counted by the rate limit")],
 ) -> None:
-    "Create an API key: it is shown once, with the line by which the server recognises it."
+    "Create an API key. It is shown once, with its hash for the server's settings."
     from celestial_ml.serve.settings import PREFIX, new_key
 
     key, hashed = new_key(name)
@@ -36,7 +36,7 @@ def keys_new(
 def keys_login(
     user: Annotated[str, typer.Argument(help="the name to log in with")],
 ) -> None:
-    "Ask for a password, and print the line by which the server recognises it."
+    "Ask for a password, and print its hash for the server's settings."
     from celestial_ml.serve.settings import PREFIX, password_hash
 
     if not user.strip() or {",", ":"} & set(user):
@@ -46,6 +46,6 @@ def keys_login(
     else:
         password = sys.stdin.readline().rstrip("\r\n")
     if len(password) < 8:
-        raise CelestialError("the password is too short", "Take 8 characters or more; a sentence is good.")
+        raise CelestialError("the password is too short", "Use 8 characters or more, such as a sentence.")
     # A shell would take what follows $ for a variable.
     print(f"{PREFIX}DEMO_LOGIN='{user.strip()}:{password_hash(password)}'")

@@ -18,13 +18,14 @@ from ..core.errors import CelestialError
 # %% ../../nbs/cli/02_log.ipynb #b33bc115
 log_app = command_group("The prediction log: status, answers, export, deletion.")
 Where = Annotated[
-    str | None, typer.Option("--url", help="the log's database; CELESTIAL_LOG_URL, else predictions.db at home")
+    str | None,
+    typer.Option("--url", help="the log's database; default: CELESTIAL_LOG_URL, else predictions.db in CELESTIAL_HOME"),
 ]
 
 # %% ../../nbs/cli/02_log.ipynb #log-status
 @command(log_app, "status", "celestial log status --json")
 def log_status(url: Where = None, json_: AsJson = False) -> None:
-    "What is in the log, which processes write it, and what was lost."
+    "Show what is in the log, which processes write it, and what was lost."
     from celestial_ml.monitor import records
 
     status = records.log_status(url)
@@ -44,11 +45,11 @@ def log_status(url: Where = None, json_: AsJson = False) -> None:
 
 @command(log_app, "show", "celestial log show --last 50")
 def log_show(
-    last: Annotated[int, typer.Option(min=1, max=100_000, help="how many")] = 20,
+    last: Annotated[int, typer.Option(min=1, max=100_000, help="number of answers")] = 20,
     url: Where = None,
     json_: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
 ) -> None:
-    "The last answers, the newest first."
+    "Show the latest answers, the newest first."
     from celestial_ml.monitor.records import last_answers
 
     answers = last_answers(last, url)
@@ -71,9 +72,9 @@ def _line(answer: dict[str, Any]) -> str:
 @command(log_app, "export", "celestial log export answers/ --since 2026-03-01 --until 2026-03-07")
 def log_export(
     out: Annotated[Path, typer.Argument(help="the folder for day=…/part.parquet")],
-    day: Annotated[str | None, typer.Option(help="this day alone, in UTC")] = None,
+    day: Annotated[str | None, typer.Option(help="this day only, in UTC")] = None,
     since: Annotated[str | None, typer.Option(help="from this day on")] = None,
-    until: Annotated[str | None, typer.Option(help="up to this day, and with it")] = None,
+    until: Annotated[str | None, typer.Option(help="up to and including this day")] = None,
     url: Where = None,
     json_: AsJson = False,
 ) -> None:
@@ -81,7 +82,7 @@ def log_export(
     from celestial_ml.monitor.day_files import export_days
 
     if day and (since or until):
-        raise CelestialError("--day goes without --since and --until", "Use one or the other.")
+        raise CelestialError("--day can't be combined with --since and --until", "Use one or the other.")
     days = export_days(out, day or since, day or until, url)
     if json_:
         print(json.dumps(days))
@@ -89,7 +90,7 @@ def log_export(
     for exported in days:
         print(f"{exported['path']}  {exported['rows']} answers")
     if not days:
-        print("there are no answers of that time")
+        print("there are no answers in this time range")
 
 # %% ../../nbs/cli/02_log.ipynb #log-forget
 @command(log_app, "forget", "celestial log forget $(sha256sum picture.jpg | cut -c-64)")
@@ -105,7 +106,7 @@ def log_forget(
     deleted = forget(sha256, url, answers=not image_only)
     print(json.dumps(deleted) if json_ else ", ".join(f"{n} {name}" for name, n in deleted.items()) + " deleted")
     if deleted["predictions"] and not json_:
-        print("next:  export the days again that were exported with it")
+        print("next:  export those days again that were already exported")
 
 
 @command(log_app, "feedback", "celestial log feedback 0f8fad5bd9cb469f --wrong --label Uranus")
@@ -116,7 +117,7 @@ def log_feedback(
     comment: Annotated[str | None, typer.Option(help="anything else")] = None,
     url: Where = None,
 ) -> None:
-    "Judge an answer; the last judgement of it counts."
+    "Give feedback on an answer; the latest one counts."
     from celestial_ml.monitor.records import judge_answer
 
     judge_answer(request_id, correct, label, comment, url)

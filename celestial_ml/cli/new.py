@@ -20,13 +20,13 @@ new_app = command_group()
 
 @command(new_app, "new", "celestial new my-project --classes cat,dog,bird")
 def new(
-    project: Annotated[Path, typer.Argument(help="its folder, which must not exist")],
-    classes: Annotated[str | None, typer.Option(help="cat,dog,bird; the folders in DATA if not given")] = None,
+    project: Annotated[Path, typer.Argument(help="the folder to create; it must not exist")],
+    classes: Annotated[str | None, typer.Option(help="cat,dog,bird; default: the folders in --data")] = None,
     data: Annotated[Path | None, typer.Option(help="a folder with a folder of images for each class")] = None,
-    size: Annotated[int, typer.Option(help="side of the network's input, in pixels")] = 64,
+    size: Annotated[int, typer.Option(help="side of the network's input in pixels")] = 64,
     json_: AsJson = False,
 ) -> None:
-    "Start another image-classification project: its notebooks, parameters, tests and README."
+    "Start a new image-classification project: notebooks, parameters, tests and README."
     from celestial_ml.workbench.new_project import new_project
 
     names = new_project(project, classes.split(",") if classes else None, data and data.expanduser(), size)
@@ -35,5 +35,5 @@ def new(
         return
     print(f"{project} classifies: {', '.join(names)}")
     if data is None:
-        print(f"fill:  {project}/data/images/, a folder for each class")
+        print(f"add:   images to {project}/data/images/, a folder for each class")
     print(f"look:  {project}/README.md\nnext:  cd {project} && make run")

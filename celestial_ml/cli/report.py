@@ -18,18 +18,19 @@ from ..core.files import atomic
 
 # %% ../../nbs/cli/06_report.ipynb #report
 report_app = command_group()
+Runs = Annotated[list[str] | None, typer.Argument(metavar="RUN", help="runs; default: default")]
 
 
 @command(report_app, "report", "celestial report default --base main --output comparison.html")
 def report(
-    runs: Annotated[list[str] | None, typer.Argument(metavar="RUN", help="folders under output/; default")] = None,
-    base: Annotated[str | None, typer.Option(help="a revision, or REVISION:RUN; the champion if not given")] = None,
+    runs: Runs = None,
+    base: Annotated[str | None, typer.Option(help="a revision, or REVISION:RUN; default: the champion")] = None,
     output: Annotated[list[Path] | None, typer.Option(help="a file: .md, or .html with pictures; repeatable")] = None,
-    images: Annotated[str | None, typer.Option(help="address of the files in git, with {rev} in it, for .md")] = None,
+    images: Annotated[str | None, typer.Option(help="for .md: URL of the files in git, {rev} in it")] = None,
     alpha: Annotated[float, typer.Option(min=0.0001, max=0.5, help="level of the paired tests")] = 0.05,
     json_: AsJson = False,
 ) -> None:
-    "Compare a run with another revision's, or with the champion: Markdown for a pull request."
+    "Compare a run with that of another revision, or with the champion: Markdown for a pull request."
     from celestial_ml.reports.comparison import compare_run, report_page
 
     files, here = [path.resolve() for path in output or []], Path.cwd()
@@ -56,9 +57,9 @@ def report(
 
 @command(report_app, "keep", "celestial keep default guide")
 def keep(
-    runs: Annotated[list[str] | None, typer.Argument(metavar="RUN", help="folders under output/; default")] = None,
+    runs: Runs = None,
 ) -> None:
-    "Copy what git keeps of a run to results/: figures, answers and two pictures, for DVC and for `report --base`."
+    "Copy metrics, predictions and two plots of a run to results/, for git, DVC and `celestial report --base`."
     from celestial_ml.reports.results import keep_run
 
     root = enter_project()

@@ -25,18 +25,20 @@ sweep_app = command_group()
 
 @command(sweep_app, "sweep", "celestial sweep smoke --grid train.lr=1e-3,3e-3 --grid model.width=8,16")
 def sweep(
-    params: Annotated[list[str] | None, typer.Argument(help="params files: names, or paths; default if none")] = None,
+    params: Annotated[list[str] | None, typer.Argument(help="params files, by name or path; default: default")] = None,
     grid: Annotated[list[str] | None, typer.Option(help="values of a parameter: train.lr=0.001,0.003")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="a parameter for all runs: train.epochs=2")] = None,
-    notebook: Annotated[list[str] | None, typer.Option(help="these notebooks, in this order; not the pipeline")] = None,
-    until: Annotated[str | None, typer.Option(help="the pipeline up to this step; all of it if not given")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="runs side by side; the cores if not given")] = None,
-    memory: Annotated[float | None, typer.Option(min=0.1, help="gigabytes for all; 0.9 of what's free")] = None,
-    retries: Annotated[int, typer.Option(min=0, help="more tries of a run that failed by surprise")] = 1,
-    run: Annotated[str | None, typer.Option(help="folder under output/; PARAMS-sweep if not given")] = None,
+    notebook: Annotated[list[str] | None, typer.Option(help="these notebooks instead of the pipeline")] = None,
+    until: Annotated[str | None, typer.Option(help="the pipeline up to this step; default: all of it")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="runs side by side; default: one for each core")] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=0.1, help="gigabytes for all; default: 0.9 of the free memory")
+    ] = None,
+    retries: Annotated[int, typer.Option(min=0, help="repetitions of a run that failed unexpectedly")] = 1,
+    run: Annotated[str | None, typer.Option(help="name of the sweep; default: PARAMS-sweep")] = None,
     json_: AsJson = False,
 ) -> None:
-    """Run notebooks with many parameters, side by side; the same command goes on where it stopped.
+    """Run notebooks with many parameters, side by side; the same command resumes a stopped sweep.
 
     Every combination is checked before anything starts. The exit code is 1 if a run failed.
     """
@@ -44,9 +46,7 @@ def sweep(
     from celestial_ml.reports.sweep_page import write_gallery
 
     if notebook and until:
-        raise CelestialError(
-            "--until and --notebook exclude each other", "Name the pipeline's last step, or notebooks."
-        )
+        raise CelestialError("--until can't be combined with --notebook", "Use one or the other.")
     notebooks = [str(Path(path).resolve()) for path in notebook or []]
     files = [str(Path(file).resolve()) if Path(file).suffix in (".yaml", ".yml") else file for file in params or []]
     plan = plan_sweep(enter_project(), files, grid, set_, notebooks, until, run)

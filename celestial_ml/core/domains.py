@@ -6,19 +6,20 @@
 __all__ = ['Pictures', 'Control', 'Domain', 'domains', 'domain_of']
 
 # %% ../../nbs/core/13_domains.ipynb #domain-imports
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pkgutil import iter_modules
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 import celestial_ml
-from .errors import CelestialError
+from .errors import CelestialError, unknown
 
 # %% ../../nbs/core/13_domains.ipynb #control
 @dataclass(frozen=True)
@@ -45,14 +46,26 @@ Pictures = Callable[[int, int, int], np.ndarray]  # (n, size, seed) → uint8 (n
 class Domain:
     "What is known of some classes beyond their images. These defaults fit any classes."
 
+    name = "none"  # in `evaluate.domain`
     classes: Sequence[str] = ()  # that it knows; the model's need not be the same
-    noun, plural = "picture", "classes"  # "Show me a picture"; "none of the three classes"
-    question = "What is in this picture?"  # the title of the demo
+    noun, plural = "picture", "classes"  # "Show me a picture"; "I know three classes"
+    title = "What is in this picture?"  # of the demo
     invitation = "Drop a picture."
-    examples: Sequence[str] = ()  # names of pictures to try
+    purpose = ""  # what a model of these classes is for, in its card
+    colour = "#2a6f97"  # of the demo
+    is_sky = False  # whether a picture shows a lit thing on black: stars, phases and rolls fit it
+    slices: Sequence[str] = ("brightness", "contrast", "sharpness", "saturation", "shape", "source", "class")
+    harmless: Sequence[str] = ("shift", "jpeg")  # changes of a picture that must keep the answer
+    examples: Sequence[str] = ()  # names of pictures to try that show none of the classes
     controls: Sequence[Control] = ()  # of `draw`; none: nothing is drawn
     near_ood: ClassVar[dict[str, Sequence[str]]] = {}  # kind that is hard to tell from the classes → what it shows
     source_names: ClassVar[dict[str, str]] = {}  # data.source → what it is, for a sentence
+
+    def with_words(self, **own: Any) -> Self:
+        "The same with a project's own words; None leaves one as it is."
+        other = copy(self)
+        vars(other).update({name: value for name, value in own.items() if value is not None})
+        return other
 
     def in_sentence(self, label: str) -> str:
         "A class as in: this is …"
@@ -94,8 +107,17 @@ def domains() -> tuple[Domain, ...]:
 
 
 def domain_of(
-    classes: Iterable[str],  # of a model
+    classes: Collection[str],  # of a model
+    name: str = "auto",  # auto: the one that knows half of the classes or more; none; or that of a domain
 ) -> Domain:
-    "The domain that knows some of these classes; the plain one where none does."
-    names = set(classes)
-    return next((domain for domain in domains() if not names.isdisjoint(domain.classes)), Domain())
+    "The domain of these classes; the plain one where none fits, `CelestialError` for a name that is not installed."
+    if name == "none":
+        return Domain()
+    if name != "auto":
+        named = {domain.name: domain for domain in domains()}
+        if name not in named:
+            raise unknown("domain", name, ["auto", "none", *named])
+        return named[name]
+    shared = {domain: len(set(classes) & set(domain.classes)) for domain in domains()}
+    best = max(shared, key=lambda domain: shared[domain], default=Domain())
+    return best if shared.get(best, 0) * 2 >= len(classes) > 0 else Domain()

@@ -72,7 +72,7 @@ class Data(Section):
         "The sources that images come from, that of the test images too."
         return self.learned + ([] if self.test_source is None else [self.test_source])
 
-
+# %% ../../nbs/core/04_params.ipynb #check-prepare
 class Check(Section):
     "What the images must fulfil before any is learned from."
 
@@ -89,6 +89,9 @@ class Prepare(Section):
     size: int = Field(64, ge=16, le=512, description="side of the network's input, in pixels")
     grayscale: bool = Field(False, description="drop the colours")
     antialias: bool = Field(True, description="low-pass filter before making smaller")
+    background: Literal["auto", "black", "white"] = Field(
+        "auto", description="under transparent pixels; auto: black, and white for a dark drawing"
+    )
 
 # %% ../../nbs/core/04_params.ipynb #model
 class Model(Section):
@@ -124,6 +127,12 @@ class Evaluate(Section):
     photos: str | None = Field(
         None, description="a folder of photographs from elsewhere, a folder a class; other folders should be unknown"
     )
+    domain: str = Field(
+        "auto", description="what is known of the classes beyond their images: auto, none, or a plug-in such as planets"
+    )
+    slice_by: list[str] | None = Field(
+        None, description="the kinds of picture that are judged apart; null: those of the domain"
+    )
 
 
 class Stress(Section):
@@ -132,6 +141,9 @@ class Stress(Section):
     corrupted: int = Field(60, ge=1, le=10_000, description="measured images behind the robustness table")
     folds: int = Field(0, ge=0, le=20, description="folds of a cross-validation, a training each; 0: none")
     leave_one_out: bool = Field(False, description="train once more without each class, to see if it is unknown then")
+    harmless: list[Literal["roll", "mirror", "shift", "jpeg"]] | None = Field(
+        None, description="changes of a picture that must keep the answer; null: those of the domain"
+    )
 
 # %% ../../nbs/core/04_params.ipynb #explain
 class Explain(Section):
@@ -153,6 +165,13 @@ class Package(Section):
     )
     serve: Literal["float32", "int8"] = Field("float32", description="int8: the smaller file, where it's as good")
     int8_loss: Fraction = Field(0.002, description="accuracy that the int8 file may lose and still be served")
+    title: str | None = Field(None, description="title of the demo, such as Which pet is this?; null: from the classes")
+    noun: str | None = Field(None, description="what a picture shows, as in: show me a pet; null: a picture")
+    plural: str | None = Field(None, description="what the classes are, as in: I know five pets; null: classes")
+    purpose: str | None = Field(None, description="what the model is for, for its card and report")
+    colour: str | None = Field(
+        None, pattern="^#[0-9A-Fa-f]{6}$", description="colour of the demo, such as #2a6f97; null: that of the domain"
+    )
 
 # %% ../../nbs/core/04_params.ipynb #register
 class Register(Section):

@@ -9,7 +9,7 @@ __all__ = ['Draw', 'OOD_KINDS', 'pictures_of', 'ood_kind', 'random_colours', 'bl
 # %% ../../nbs/data/14_ood_images.ipynb #strangers-imports
 import colorsys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -190,10 +190,11 @@ def _draw_photograph(i: int, size: int, rng: np.random.Generator) -> np.ndarray:
 
 # %% ../../nbs/data/14_ood_images.ipynb #kinds-of-strangers
 def ood_kinds(
-    classes: Iterable[str],  # of the model
+    classes: Collection[str],  # of the model
+    domain: str = "auto",  # as `domain_of` has it
 ) -> dict[str, Pictures]:  # the hardest first
     "The kinds of OOD pictures for these classes: those of their domain, and the general ones."
-    return domain_of(classes).ood_kinds() | OOD_KINDS
+    return domain_of(classes, domain).ood_kinds() | OOD_KINDS
 
 # %% ../../nbs/data/14_ood_images.ipynb #strangers-table
 def by_subject(

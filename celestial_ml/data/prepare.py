@@ -109,7 +109,7 @@ def prepare_images(
     pixels = np.empty((len(readable), p.size, p.size, prepare.channels), np.uint8)
     features: list[dict[str, Any]] = []
     for i, path in enumerate(progress(readable.path, "preparing images", len(readable))):
-        image = decode_image(root / path)
+        image = decode_image(root / path, background=p.background)
         pixels[i] = prepare(image)
         features.append(image_features(image))
     return pixels, readable.drop(columns=["error", "format", "bytes"]).join(pd.DataFrame(features))

@@ -6,6 +6,7 @@
 __all__ = ['accuracy_interval', 'resampled_figures', 'bootstrap_intervals', 'slice_table', 'fairness', 'plot_slices']
 
 # %% ../../nbs/model/09_slices.ipynb #8a7f79f0
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ..core.errors import unknown
 from ..core.intervals import share_interval
 from ..core.many_classes import MANY, few_of
 from .calibrate import confidence_bins
@@ -118,7 +120,8 @@ def slice_values(
     if {"lit", "extent"} <= set(f):
         share = f.lit / (np.pi / 4 * f.extent.clip(lower=1e-9) ** 2)
         values["lit share"] = share.where(f.phase_deg.isna()) if "phase_deg" in f else share
-    names = {"extent": "size", "brightness": "brightness", "sharpness": "sharpness"}
+    names = {"extent": "size", "brightness": "brightness", "contrast": "contrast", "sharpness": "sharpness"}
+    names |= {"aspect": "shape"}
     values |= {name: f[column].round(3 if name == "sharpness" else 2) for column, name in names.items() if column in f}
     if {"red", "green", "blue"} <= set(f):
         colour = f[["red", "green", "blue"]]
@@ -126,6 +129,21 @@ def slice_values(
     if "latitude_deg" in f:
         values["latitude"] = f.latitude_deg.abs()
     return values | {name: f[column] for name, column in (("source", "source"), ("class", "label")) if column in f}
+
+
+SLICES = ("phase", "lit share", "size", "brightness", "contrast", "sharpness", "shape", "saturation", "latitude",
+          "source", "class")  # fmt: skip
+
+
+def _chosen(features: pd.DataFrame, names: Sequence[str] | None) -> dict[str, pd.Series]:
+    "The slices of these names, as far as the images have them; and columns."
+    values = slice_values(features)
+    columns = [str(name) for name in features if name != "path"]
+    for name in names or ():
+        if name not in (*SLICES, *columns):
+            raise unknown("slice", name, [*SLICES, *columns])
+    every = {name: features[name] for name in columns} | values
+    return values if names is None else {name: every[name] for name in names if name in every}
 
 # %% ../../nbs/model/09_slices.ipynb #ranges
 def _ranges(values: np.ndarray, edges: tuple[float, ...] | None, min_images: int) -> list[tuple[float, float]]:
@@ -167,15 +185,17 @@ def slice_table(
     table: pd.DataFrame,  # of `predictions_table`
     features: pd.DataFrame,  # path and what `slice_values` reads, of these images or more
     min_images: int = 15,
+    names: Sequence[str] | None = None,  # of slices or of columns; None: all slices
 ) -> pd.DataFrame:  # slice, bin, images, accuracy, low, high, judged: a row a bin
     """The accuracy on each kind of picture, with its 95 % interval.
 
     judged is false where a bin has fewer than min_images or has no other of its slice to be compared with.
+    `CelestialError` for a name that is neither a slice nor a column.
     """
     about = features.set_index("path").loc[table.path].reset_index()
     correct = table.correct.to_numpy()
     rows = []
-    for name, values in slice_values(about).items():
+    for name, values in _chosen(about, names).items():
         bins = _bins(name, values, min_images)
         enough = [inside.sum() >= min_images for inside in bins.values()]
         for (label, inside), fit in zip(bins.items(), enough, strict=True):

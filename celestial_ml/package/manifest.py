@@ -9,10 +9,12 @@ __all__ = ['Manifest', 'read_manifest', 'damage', 'copy_package', 'fingerprint',
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ..core.domains import Domain, domain_of
+from ..core.errors import CelestialError
 from ..core.files import DamagedFile, atomic, read_json, sha256_of, write_json
 from .folder import MODEL_FILE, MODEL_JSON, ModelError, model_name, read_description
 from .metrics import Document, Metrics
@@ -51,6 +53,31 @@ class Statistic(Document):
     deviation: float
     quantiles: list[float] = Field([])
 
+# %% ../../nbs/package/02_manifest.ipynb #manifest-project
+class Project(Document):
+    "What its project is about, in words for the demo, the card and the report; None: as the domain has them."
+
+    domain: str = "auto"  # of `domain_of`
+    title: str | None = None
+    noun: str | None = None
+    plural: str | None = None
+    purpose: str | None = None
+    colour: str | None = Field(None, pattern="^#[0-9A-Fa-f]{6}$")
+
+    def in_words(self, classes: list[str]) -> Domain:
+        "The domain of these classes, in these words; a few classes are a title themselves."
+        try:
+            domain = domain_of(classes, self.domain)
+        except CelestialError:
+            domain = Domain()  # it was trained where a plug-in is installed that is missing here
+        title = self.title
+        if title is None and domain.name == "none" and 1 < len(classes) <= 5 and len("".join(classes)) <= 40:
+            title = f"{', '.join(classes[:-1])} or {classes[-1]}?"
+            title = title[0].upper() + title[1:]
+        return domain.with_words(
+            title=title, noun=self.noun, plural=self.plural, purpose=self.purpose, colour=self.colour
+        )
+
 
 class Signature(Document):
     "Who vouches for a package."
@@ -71,6 +98,7 @@ class Manifest(Document):
     file: FileName = MODEL_FILE
     files: dict[FileName, str] = Field({})  # the other files of the package, such as training examples → SHA-256
     input: str = ""
+    background: Literal["auto", "black", "white"] = "black"  # under transparent pixels; older packages don't say
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)  # that the logits are divided by
     false_alarms: float | None = None  # the share of known pictures that the threshold was set for
     false_alarm_rate: float | None = None  # the share of test images above it
@@ -79,6 +107,7 @@ class Manifest(Document):
     lineage: Lineage = Lineage()
     compression: Compression = Compression()
     statistics: dict[str, Statistic] = Field({})  # of the training images, by feature
+    project: Project = Project()
     signature: Signature | None = None
     retired: dict[str, Any] | None = None  # of a retired version: successor, archive, why and when
 
@@ -86,6 +115,11 @@ class Manifest(Document):
     def model(self) -> str:  # "celestial/2", of an unregistered run "guide@a94c14b6"
         "The name of this version."
         return model_name(self.name, self.version)
+
+    @property
+    def domain(self) -> Domain:
+        "What is known of its classes beyond their images, in the words of its project."
+        return self.project.in_words(self.classes)
 
     @property
     def checksums(self) -> dict[str, str]:  # name → SHA-256
@@ -142,13 +176,14 @@ def copy_package(
             shutil.copy2(source / file, folder)
         write_json(folder / MODEL_JSON, read_json(source / MODEL_JSON) | {"name": name, "version": version})
 
-
+# %% ../../nbs/package/02_manifest.ipynb #fingerprint
 def fingerprint(
     folder: Path,  # of a package
 ) -> str:  # 64 hexadecimal digits
     "One checksum of all that makes a package what it is: its files, and what decides and describes its answers."
     content = read_json(folder / MODEL_JSON)
     decisive = [content.get(key) for key in ("file", "classes", "ood_threshold", "temperature", "metrics")]
+    decisive += [content[key] for key in ("background",) if key in content]  # older packages lack it
     return sha256_of(json.dumps([read_manifest(folder).checksums, decisive], sort_keys=True).encode())
 
 # %% ../../nbs/package/02_manifest.ipynb #write-manifest

@@ -89,6 +89,7 @@ class Slice(Document):
     accuracy: float
     low: float  # of its interval
     high: float
+    judged: bool | None = None  # whether it has enough images, and others to be compared with
 
 
 class Fairness(Document):

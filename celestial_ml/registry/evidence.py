@@ -171,7 +171,8 @@ def answers_of_other(
         with suppress(OSError, CelestialError):  # a file that isn't there, or is not a picture any more
             content = (root / str(evidence.path[row])).read_bytes()
             if graph and sha256_of(content) == checksums[row]:
-                answers[row] = graph.classes[graph.run(decode_image(content))["probabilities"].argmax()]
+                image = decode_image(content, background=graph.background)
+                answers[row] = graph.classes[graph.run(image)["probabilities"].argmax()]
     rows = np.flatnonzero(answers != "")
     now = len(rows) - before
     return Shared(rows, answers[rows] == evidence.label[rows], before, now, left_out, len(open_rows) - now)

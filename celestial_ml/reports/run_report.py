@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core.errors import CelestialError
 from ..core.page_builder import Page, share
-from ..data.images import decode_image
+from ..data.images import Background, decode_image
 from ..package.manifest import Manifest, damage
 from ..package.published import published
 from ..registry.evidence import Evidence, Paired
@@ -184,12 +184,14 @@ def example_pictures(
     }
 
 # %% ../../nbs/reports/01_run_report.ipynb #image-reader
-def _reader(root: Path) -> Callable[[str], np.ndarray]:  # path → uint8 (height, width, 3)
+def _reader(
+    root: Path, background: Background = "auto"
+) -> Callable[[str], np.ndarray]:  # path → uint8 (height, width, 3)
     "How a report reads its images."
 
     def read(path: str) -> np.ndarray:
         try:
-            return decode_image(root / path)
+            return decode_image(root / path, background=background)
         except (OSError, CelestialError):
             return np.full((64, 64, 3), 128, np.uint8)
 
@@ -223,7 +225,7 @@ def make_report(
     notebooks: Sequence[tuple[str, str]],  # of `notebook_links`
 ) -> Page:
     "The report of a run."
-    metrics, table, read = manifest.metrics, count_table(catalog), _reader(root)
+    metrics, table, read = manifest.metrics, count_table(catalog), _reader(root, manifest.background)
     data = {
         "about": manifest,
         "verdict": verdict,

@@ -225,7 +225,7 @@ CLI = """# Command line
 | 0 | done |
 | 1 | the job ran to its end, and the answer is no: a check failed, the gate refused, a step broke |
 | 2 | the request was wrong; standard error says what, where, and how to mend it |
-| 130 | stopped by Ctrl-C; what was finished is kept |
+| 130 | stopped by Ctrl-C; finished work is kept |
 
 """
 WORDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "", "Path": "a path"}
