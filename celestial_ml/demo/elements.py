@@ -119,9 +119,9 @@ def hero(model: "Predictor | None") -> str:
     picture, names = domain.picture("hero"), list(tiles(model))
     uri = picture_uri(decode_image(picture), 480, 92) if picture else None
     some = dict.fromkeys(names[place] for place in np.linspace(0, len(names) - 1, min(6, len(names))).astype(int))
-    colour = (model.manifest.project.colour if model else None) or ("" if domain.is_sky else domain.colour)
+    colour = (model.manifest.project.colour if model else None) or ("" if domain.on_black else domain.colour)
     return part(
-        "hero", kind="space" if domain.is_sky else "plain", style=Markup(_palette(colour)) if colour else "",
+        "hero", kind="space" if domain.on_black else "plain", style=Markup(_palette(colour)) if colour else "",
         brand=(model.manifest.name if model else "") or "celestial", picture=uri,
         mosaic=[tile_uri(model, name, 200) for name in some], title=domain.title, invitation=domain.invitation,
     )  # fmt: skip
@@ -132,7 +132,5 @@ def foot(manifest: Manifest | None) -> str:  # None: there is no model
     if manifest is None:
         return part("foot", line="There is no model yet")
     source, record = manifest.lineage.source, track_record(manifest.metrics)
-    names = manifest.domain.source_names
-    trained_on = " and ".join(names.get(name, "its project's own pictures") for name in str(source).split(", "))
-    line = f"Model {manifest.model}" + (f", trained on {trained_on}" if source else "")
+    line = f"Model {manifest.model}" + (f", trained on {manifest.domain.origin(source)}" if source else "")
     return part("foot", line=line + (f"; {record}" if record else ""))

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..core.domains import Domain, domain_of
+from ..core.domains import Domain, domain_of, with_words
 from ..core.errors import CelestialError
 from ..core.files import DamagedFile, atomic, read_json, sha256_of, write_json
 from .folder import MODEL_FILE, MODEL_JSON, ModelError, model_name, read_description
@@ -74,8 +74,8 @@ class Project(Document):
         if title is None and domain.name == "none" and 1 < len(classes) <= 5 and len("".join(classes)) <= 40:
             title = f"{', '.join(classes[:-1])} or {classes[-1]}?"
             title = title[0].upper() + title[1:]
-        return domain.with_words(
-            title=title, noun=self.noun, plural=self.plural, purpose=self.purpose, colour=self.colour
+        return with_words(
+            domain, title=title, noun=self.noun, plural=self.plural, purpose=self.purpose, colour=self.colour
         )
 
 

@@ -50,7 +50,7 @@ def write_examples(
 class Planets(Domain):
     "The ten bodies of the renderer."
 
-    name, is_sky, colour = "planets", True, "#9a6208"
+    name, on_black, colour = "planets", True, "#9a6208"
     noun, plural, title = "world", "bodies", "Which world is this?"
     invitation = "Drop a picture of a planet, of Pluto or of the Moon."
     classes, examples = tuple(BODIES), (TABLECLOTH,)

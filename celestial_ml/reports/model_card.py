@@ -118,7 +118,7 @@ def make_card(
                 Path(e["path"]).name,
                 e["label"],
                 e["predicted"],
-                e.get("share_on_body"),
+                *([e.get("share_on_body")] if manifest.domain.on_black else []),
                 ", ".join(e.get("looks_like", [])),
             )
             for e in explanations
