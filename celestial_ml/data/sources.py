@@ -61,20 +61,6 @@ def image_folder(
     return path
 
 
-def _folder(data: Data, root: Path) -> Path:
-    table = labels_path(data, root)
-    if data.folder is None and table is None:
-        hint = "Name it: --set data.folder=path/to/images"
-        raise CelestialError("data.source is folder, but data.folder is not set", hint)
-    return image_folder("data.folder", data.folder, root)
-
-
-SOURCES["folder"] = Source(lambda data, seed, root, run: _folder(data, root), _folder)
-SOURCES["guide"] = Source(
-    lambda data, seed, root, run: get_guide(root / "data"), lambda data, root: root / "data" / "raw"
-)
-
-# %% ../../nbs/data/06_sources.ipynb #folder
 def labels_path(
     data: Data,
     root: Path,  # the project's
@@ -95,10 +81,7 @@ def _folder(data: Data, root: Path) -> Path:
     if data.folder is None and table is None:
         hint = "Name it: --set data.folder=path/to/images"
         raise CelestialError("data.source is folder, but data.folder is not set", hint)
-    folder = (root / check_path(data.folder or Path(str(table)).parent).expanduser()).resolve()
-    if not folder.is_dir():
-        raise CelestialError(f"{folder} is not a folder", "Name a folder that holds a folder of images for each class.")
-    return folder
+    return image_folder("data.folder", data.folder or str(Path(str(table)).parent), root)
 
 
 SOURCES["folder"] = Source(lambda data, seed, root, run: _folder(data, root), _folder)

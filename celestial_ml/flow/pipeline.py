@@ -19,30 +19,7 @@ from ..core.files import sha256_of, write_json
 from ..core.params import Params, load_params, params_path
 from ..core.plugins import plugin_file
 from ..core.progress import say
-from ..data.sources import get_source, image_folder
-from .dag import Executor, build
-from .freshness import BY_HAND, folder_checksum, forget, stale_steps, step_inputs, write_inputs
-from .steps import Task, load_tasks, one_run, run_folder, step_parameters
-from ..model.networks import get_network
-
-# %% ../../nbs/flow/03_pipeline.ipynb #ef9a91dd
-from __future__ import annotations
-
-import signal
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
-
-from ..core.errors import CelestialError, unknown
-from ..core.files import sha256_of, write_json
-from ..core.params import Params, load_params, params_path
-from ..core.plugins import plugin_file
-from ..core.progress import say
-from ..data.sources import get_source, labels_path
+from ..data.sources import get_source, image_folder, labels_path
 from .dag import Executor, build
 from .freshness import BY_HAND, folder_checksum, forget, stale_steps, step_inputs, write_inputs
 from .steps import Task, load_tasks, one_run, run_folder, step_parameters
@@ -126,6 +103,9 @@ def images_checksum(
     for folder in folders:
         if folder.is_dir() and folder not in cache:
             cache[folder] = folder_checksum(folder)
+    if (table := labels_path(params.data, root)) and table not in cache:
+        cache[table] = sha256_of(table)
+    folders += [table] if table else []
     return " ".join(cache[folder] for folder in folders) or None if all(f in cache for f in folders) else ""
 
 
@@ -133,25 +113,6 @@ def _photos_checksum(params: Params, root: Path) -> str | None:
     "The checksum of the photographs that a run is measured on, if any."
     photos = params.evaluate.photos
     return None if photos is None else folder_checksum(image_folder("evaluate.photos", photos, root))
-
-# %% ../../nbs/flow/03_pipeline.ipynb #images-checksum
-def images_checksum(
-    params: Params,
-    root: Path,  # the project's
-    cache: dict[Any, Any] | None = None,  # folder → checksum
-) -> str | None:  # None where the run makes all of its images; empty where some are to be fetched first
-    "The checksum of the images that come from outside."
-    folders = [
-        folder for name in params.data.all_sources if (folder := get_source(name).inputs(params.data, root)) is not None
-    ]
-    cache = {} if cache is None else cache
-    for folder in folders:
-        if folder.is_dir() and folder not in cache:
-            cache[folder] = folder_checksum(folder)
-    if (table := labels_path(params.data, root)) and table not in cache:
-        cache[table] = sha256_of(table)
-    folders += [table] if table else []
-    return " ".join(cache[folder] for folder in folders) or None if all(f in cache for f in folders) else ""
 
 # %% ../../nbs/flow/03_pipeline.ipynb #fetch-images
 def fetch_images(plan: Plan) -> Plan:
