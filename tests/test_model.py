@@ -17,6 +17,7 @@ from PIL import Image
 from celestial_ml.core.files import read_json, sha256_of
 from celestial_ml.core.params import load_params
 from celestial_ml.flow.pipeline import Plan
+from celestial_ml.model.robustness import read_stress
 from celestial_ml.package.metrics import read_metrics
 from celestial_ml.planets.renderer import render, render_many
 from celestial_ml.registry.evidence import Evidence
@@ -84,8 +85,8 @@ def test_without_stress_the_card_and_the_gate_say_so(metrics: dict) -> None:
     assert "--with stress" in Path("output/smoke/model_card.md").read_text()
 
 
-def test_stress_runs_beside_the_chain_and_its_results_go_with_the_model(celestial, smoke: Plan) -> None:
-    result = celestial("run", "smoke", "--with", "stress", "--json")
+def test_stress_runs_beside_the_chain_and_its_results_go_with_the_model(celestial_here, smoke: Plan) -> None:
+    result = celestial_here("run", "smoke", "--with", "stress", "--json")
     assert result.returncode == 0, result.stderr
     run = json.loads(result.stdout)
     assert run["ran"] == ["stress", "package", "register"]
@@ -97,11 +98,14 @@ def test_stress_runs_beside_the_chain_and_its_results_go_with_the_model(celestia
     assert {"invariance", "directional", "minimum_functionality"} == metrics["behaviour"].keys()
     assert rule_of(run["registered"], "beats guide-baseline")["value"] is not None
     assert "--with stress" not in Path("output/smoke/model_card.md").read_text()
-    again = json.loads(celestial("run", "smoke", "--json").stdout)
+    again = json.loads(celestial_here("run", "smoke", "--json").stdout)
     assert again["ran"] == [] and again["metrics"] == metrics, "without it the results stay"
-    other = json.loads(celestial("run", "smoke", "--set", "train.lr=0.0011", "--json").stdout)
-    assert "robustness" not in other["metrics"], "they say nothing about another training"
-    unknown = celestial("run", "smoke", "--with", "stres")
+    predictions, results = (Path("output/smoke", name) for name in ("predictions.parquet", "stress.json"))
+    assert read_stress(results, predictions)["metrics"]["robustness"] == metrics["robustness"]
+    other = pd.read_parquet(predictions).assign(confidence=0.5)
+    other.to_parquet("other.parquet")
+    assert read_stress(results, Path("other.parquet")) == {}, "they say nothing about another training"
+    unknown = celestial_here("run", "smoke", "--with", "stres")
     assert unknown.returncode == 2 and "stress" in unknown.stderr
 
 
