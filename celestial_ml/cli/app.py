@@ -212,8 +212,12 @@ def _read_catalog(folder: str | None, params: str) -> "tuple[pd.DataFrame, Param
     from celestial_ml.core.params import load_params
     from celestial_ml.data.sources import make_data_set
 
-    images = [f"data.folder={json.dumps(str(Path(folder).resolve()))}"] if folder else []
-    settings = images + ["data.source=folder", "data.sources=[]"] * bool(images)
+    settings = []
+    if folder:
+        path = Path(folder).resolve()
+        images, labels = (path.parent, str(path)) if path.is_file() else (path, None)
+        settings = [f"data.folder={json.dumps(str(images))}", f"data.labels={json.dumps(labels)}"]
+        settings += ["data.source=folder", "data.sources=[]"]
     root = project_root()
     p = load_params(params, settings, root / "params")
     return make_data_set(p.data, p.seed, root, root / "output" / params), p

@@ -49,6 +49,7 @@ class Data(Section):
     source: str = Field("render", description="where the images come from: render, guide, folder, or your own")
     sources: list[str] = Field([], description="several sources together, in place of source: [guide, render]")
     folder: str | None = Field(None, description="for source folder: a folder with a folder of images a class")
+    labels: str | None = Field(None, description="for source folder: a table of labels, CSV or JSON lines")
     per_class: int = Field(150, ge=1, le=1_000_000, description="for source render: images of each class")
     image_px: int = Field(128, ge=16, le=1024, description="for source render: side of an image, in pixels")
     split: Literal["auto", "folders", "stratified", "guide"] = Field(
@@ -196,7 +197,7 @@ class Register(Section):
         gt=0,
         description="difference of a logit, Keras against what is served, as a share of the largest, at most",
     )
-    must_beat: list[Literal["trivial", "guide-baseline"]] = Field(
+    must_beat: list[Literal["trivial", "colours", "pixels", "guide-baseline"]] = Field(
         ["trivial", "guide-baseline"], description="what it must be significantly better than, on the same images"
     )
     require_stress: bool = Field(

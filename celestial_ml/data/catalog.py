@@ -9,7 +9,6 @@ __all__ = ['split_folders', 'image_files', 'make_catalog', 'stratified_split', '
 # %% ../../nbs/data/04_catalog.ipynb #33bd8324
 import hashlib
 import os
-import unicodedata
 from collections import defaultdict
 from itertools import chain
 from pathlib import Path
@@ -25,11 +24,12 @@ from ..core.names import check_class, printable
 from ..core.params import Data
 from ..core.progress import progress
 from .images import SUFFIXES, find_pictures, is_picture, read_content, read_image
+from .labels import METADATA, PARTS, composed, label_table
 
 # %% ../../nbs/data/04_catalog.ipynb #class-folders
 def _class_folders(folder: Path, passed: PassedOver) -> list[Path]:
     "The folders in a folder, those behind links too, except a link to the folder itself or around it."
-    names, folders, links = look_into(folder, (*SUFFIXES, "metadata.csv"), passed)
+    names, folders, links = look_into(folder, (*SUFFIXES, *METADATA), passed)
     for name in map(os.fsdecode, names):
         if is_picture(name):
             passed.add("no_class", f"{folder}/{name}")
@@ -39,18 +39,12 @@ def _class_folders(folder: Path, passed: PassedOver) -> list[Path]:
     return sorted(map(Path, {*folders, *links} - around))
 
 # %% ../../nbs/data/04_catalog.ipynb #split-folders
-_PARTS = {
-    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
-
-
 def split_folders(
     folder: Path,
 ) -> dict[str, str]:  # name of a folder in it → train, val or test; empty: it isn't split
     "How a folder is split, by the names of the folders in it; `CelestialError` where they hold no class folders."
     inside = _class_folders(folder, PassedOver())
-    parts = {sub.name: _PARTS[sub.name.casefold()] for sub in inside if sub.name.casefold() in _PARTS}
+    parts = {sub.name: PARTS[sub.name.casefold()] for sub in inside if sub.name.casefold() in PARTS}
     if "train" not in parts.values() or len(set(parts.values())) < 2:
         return {}
     train = (_class_folders(folder / name, PassedOver()) for name, part in parts.items() if part == "train")
@@ -65,20 +59,30 @@ def split_folders(
 
 # %% ../../nbs/data/04_catalog.ipynb #image-files
 def image_files(
-    folder: Path,  # of class folders, or of train, val and test with class folders in them
+    folder: Path,  # of class folders, or of train, val and test with class folders in them, or of labelled pictures
     passed: PassedOver | None = None,  # counts what is left out
+    labels: Path | None = None,  # a table of labels; None: as `label_table`
 ) -> dict[str, list[Path]]:  # class → its files, both sorted by name
     "The image files of every class; `CelestialError` where there are none, or where a class's name isn't allowed."
     passed = PassedOver() if passed is None else passed
     if not folder.is_dir():
         hint = "Name a folder that holds a folder of images for each class."
         raise CelestialError(f"{folder} is not a folder", hint)
+    return _files(folder, passed, label_table(folder, labels, passed))
+
+
+def _files(folder: Path, passed: PassedOver, table: pd.DataFrame | None) -> dict[str, list[Path]]:
+    "The files of every class, by a table's labels or by their folders."
+    classes: defaultdict[str, list[Path]] = defaultdict(list)
+    if table is not None and "label" in table:
+        for label, path in sorted(zip(table.label, table.path, strict=True)):
+            classes[check_class(label)].append(Path(path))
+        return dict(classes)
     splits, inside = split_folders(folder), _class_folders(folder, passed)
     if splits:
         for path in chain(*(find_pictures(sub) for sub in inside if sub.name not in splits)):
             passed.add("no_class", path)
         inside = [sub for name in splits for sub in _class_folders(folder / name, passed)]
-    classes: defaultdict[str, list[Path]] = defaultdict(list)
     for sub in inside:
         files = sorted(map(Path, find_pictures(sub, passed)))
         classes[check_class(sub.name) if files else printable(sub.name)] += files
@@ -88,37 +92,42 @@ def image_files(
         left, example = f"; passed over: {passed}" if passed.counts else "", next(iter(classes), "cat")
         raise CelestialError(
             f"{folder} holds no class folder with images ({', '.join(SUFFIXES)}){left}",
-            f"Put the images of each class into a folder of its own, as in {folder.name}/{example}/one.jpg",
+            f"Put the images of each class into a folder of its own, as in {folder.name}/{example}/one.jpg, "
+            "or name a table of their labels: data.labels",
         )
     return dict(sorted(classes.items()))
 
 # %% ../../nbs/data/04_catalog.ipynb #make-catalog
 def make_catalog(
-    folder: Path,  # as `image_files`; may hold a metadata.csv with a column file_name
+    folder: Path,  # as `image_files`
     root: Path | None = None,  # paths below it are written relative to it
-) -> pd.DataFrame:  # path, label, sha256, bytes, width, height, format, error, the columns of metadata.csv, and part
+    labels: Path | None = None,  # a table of labels; None: as `label_table`
+) -> pd.DataFrame:  # path, label, sha256, bytes, width, height, format, error, what a table adds, and part
     """Read every image of a folder.
 
-    More about single images may be in a `metadata.csv` beside them, as in Hugging Face's ImageFolder: its column
-    `file_name` is the path, and the others are added. The column `part` is there where the folder is split.
-    `attrs["passed_over"]` counts what was left out, `attrs["examples"]` has some of it.
+    The column `part` is there where the folder is split, or a table has a column split. What a table says that is
+    measured here too, such as a width, is left out. `attrs["passed_over"]` counts what was left out,
+    `attrs["examples"]` has some of it.
     """
+    if not folder.is_dir():
+        raise CelestialError(f"{folder} is not a folder", "Name a folder that holds the images.")
     passed = PassedOver()
-    files = [(path, label) for label, paths in image_files(folder, passed).items() for path in paths]
+    table = label_table(folder, labels, passed)
+    files = [(path, label) for label, paths in _files(folder, passed, table).items() for path in paths]
     rows = []
     for path, label in progress(files, "reading images", len(files)):
         below = root is not None and path.is_relative_to(root)
         rows.append(_row(path, label, (path.relative_to(root) if below else path).as_posix()))
     catalog = pd.DataFrame(rows)
-    names = [_composed(path.relative_to(folder).as_posix()) for path, _ in files]
-    if (metadata := folder / "metadata.csv").is_file():
-        catalog = catalog.join(_metadata(metadata, catalog).reindex(names).reset_index(drop=True))
-    if parts := split_folders(folder):
-        catalog["part"] = [parts[path.relative_to(folder).parts[0]] for path, _ in files]
+    names = [composed(path.relative_to(folder).as_posix()) for path, _ in files]
+    if table is not None:
+        more = table.drop(columns=["label", "path", "source", "part"], errors="ignore").reindex(names)
+        catalog = catalog.join(more.drop(columns={*more} & {*catalog}).reset_index(drop=True))
+    catalog = catalog.drop(columns="split", errors="ignore").assign(**_parts(folder, table, names))
     catalog.attrs = {"passed_over": dict(passed.counts), "examples": passed.examples}
     return catalog
 
-
+# %% ../../nbs/data/04_catalog.ipynb #catalog-row
 def _row(path: Path, label: str, name: str) -> dict[str, Any]:
     row = {"path": printable(name), "label": label, "sha256": "", "bytes": 0}
     row |= {"width": 0, "height": 0, "format": None, "error": None}
@@ -134,27 +143,23 @@ def _row(path: Path, label: str, name: str) -> dict[str, Any]:
     except (CelestialError, OSError) as e:
         return row | {"error": getattr(e, "code", "unreadable")}
 
-# %% ../../nbs/data/04_catalog.ipynb #metadata
-def _metadata(path: Path, catalog: pd.DataFrame) -> pd.DataFrame:  # by file_name
-    "The columns that a metadata.csv adds; `CelestialError` where it doesn't fit the catalog."
-    try:
-        table = pd.read_csv(path)
-    except (ValueError, OSError) as e:  # pandas' own errors are ValueErrors
-        raise CelestialError(f"{path} is not a table in UTF-8: {e}", "Write it again as CSV, or remove it.") from None
-    if "file_name" not in table:
-        raise CelestialError(f"{path} has no column file_name", "It must hold the image's path below the folder.")
-    if clash := sorted({*table} & {*catalog, "part", "split", "source"}):
-        raise CelestialError(f"{path} has columns of the catalog: {', '.join(clash)}", "Rename them there.")
-    table = table[table.file_name.notna()]  # spreadsheets add rows of commas alone at the end
-    table.index = pd.Index(map(_composed, table.pop("file_name").astype(str)))
-    if twice := [*table.index[table.index.duplicated()]]:
-        raise CelestialError(f"{path} names {twice[0]} twice", "Leave one line of them.")
-    return table
 
-
-def _composed(text: str) -> str:
-    "Text in Unicode's composed form."
-    return unicodedata.normalize("NFC", text)
+def _parts(folder: Path, table: pd.DataFrame | None, names: list[str]) -> dict[str, list[str]]:  # part: a list; or {}
+    "How the pictures are split already, by a table or by folders."
+    firsts = [name.partition("/")[0] for name in names]
+    if table is not None and "split" in table:
+        part = table.split.reindex(names).tolist()
+        if without := [name for name, split in zip(names, part, strict=True) if not isinstance(split, str)]:
+            raise CelestialError(
+                f"{len(without)} pictures in {folder} have no split, as {printable(without[0])}, but others have one",
+                "Add them to the table, or remove the column split.",
+            )
+        return {"part": part}
+    if table is not None and "label" in table:
+        part = [PARTS.get(first.casefold(), "") for first in firsts]
+        return {"part": part} if "train" in part and len(set(part)) > 1 and all(part) else {}
+    parts = split_folders(folder)
+    return {"part": [parts[first] for first in firsts]} if parts else {}
 
 # %% ../../nbs/data/04_catalog.ipynb #stratified-split
 def stratified_split(

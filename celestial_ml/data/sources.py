@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['SOURCES', 'Source', 'get_source', 'make_data_set']
+__all__ = ['SOURCES', 'Source', 'get_source', 'labels_path', 'make_data_set']
 
 # %% ../../nbs/data/06_sources.ipynb #source
 @dataclass(frozen=True)
@@ -48,11 +48,27 @@ def get_source(
     return sources[name]
 
 # %% ../../nbs/data/06_sources.ipynb #folder
+def labels_path(
+    data: Data,
+    root: Path,  # the project's
+) -> Path | None:
+    "The table of labels; `CelestialError` where there is none, or nothing that it could be about."
+    if data.labels is None:
+        return None
+    if "folder" not in data.all_sources:
+        raise CelestialError("data.labels is set, but data.source isn't folder", "Set data.source=folder.")
+    path = (root / check_path(data.labels).expanduser()).resolve()
+    if not path.is_file():
+        raise CelestialError(f"there is no table {path}", "Name a CSV with columns file_name and label: data.labels")
+    return path
+
+
 def _folder(data: Data, root: Path) -> Path:
-    if data.folder is None:
+    table = labels_path(data, root)
+    if data.folder is None and table is None:
         hint = "Name it: --set data.folder=path/to/images"
         raise CelestialError("data.source is folder, but data.folder is not set", hint)
-    folder = (root / check_path(data.folder).expanduser()).resolve()
+    folder = (root / check_path(data.folder or Path(str(table)).parent).expanduser()).resolve()
     if not folder.is_dir():
         raise CelestialError(f"{folder} is not a folder", "Name a folder that holds a folder of images for each class.")
     return folder
@@ -69,6 +85,7 @@ def _catalogs(data: Data, seed: int, root: Path, run: Path) -> dict[str, pd.Data
     from celestial_ml.data.catalog import make_catalog
 
     folders: dict[Path, str] = {}
+    table = labels_path(data, root)
     catalogs: dict[str, pd.DataFrame] = {}
     for name in data.all_sources:
         folder = get_source(name).fetch(data, seed, root, run)
@@ -77,7 +94,7 @@ def _catalogs(data: Data, seed: int, root: Path, run: Path) -> dict[str, pd.Data
                 f"the sources {other} and {name} have their images in the same folder, {folder}",
                 "Name every source once in data.sources and data.test_source.",
             )
-        catalogs[name] = make_catalog(folder, root).assign(source=name)
+        catalogs[name] = make_catalog(folder, root, table if name == "folder" else None).assign(source=name)
     return catalogs
 
 # %% ../../nbs/data/06_sources.ipynb #test-images

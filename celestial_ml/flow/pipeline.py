@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import CelestialError, unknown
-from ..core.files import write_json
+from ..core.files import sha256_of, write_json
 from ..core.params import Params, load_params, params_path
 from ..core.plugins import plugin_file
 from ..core.progress import say
-from ..data.sources import get_source
+from ..data.sources import get_source, labels_path
 from .dag import Executor, build
 from .freshness import BY_HAND, folder_checksum, forget, stale_steps, step_inputs, write_inputs
 from .steps import Task, load_tasks, one_run, run_folder, step_parameters
@@ -102,6 +102,9 @@ def images_checksum(
     for folder in folders:
         if folder.is_dir() and folder not in cache:
             cache[folder] = folder_checksum(folder)
+    if (table := labels_path(params.data, root)) and table not in cache:
+        cache[table] = sha256_of(table)
+    folders += [table] if table else []
     return " ".join(cache[folder] for folder in folders) or None if all(f in cache for f in folders) else ""
 
 # %% ../../nbs/flow/03_pipeline.ipynb #fetch-images
