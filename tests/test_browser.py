@@ -332,7 +332,7 @@ class TestIdentify:
         scale = page.get_by_role("img", name="beyond the limit")
         assert scale.is_visible() and not page.locator("#right .bars").is_visible()
         assert (
-            page.locator("#question").inner_text().startswith("What is it?")
+            page.locator("#question").inner_text().startswith("You know it?")
             and not page.locator("#thumbs").is_visible()
         )
         page.get_by_label("What is it?").click()
