@@ -18,7 +18,8 @@ from celestial_ml.core.files import read_json, sha256_of
 from celestial_ml.core.params import load_params
 from celestial_ml.flow.pipeline import Plan
 from celestial_ml.model.robustness import read_stress
-from celestial_ml.planets.renderer import render_many
+from celestial_ml.package.metrics import read_metrics
+from celestial_ml.planets.renderer import render, render_many
 from celestial_ml.registry.evidence import Evidence
 from celestial_ml.serve.predictor import Predictor
 
@@ -184,13 +185,23 @@ def test_images_of_the_test_source_are_only_tested_on(celestial, at_home: Path, 
     for body, i, _, pixels in render_many(2, 32, seed=5):
         (tmp_path / body).mkdir(exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / body / f"{i}.png")
+    for name, body in {"Mars": "Mars", "Moon": "Moon", "Sun": "Venus"}.items():
+        (at_home / "photos" / name).mkdir(parents=True)
+        Image.fromarray(render(body, size=64)).save(at_home / "photos" / name / "1.png")
     chosen = ["data.per_class=6", f"data.folder={tmp_path}", "data.test_source=folder", "data.val=0.3"]
+    chosen += ["evaluate.photos=photos"]
     result = celestial("run", "smoke", "--run", "other", *settings(*chosen))
     assert result.returncode == 0, result.stderr
     features = pd.read_parquet("output/other/features.parquet")
     assert set(features[features.source == "folder"].split) == {"test"}
     assert not features[features.source == "render"].split.eq("test").any()
     assert read_json("output/other/metrics.json")["images"] == features.source.eq("folder").sum() == 20
+    photos = read_metrics(Path("output/other")).photos
+    assert photos.right.images == 2 and photos.others_unknown.images == 1
+    assert photos.known_right.count + photos.known_wrong.count + photos.unknown.count == 2
+    assert (
+        "2 photographs" in Path("output/other/report.md").read_text() and Path("output/other/plots/photos.png").exists()
+    )
     assert load_params("sim2real", folder=Path("params")).data.test_source == "guide"
 
 

@@ -155,6 +155,8 @@ def test_a_plan_only_reads(unspoilt: Path) -> None:
     assert guide.stale["acquire"] == "its images are to be fetched" and guide.inputs["acquire"]["images"] == ""
     both = make_plan(unspoilt, "smoke", ["data.sources=[render,guide]"], run="both")
     assert both.stale["acquire"] == "its images are to be fetched" and both.inputs["acquire"]["images"] == ""
+    photos = make_plan(unspoilt, "smoke", ["evaluate.photos=output/smoke/images"])
+    assert next(iter(photos.stale)) == "evaluate" and "the images changed" in photos.stale["evaluate"]
     assert state() == before and not make_plan(unspoilt, "smoke").stale
 
 
@@ -253,6 +255,7 @@ def test_from_and_force(unspoilt: Path) -> None:
         (["smoke", "--set", "model.network=compct"], "did you mean 'compact'?"),
         (["smoke", "--set", "data.source=gide"], "did you mean 'guide'?"),
         (["smoke", "--set", "data.source=folder"], "data.folder is not set"),
+        (["smoke", "--set", "evaluate.photos=nowhere"], "nowhere is not a folder"),
         (["smoke", "--set", "data.source=folder", "--set", "data.folder=nowhere"], "nowhere is not a folder"),
         (["smoke", "--from", "trian"], "did you mean 'train'?"),
         (["smoke", "--run", "../up"], "can't be the name of a run"),
