@@ -144,6 +144,9 @@ class Evaluate(Section):
         None, description="a folder of pictures that show none of the classes; null: drawn ones alone"
     )
     ood_images: int = Field(60, ge=4, le=10_000, description="pictures of each kind of thing that is not a known class")
+    photos: str | None = Field(
+        None, description="a folder of photographs from elsewhere, a folder a class; other folders should be unknown"
+    )
     domain: str = Field(
         "auto", description="what is known of the classes beyond their images: auto, none, or the name of a plug-in"
     )

@@ -131,7 +131,7 @@ def new_project(
     names, table = classes_of(classes, data), data if data and data.is_file() else None
     images = ((table.parent if table else data).resolve().as_posix()) if data else "data/images"
     answers = {"project": path.name, "package": package, "classes": names, "data": images, "size": size}
-    answers["domain"] = domain_of(names).name
+    answers |= {"domain": domain_of(names).name, "labels": table.resolve().as_posix() if table else ""}
     with atomic(path) as beside:
         _fill(beside, answers | library_source())
     return names
