@@ -88,7 +88,7 @@ class Prepare(Section):
     "From a picture of any size to the network's input."
 
     size: int | None = Field(
-        64,
+        None,
         ge=16,
         le=512,
         description="side of the network's input, in pixels; null: 64 to 224, as large as the pictures are",
