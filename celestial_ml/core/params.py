@@ -154,7 +154,7 @@ class Evaluate(Section):
         None, description="the kinds of picture that are judged apart; null: those of the domain"
     )
 
-
+# %% ../../nbs/core/04_params.ipynb #params-stress
 class Stress(Section):
     "What the step `stress` tries on a trained model, beside the chain."
 

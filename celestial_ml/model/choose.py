@@ -98,7 +98,8 @@ def choose(
     alike = [i for i, row in enumerate(rows) if row["network"] == rows[best]["network"] and row["score"] >= near]
     chosen = min(alike, key=lambda i: PREFERRED.index(rows[i]["augment"]))
     table = pd.DataFrame(rows).assign(chosen=[i == chosen for i in range(len(rows))])
-    return *found[chosen], table
+    model, train = found[chosen]
+    return model, train, table
 
 # %% ../../nbs/model/17_choose.ipynb #plot-choice
 def plot_choice(
@@ -106,11 +107,10 @@ def plot_choice(
 ) -> Figure:
     "Each candidate's accuracy on the validation images, as they are and from other cameras."
     fig, ax = plt.subplots(figsize=(7, 1 + 0.45 * len(table)), layout="constrained")
-    for row, candidate in enumerate(table.itertuples()):
-        ax.plot([candidate.cameras, candidate.val], [row, row], color="#c8c8c8", zorder=1)
-        colour = "#2f6fb3" if candidate.chosen else "#9a9a9a"
-        ax.scatter(candidate.val, row, 60, colour, zorder=2)
-        ax.scatter(candidate.cameras, row, 60, "white", edgecolors=colour, zorder=2)
+    rows, colours = np.arange(len(table)), np.where(table.chosen, "#2f6fb3", "#9a9a9a")
+    ax.hlines(rows, table.cameras, table.val, color="#c8c8c8", zorder=1)
+    ax.scatter(table.val, rows, 60, colours, zorder=2)
+    ax.scatter(table.cameras, rows, 60, "white", edgecolors=colours, zorder=2)
     names = [f"{c.network}, {c.augment}" + (" (chosen)" if c.chosen else "") for c in table.itertuples()]
     ax.set_yticks(range(len(table)), names)
     ax.set(

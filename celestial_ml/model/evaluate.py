@@ -12,10 +12,10 @@ import pandas as pd
 from sklearn.metrics import accuracy_score, log_loss, precision_recall_fscore_support
 
 if TYPE_CHECKING:
-    pass
+    import keras
 
 # %% auto #0
-__all__ = ['softmax', 'predictions_table', 'compute_metrics']
+__all__ = ['softmax', 'predictions_table', 'compute_metrics', 'with_embedding', 'logits_and_embeddings']
 
 # %% ../../nbs/model/03_evaluate.ipynb #softmax
 def softmax(
@@ -62,3 +62,24 @@ def compute_metrics(
             for (name, figures), n in zip(by_class.to_dict("index").items(), images, strict=True)
         },
     }
+
+# %% ../../nbs/model/03_evaluate.ipynb #with-embedding
+def with_embedding(
+    model: keras.Model,  # of `build_network`
+) -> keras.Model:  # uint8 pixels → [logits, embedding]
+    "The same network, which also gives the vector that it answers from."
+    import keras
+
+    return keras.Model(model.input, [model.output, model.get_layer("embedding").output])
+
+
+def logits_and_embeddings(
+    both: keras.Model,  # of `with_embedding`
+    pixels: np.ndarray,  # uint8 (n, size, size, channels)
+    batch_size: int = 64,
+) -> tuple[np.ndarray, np.ndarray]:  # float32 (n, classes) and (n, embedding)
+    "What the network answers for each image, and what it answers from."
+    # A call, not `predict`, which would trace the network anew for each network and size of a batch.
+    parts = [both(pixels[i : i + batch_size], training=False) for i in range(0, len(pixels), batch_size)]
+    logits, embeddings = (np.concatenate([np.asarray(part) for part in arrays]) for arrays in zip(*parts, strict=True))
+    return logits, embeddings

@@ -91,10 +91,12 @@ def _weights() -> dict[str, np.ndarray]:
         raise CelestialError(f"{path} is not the file of weights that was verified", hint)
     return read_state_dict(content)
 
-# %% ../../nbs/model/16_pretrained.ipynb #efficientnet
+# %% ../../nbs/model/16_pretrained.ipynb #effnet-layers
 # Stages: repeats, kernel, strides of the first, expansion, channels
-_STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192))
-_STAGES += ((1, 3, 1, 6, 320),)
+_STAGES = (
+    *((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80)),
+    *((3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)),
+)
 
 
 def _named_layers(x: Any) -> Iterator[tuple[str, Any]]:
@@ -123,7 +125,7 @@ def _named_layers(x: Any) -> Iterator[tuple[str, Any]]:
         yield f"stage-{width}", x
     yield "head", normed(convolution(x, "_conv_head", 1280), "_bn1")
 
-
+# %% ../../nbs/model/16_pretrained.ipynb #efficientnet
 def efficientnet_lite0(x: Any, p: Model) -> Any:
     "EfficientNet-Lite0's frozen features of five depths, behind a frozen linear embedding of 4 * p.embedding numbers."
     import keras

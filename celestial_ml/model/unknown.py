@@ -189,17 +189,18 @@ class OodScore:
     def save(self, path: Path) -> None:
         "Write it as a .npz, atomically."
         with atomic(path) as f:
-            np.savez(f, **self.arrays())
+            np.savez(f, allow_pickle=False, **self.arrays())
 
     @classmethod
     def load(cls, path: Path) -> "OodScore":
         "Read what `save` wrote."
         with np.load(path, allow_pickle=False) as a:
-            parts = (
-                Distance(*(a[f"{b}{name}"] for name in ("centre", "whitening", "means"))) for b in ("", "background_")
+            classes, background = (
+                Distance(*(a[f"{prefix}{name}"] for name in ("centre", "whitening", "means")))
+                for prefix in ("", "background_")
             )
             factor, offset, bias = (float(x) for x in a["scale"])
-            return cls(*parts, (factor, offset), a["exposure"], bias)
+            return cls(classes, background, (factor, offset), a["exposure"], bias)
 
 
 def _edge(values: np.ndarray) -> tuple[float, float]:  # factor and offset
@@ -237,8 +238,8 @@ def _without_each(
     "The AUROC of `OodScore` on each kind of stranger, fitted without that kind, as strangers of tomorrow are not known."
     by_kind = {}
     for kind, outputs in strange.items():
-        others = [o.embeddings for name, o in strange.items() if name != kind]
-        others = np.concatenate(others) if others else None
+        rest = [o.embeddings for name, o in strange.items() if name != kind]
+        others = np.concatenate(rest) if rest else None
         combined = fit_ood_score(train.embeddings, labels, measured.embeddings, others)
         by_kind[kind] = auroc(combined(measured.embeddings), combined(outputs.embeddings))
     return by_kind | {"mean": float(np.mean([*by_kind.values()])), "worst": min(by_kind.values())}
