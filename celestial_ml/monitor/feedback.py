@@ -18,18 +18,10 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 # %% auto #0
-__all__ = ['MOST', 'person_of', 'add_feedback']
+__all__ = ['MOST', 'add_feedback']
 
 # %% ../../nbs/monitor/05_feedback.ipynb #add-feedback
 MOST = 20  # people who judge one answer
-
-
-def person_of(
-    request_id: str,
-    who: str,  # "" for nobody in particular
-) -> str | None:
-    "A fingerprint that recognises a person at this answer, and nowhere else."
-    return hashlib.sha256(f"{request_id}\n{who}".encode("utf-8", "replace")).hexdigest()[:32] if who else None
 
 
 def add_feedback(
@@ -57,15 +49,11 @@ def add_feedback(
         if correct and label not in (None, answer):
             message = f"{answer} is correct, and it is {str(label)[:100]}?"
             raise CelestialError(message, "Choose one of the two.", "contradictory_feedback")
-        values = {
-            "request_id": request_id,
-            "time": time.time(),
-            "correct": bool(correct),
-            "comment": plain_text(comment),
-        }
-        values |= {"label": plain_text(answer if correct else label), "person": person_of(request_id, who)}
+        values = {"request_id": request_id, "time": time.time(), "correct": bool(correct)}
+        values |= {"label": plain_text(answer if correct else label), "comment": plain_text(comment)}
         of_request = feedback.c.request_id == request_id
-        if who:
+        if who:  # a fingerprint recognises the person at this answer, and nowhere else
+            values["person"] = hashlib.sha256(f"{request_id}\n{who}".encode("utf-8", "replace")).hexdigest()[:32]
             connection.execute(delete(feedback).where(of_request, feedback.c.person == values["person"]))
         if connection.execute(select(func.count()).where(of_request)).scalar_one() >= MOST:
             message, hint = f"{MOST} people have judged this answer", "Others have said what it is."
