@@ -132,8 +132,7 @@ class Link:
 
 # %% ../../nbs/monitor/06_writer.ipynb #enrol
 def enrol(
-    engine: Engine,
-    counters: Counters,
+    engine: Engine, counters: Counters
 ) -> tuple[int, int]:  # rows of this process that are written, and the number of the last one
     "What the process's row in the database says; a new process gets one."
     from sqlalchemy import insert, select

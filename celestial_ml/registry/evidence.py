@@ -61,9 +61,7 @@ class Evidence:
             return cls(**{field.name: arrays[field.name] for field in fields(cls)})
 
 
-def short(
-    sha256: Iterable[str],
-) -> np.ndarray:  # uint64 (n,)
+def short(sha256: Iterable[str]) -> np.ndarray:  # uint64 (n,)
     "The first 16 digits of each checksum."
     return np.array([int(digits[:16], 16) for digits in sha256], np.uint64)
 
