@@ -60,14 +60,14 @@ class Health:
 
 # %% ../../nbs/monitor/07_log.ipynb #status-of
 FIGURES = {  # of the status → kind, description
-    "ok": ("gauge", "Whether the prediction log can be written to."),
+    "ok": ("gauge", "Whether the prediction log is being written."),
     "answered": ("counter", "Answers given to the prediction log."),
-    "written": ("gauge", "Of these, rows in the database."),
+    "written": ("gauge", "Of these, rows written to the database."),
     "buffered": ("gauge", "Answers in memory."),
     "behind": ("gauge", "Age in seconds of the oldest answer in memory."),
-    "dropped": ("counter", "Answers left out, by reason."),
-    "images_dropped": ("counter", "Images left out for want of memory."),
-    "lost": ("gauge", "Answers written, and not in the database any more."),
+    "dropped": ("counter", "Answers that were not logged, by reason."),
+    "images_dropped": ("counter", "Images not stored for lack of memory."),
+    "lost": ("gauge", "Answers written that are no longer in the database."),
     "lost_before": ("gauge", "Answers lost with killed processes."),
 }
 

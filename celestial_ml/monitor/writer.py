@@ -246,6 +246,6 @@ class Writer:
                 self.write(batch[: len(batch) // 2])
                 return self.write(batch[len(batch) // 2 :])
             if not self.counters.slots[INVALID]:
-                _log.warning("an answer can't be written down, and is counted as invalid: %.200s", e)
+                _log.warning("an answer can't be stored, and is counted as invalid: %.200s", e)
             self.counters.slots[INVALID] += 1
         self.last = batch[-1][0]

@@ -144,8 +144,8 @@ class Shared:
         parts = {
             "on file": self.on_file,
             "answered now": self.answered_now,
-            "left out because it learned from them": self.learned,
-            "left out because their files aren't here": self.missing,
+            "left out because it was trained on them": self.learned,
+            "left out because their files are missing": self.missing,
         }
         return ", ".join(f"{n} {what}" for what, n in parts.items() if n)
 

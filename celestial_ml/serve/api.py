@@ -363,7 +363,7 @@ def as_json(content: dict[str, Any]) -> Response:
 
 @api.post("/predict", response_model=Answer, responses=FOR_PICTURES, openapi_extra=a_form("image"))
 async def predict(request: Request) -> Response:
-    "What is in this picture? Send a JPEG, PNG or WebP image."
+    "Classify a picture: a JPEG, PNG or WebP image."
     service: Service = request.app.state.service
     service.models.current
     [(_, content)] = await read_files(request, "image", 1)
@@ -377,7 +377,7 @@ async def predict(request: Request) -> Response:
     openapi_extra=a_form("images", several=True),
 )
 async def predict_batch(request: Request, service: TheService, model: TheModel) -> Response:
-    "What is in these pictures? A bad one gets its error, and the others their answers."
+    "Classify several pictures; a bad one gets an error, the others their answers."
     files = await read_files(request, "images", service.settings.max_files)
     if service.scorer.under_way + len(files) > max(service.settings.waiting, len(files)):
         raise busy()
@@ -401,7 +401,7 @@ async def _one_of_several(service: Service, request: Request, number: str, file:
 # %% ../../nbs/serve/20_api.ipynb #explain
 @api.post("/explain", response_model=Explained, responses=FOR_PICTURES, openapi_extra=a_form("image"))
 async def explain(request: Request, service: TheService, model: TheModel) -> Response:
-    "Why this answer? The answer of /predict, what in the picture it rests on, and the training pictures it looks like."
+    "The answer of /predict, a map of the parts of the picture that matter for it, and the most similar training pictures."
     [(_, content)] = await read_files(request, "image", 1)
     if service.explaining >= service.settings.explaining:
         raise busy()
@@ -420,10 +420,10 @@ BAD_FEEDBACK = errors(
     bad_request="the body is not JSON",
     too_slow="the request took longer than 30 s to arrive",
     too_many_bytes="the request has more than the 16 kB that are allowed",
-    unknown_request="no request of that id was answered",
+    unknown_request="no answered request has the id 0f8fad5b",
     unknown_label="the model has no class 'Satrun'",
     invalid_request="body request_id: Field required",
-    too_many_judgements="20 people have judged this answer, and no more count",
+    too_many_judgements="20 people have judged this answer",
     contradictory_feedback="the answer was Mars, so 'Saturn' can't be right",
 )
 
@@ -454,19 +454,19 @@ async def store_judgement(
 
 @api.post("/feedback", responses=BAD_FEEDBACK | NO_LOG | NO_KEY)
 async def feedback(request: Request, judgement: Feedback, service: TheService) -> Thanks:
-    "Was the answer right? Name it by its request_id and, where it was wrong, say what it should have been."
+    "Judge an answer by its request_id: whether it was right and, if not, the correct label."
     return await store_judgement(service, judgement, request.scope.get("state", {}).get("who", ""))
 
 
 @api.get("/health")
 async def health() -> Status:
-    "Is the process alive?"
+    "Whether the process is alive."
     return Status(status="alive")
 
 
 @api.get("/ready", responses=NO_MODEL, response_model_exclude_none=True)
 async def ready(service: TheService, model: TheModel) -> Status:
-    "Is a model loaded, which one, and was another one refused?"
+    "Whether a model is loaded, which one, and whether another one was refused."
     tried = service.models.challenger.predictor
     refused = service.models.champion.reason or service.models.challenger.reason
     return Status(
@@ -476,22 +476,22 @@ async def ready(service: TheService, model: TheModel) -> Status:
 # %% ../../nbs/serve/20_api.ipynb #model-info
 @api.get("/model", responses=NO_MODEL | NO_KEY)
 async def model_info(model: TheModel) -> ModelInfo:
-    "Which model answers, what it knows, how good it is and where it came from."
+    "The model that answers: its classes, metrics and lineage."
     card = "/model/card" if (model.folder / "model_card.html").is_file() else None
     content = model.manifest.to_json()
     lineage = without_folders(content.get("lineage", {}))  # paths on the training machine are private
     return ModelInfo(**content | {"lineage": lineage, "card": card})
 
 
-NO_CARD = errors(no_card="this model came without a card")
+NO_CARD = errors(no_card="this model has no card")
 
 
 @api.get("/model/card", response_class=HTMLResponse, responses=NO_CARD | NO_MODEL | NO_KEY)
 async def model_card(model: TheModel) -> Response:
-    "The model card: what it is for, how well it does where, and where it fails."
+    "The model card, as HTML."
     card = model.folder / "model_card.html"
     if not card.is_file():
-        raise CelestialError("this model came without a card", "Package and register it again.", "no_card")
+        raise CelestialError("this model has no card", "Package and register it again.", "no_card")
     # No scripts and nothing from other sites: the card contains its pictures and styles.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; frame-ancestors 'self'"
     return FileResponse(card, media_type="text/html", headers={"Content-Security-Policy": policy})
@@ -555,7 +555,7 @@ def build_app(
     app = App(
         title="celestial",
         version=__version__,
-        description="Says what a picture shows, of the classes that the model knows, and says so where it is none of them.",
+        description="Classifies pictures, and answers unknown to a picture that is unlike all training images.",
         docs_url=None,
         redoc_url=None,
         exception_handlers=HANDLERS,
@@ -563,7 +563,7 @@ def build_app(
     service = app.state.service = Service(folder, settings, log)
     # One door for both ways in, or a key could ask twice as often as it may.
     metrics, door, app.state.proxies = service.metrics, Door(settings), Proxies(settings)
-    words = "Bytes of the requests that are in memory"
+    words = "Bytes of request bodies in memory"
     metrics.collect(lambda: [("gauge", "celestial_body_bytes", words, {}, door.bodies.used)])
     app.state.short = None if settings.cors_origins else Guard(predict_directly, settings, metrics, door)
     if settings.cors_origins:
