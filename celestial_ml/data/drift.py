@@ -56,6 +56,7 @@ class Drift:
     ) -> None:
         "Count some pictures."
         chosen = np.asarray(values, float)[:, [FEATURES.index(name) for name in self.statistics]]
+        chosen = chosen[~np.isnan(chosen).any(axis=1)]  # answers of another kind have none
         self.images += len(chosen)
         self.sums += chosen.sum(0)
         for row, column in enumerate(np.sort(chosen, axis=0).T):

@@ -13,10 +13,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pandas as pd
-from .drift import describe
 
 from ..core.params import Prepare
 from ..core.progress import progress
+from .drift import describe
 from .features import image_features, image_statistics
 from .images import decode_image
 
