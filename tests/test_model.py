@@ -17,7 +17,9 @@ from PIL import Image
 from celestial_ml.core.files import read_json, sha256_of
 from celestial_ml.core.params import load_params
 from celestial_ml.flow.pipeline import Plan
-from celestial_ml.planets.renderer import render_many
+from celestial_ml.model.robustness import read_stress
+from celestial_ml.package.metrics import read_metrics
+from celestial_ml.planets.renderer import render, render_many
 from celestial_ml.registry.evidence import Evidence
 from celestial_ml.serve.predictor import Predictor
 
@@ -83,8 +85,8 @@ def test_without_stress_the_card_and_the_gate_say_so(metrics: dict) -> None:
     assert "--with stress" in Path("output/smoke/model_card.md").read_text()
 
 
-def test_stress_runs_beside_the_chain_and_its_results_go_with_the_model(celestial, smoke: Plan) -> None:
-    result = celestial("run", "smoke", "--with", "stress", "--json")
+def test_stress_runs_beside_the_chain_and_its_results_go_with_the_model(celestial_here, smoke: Plan) -> None:
+    result = celestial_here("run", "smoke", "--with", "stress", "--json")
     assert result.returncode == 0, result.stderr
     run = json.loads(result.stdout)
     assert run["ran"] == ["stress", "package", "register"]
@@ -96,11 +98,14 @@ def test_stress_runs_beside_the_chain_and_its_results_go_with_the_model(celestia
     assert {"invariance", "directional", "minimum_functionality"} == metrics["behaviour"].keys()
     assert rule_of(run["registered"], "beats guide-baseline")["value"] is not None
     assert "--with stress" not in Path("output/smoke/model_card.md").read_text()
-    again = json.loads(celestial("run", "smoke", "--json").stdout)
+    again = json.loads(celestial_here("run", "smoke", "--json").stdout)
     assert again["ran"] == [] and again["metrics"] == metrics, "without it the results stay"
-    other = json.loads(celestial("run", "smoke", "--set", "train.lr=0.0011", "--json").stdout)
-    assert "robustness" not in other["metrics"], "they say nothing about another training"
-    unknown = celestial("run", "smoke", "--with", "stres")
+    predictions, results = (Path("output/smoke", name) for name in ("predictions.parquet", "stress.json"))
+    assert read_stress(results, predictions)["metrics"]["robustness"] == metrics["robustness"]
+    other = pd.read_parquet(predictions).assign(confidence=0.5)
+    other.to_parquet("other.parquet")
+    assert read_stress(results, Path("other.parquet")) == {}, "they say nothing about another training"
+    unknown = celestial_here("run", "smoke", "--with", "stres")
     assert unknown.returncode == 2 and "stress" in unknown.stderr
 
 
@@ -180,13 +185,23 @@ def test_images_of_the_test_source_are_only_tested_on(celestial, at_home: Path, 
     for body, i, _, pixels in render_many(2, 32, seed=5):
         (tmp_path / body).mkdir(exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / body / f"{i}.png")
+    for name, body in {"Mars": "Mars", "Moon": "Moon", "Sun": "Venus"}.items():
+        (at_home / "photos" / name).mkdir(parents=True)
+        Image.fromarray(render(body, size=64)).save(at_home / "photos" / name / "1.png")
     chosen = ["data.per_class=6", f"data.folder={tmp_path}", "data.test_source=folder", "data.val=0.3"]
+    chosen += ["evaluate.photos=photos"]
     result = celestial("run", "smoke", "--run", "other", *settings(*chosen))
     assert result.returncode == 0, result.stderr
     features = pd.read_parquet("output/other/features.parquet")
     assert set(features[features.source == "folder"].split) == {"test"}
     assert not features[features.source == "render"].split.eq("test").any()
     assert read_json("output/other/metrics.json")["images"] == features.source.eq("folder").sum() == 20
+    photos = read_metrics(Path("output/other")).photos
+    assert photos.right.images == 2 and photos.others_unknown.images == 1
+    assert photos.known_right.count + photos.known_wrong.count + photos.unknown.count == 2
+    assert (
+        "2 photographs" in Path("output/other/report.md").read_text() and Path("output/other/plots/photos.png").exists()
+    )
     assert load_params("sim2real", folder=Path("params")).data.test_source == "guide"
 
 

@@ -125,6 +125,9 @@ class Evaluate(Section):
     bootstrap: int = Field(1000, ge=100, le=100_000, description="resamples behind each 95 % interval")
     min_slice: int = Field(15, ge=1, description="images that a slice needs to be judged")
     ood_images: int = Field(60, ge=4, le=10_000, description="pictures of each kind of thing that is not a known class")
+    photos: str | None = Field(
+        None, description="a folder of photographs from elsewhere, a folder a class; other folders should be unknown"
+    )
     domain: str = Field(
         "auto", description="what is known of the classes beyond their images: auto, none, or the name of a plug-in"
     )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['SOURCES', 'Source', 'get_source', 'labels_path', 'make_data_set']
+__all__ = ['SOURCES', 'Source', 'get_source', 'image_folder', 'labels_path', 'make_data_set']
 
 # %% ../../nbs/data/06_sources.ipynb #source
 @dataclass(frozen=True)
@@ -48,6 +48,19 @@ def get_source(
     return sources[name]
 
 # %% ../../nbs/data/06_sources.ipynb #folder
+def image_folder(
+    key: str,  # the parameter that names it
+    folder: str,  # its value
+    root: Path,  # the project's
+) -> Path:
+    "A folder that a parameter names; `CelestialError` where it isn't there."
+    path = (root / check_path(folder).expanduser()).resolve()
+    if not path.is_dir():
+        hint = "Name a folder that holds a folder of images for each class."
+        raise CelestialError(f"{key}: {path} is not a folder", hint)
+    return path
+
+
 def labels_path(
     data: Data,
     root: Path,  # the project's
@@ -68,10 +81,7 @@ def _folder(data: Data, root: Path) -> Path:
     if data.folder is None and table is None:
         hint = "Name it: --set data.folder=path/to/images"
         raise CelestialError("data.source is folder, but data.folder is not set", hint)
-    folder = (root / check_path(data.folder or Path(str(table)).parent).expanduser()).resolve()
-    if not folder.is_dir():
-        raise CelestialError(f"{folder} is not a folder", "Name a folder that holds a folder of images for each class.")
-    return folder
+    return image_folder("data.folder", data.folder or str(Path(str(table)).parent), root)
 
 
 SOURCES["folder"] = Source(lambda data, seed, root, run: _folder(data, root), _folder)

@@ -122,7 +122,7 @@ def hero(model: "Predictor | None") -> str:
     colour = (model.manifest.project.colour if model else None) or ("" if domain.on_black else domain.colour)
     return part(
         "hero", kind="space" if domain.on_black else "plain", style=Markup(_palette(colour)) if colour else "",
-        brand=(model.manifest.name if model else "") or "celestial", picture=uri,
+        brand="celestial" if model is None or domain.on_black else model.manifest.name, picture=uri,
         mosaic=[tile_uri(model, name, 200) for name in some], title=domain.title, invitation=domain.invitation,
     )  # fmt: skip
 

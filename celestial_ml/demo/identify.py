@@ -81,7 +81,8 @@ def answer_card(
     "The answer, why to believe it, and the probabilities."
     aside, limit = ("", None) if prediction.known else ("If it had to be one of them", manifest.ood_threshold)
     fine, words = f"Answered by model {manifest.model}", sentence(prediction, manifest)
-    return card("The answer", headline(prediction), words, prediction, aside=aside, limit=limit, fine=fine)
+    kind = "" if prediction.known else "unsure"
+    return card("The answer", headline(prediction), words, prediction, kind, aside, limit, fine)
 
 
 def sorry(
@@ -235,7 +236,7 @@ def changes(view: View, desk: Desk) -> list[Any]:
     question = (
         "<p>Is that right?</p>"
         if view.known
-        else "<p>What is it? Your answer is looked at before the next training.</p>"
+        else "<p>You know it? Your answer is looked at before the next training.</p>"
     )
     verdict = [gr.Column(visible=view.answered), question, gr.Row(visible=view.known)]
     verdict += [gr.Column(visible=not view.known), gr.Dropdown(labels, value=None), "", ""]

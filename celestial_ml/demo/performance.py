@@ -99,6 +99,8 @@ def slices_list(slices: Sequence[Slice]) -> str:
     groups = []
     for name, rows in groupby(slices, key=lambda one: one.slice):
         bins = list(rows)
+        if len(bins) == 1:
+            continue  # there is nothing to compare
         if len(bins) > MANY:
             bins.sort(key=lambda one: (one.accuracy, one.low))
         shown = few_of(bins)

@@ -148,6 +148,26 @@ class BehaviouralTest(Document):
     passed: float | None  # the share of images; None where the test doesn't apply
     images: int
 
+# %% ../../nbs/package/01_metrics.ipynb #metrics-photos
+class Counted(Document):
+    "Some of the images, and the interval of their share."
+
+    count: int
+    images: int  # all of them
+    low: float
+    high: float
+
+
+class Photographs(Document):
+    "The answers for photographs that the model wasn't made from: of its classes, and of other things."
+
+    images_sha256: str = ""  # of the labelled photographs
+    right: Counted  # the nearest class is right, whether it is called unknown or not
+    known_right: Counted
+    known_wrong: Counted
+    unknown: Counted
+    others_unknown: Counted  # of photographs of no class
+
 # %% ../../nbs/package/01_metrics.ipynb #metrics
 GOOD = 0.95  # accuracy above which a tie with a simple classifier is no shame
 
@@ -173,6 +193,7 @@ class Metrics(Document):
     unknown: Unknown = Unknown()
     robustness: Robustness = Robustness()
     behaviour: dict[str, dict[str, BehaviouralTest]] = {}
+    photos: Photographs | None = None
 
     @property
     def worst_class(self) -> str | None:
