@@ -1,8 +1,10 @@
 "How the suite runs fast: more processes than cores, and kernels of notebooks that are forked from one process."
 
+import atexit
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,7 @@ import pytest
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.connect import write_connection_file
 from nbval.kernel import RunningKernel
+from xdist.workermanage import WorkerController
 
 ROOT = Path(__file__).parent
 FEW = 8  # notebooks for which it does not pay to import all libraries first
@@ -29,33 +32,52 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1, 6) * 2
 
 
+def pytest_configure_node(node: WorkerController) -> None:
+    "All processes of the tests fork their kernels from one."
+    node.workerinput["kernel_server"] = kernel_server()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     "Where there are many notebooks, their kernels are forked."
     notebooks = {item.path for item in items if item.path.suffix == ".ipynb"}
     if len(notebooks) > FEW and sys.platform == "linux" and not config.getoption("--fresh-kernels"):
+        ForkedKernel.server = getattr(config, "workerinput", {}).get("kernel_server") or kernel_server()
         nbval.plugin.RunningKernel = ForkedKernel
+        ask(ForkedKernel.server)  # it imports the libraries while tests run
 
 
 @cache
-def kernel_server() -> subprocess.Popen[str]:
-    "The process that kernels are forked from; it ends with this one."
+def kernel_server() -> str:
+    "The socket of the process that kernels are forked from; it ends with this one."
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
     # What a kernel of Jupyter's has in its environment before matplotlib reads it.
     env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tests/kernel_server.py")]
-    return subprocess.Popen(command, env=env, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(ROOT / "tests/kernel_server.py"), f"{folder.name}/socket"]
+    server = subprocess.Popen(command, env=env, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert server.stdout and server.stdout.readline(), "it listens"
+    atexit.register(server.communicate)
+    return command[-1]
+
+
+def ask(server: str, **kernel: str) -> str:
+    "Ask the kernel server for a kernel, or, without one, to get ready; its answer."
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(server)
+        connection.sendall(json.dumps(kernel).encode() + b"\n")
+        return connection.makefile().readline() if kernel else ""
 
 
 class ForkedKernel(RunningKernel):
     "nbval's kernel, but forked from a process that has the large libraries imported."
 
+    server: str
+
     def __init__(self, kernel_name: str, cwd: str, startup_timeout: int = 60):
         self.folder = tempfile.TemporaryDirectory()
         connection = f"{self.folder.name}/connection.json"
         write_connection_file(connection, transport="ipc", ip=f"{self.folder.name}/socket")
-        server = kernel_server()
-        assert server.stdin and server.stdout
-        print(json.dumps({"connection": connection, "folder": cwd}), file=server.stdin, flush=True)
-        self.pid = int(server.stdout.readline())
+        self.pid = int(ask(self.server, connection=connection, folder=cwd))
         self.kc = BlockingKernelClient(connection_file=connection)
         self.kc.load_connection_file()
         self.kc.start_channels(hb=False)  # a busy machine is late with heartbeats

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from projects import ROOT, Celestial, copy_project
+from typer.testing import CliRunner
 
+from celestial_ml.cli.app import app
 from celestial_ml.core.testing import mlflow_database
 from celestial_ml.flow.pipeline import Plan, make_plan
 
@@ -62,6 +64,18 @@ def at_home(project: Path, state: Path) -> Iterator[Path]:
     os.chdir(here)
     os.environ.clear()
     os.environ |= before
+
+
+@pytest.fixture(scope="module")
+def celestial_here(at_home: Path) -> Celestial:
+    "The command `celestial` in this process: what a run needs for seconds is imported already."
+
+    def run(*arguments: object) -> subprocess.CompletedProcess:
+        done = CliRunner().invoke(app, list(map(str, arguments)))
+        assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+        return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
+
+    return run
 
 
 @pytest.fixture(scope="session")

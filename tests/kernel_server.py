@@ -1,4 +1,4 @@
-"""Forks an IPython kernel for each line on standard input, and answers with its process id.
+"""Forks an IPython kernel for each line that its socket gets, and answers with its process id.
 
 The large libraries are imported once for all of them: a notebook's kernel starts in a tenth of a second, and imports
 them in no time. Whatever a notebook changes stays in its own kernel, as always. Ends with its standard input.
@@ -8,10 +8,13 @@ import gc
 import importlib
 import json
 import os
+import select
 import signal
+import socket
 import sys
 import threading
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 # None of these may start a thread when it is imported, for a fork has only one. ONNX Runtime starts some.
@@ -43,8 +46,30 @@ LIBRARIES = [
 
 
 def main() -> None:
-    "Import the libraries, then serve."
+    "Listen, import the libraries once somebody asks, then serve."
     os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3"}  # or TensorFlow greets
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(sys.argv[1])
+    listener.listen(64)
+    print("listening", flush=True)
+    while listener in select.select([listener, sys.stdin], [], [])[0]:
+        connection, _ = listener.accept()
+        prepare()
+        with suppress(OSError, ValueError), connection, connection.makefile("rw") as stream:  # whoever asked is gone
+            if kernel := json.loads(stream.readline()):
+                server = os.getpid()
+                if not (pid := os.fork()):
+                    break
+                print(pid, file=stream, flush=True)
+    else:
+        return
+    listener.close()
+    be_kernel(server, **kernel)
+
+
+@cache
+def prepare() -> None:
+    "Import the libraries."
     for name in LIBRARIES:
         with suppress(ImportError):
             importlib.import_module(name)
@@ -52,11 +77,6 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # or each kernel's collector would touch all objects, and so copy their memory
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for kernels that ended
-    server = os.getpid()
-    for line in sys.stdin:
-        if not (pid := os.fork()):
-            return be_kernel(server, **json.loads(line))
-        print(pid, flush=True)
 
 
 def be_kernel(server: int, connection: str, folder: str) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from celestial_ml.core.files import sha256_of
 from celestial_ml.core.testing import colour_model
-from celestial_ml.package.examples import write_examples
+from celestial_ml.package.examples import EXAMPLES, HELD_OUT, write_examples
 from celestial_ml.planets.bodies import BODIES
 from celestial_ml.planets.renderer import render
 
@@ -26,12 +26,13 @@ def tiny_model(folder: Path) -> Path:
     examples = {body: render(body) for body in ("Mars", "Moon", "Neptune")}
     means = np.stack([picture.mean(axis=(0, 1)) for picture in examples.values()])
     folder.mkdir(parents=True, exist_ok=True)
-    write_examples(folder / "reference.npz", means, examples, examples.values())
+    write_examples(folder / EXAMPLES, means, examples, examples.values())
+    write_examples(folder / HELD_OUT, np.zeros((10, 1)), BODIES, map(render, BODIES))
     colour_model(
         folder,
         dict.fromkeys(BODIES) | {"Mars": 0, "Neptune": 2},
         version="7",
-        files={"reference.npz": sha256_of(folder / "reference.npz")},
+        files={name: sha256_of(folder / name) for name in (EXAMPLES, HELD_OUT)},
         metrics={"accuracy": 0.9967, "images": 600},
         lineage={"source": "render"},
     )

@@ -487,10 +487,10 @@ def test_an_exception_becomes_a_row_of_bad_jsonl(
 
     decode = scoring.decode_image
 
-    def decoder(content: bytes, name: str) -> np.ndarray:
+    def decoder(content: bytes, name: str, **options: object) -> np.ndarray:
         if name.endswith("1.png"):
             raise error
-        return decode(content, name)
+        return decode(content, name, **options)
 
     monkeypatch.setattr(scoring, "decode_image", decoder)
     for i in range(3):
@@ -508,7 +508,7 @@ def test_a_picture_that_ends_dasks_workers(tmp_path: Path, model: Predictor) -> 
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(MARS)
     code = "import os, celestial_ml.batch.scoring as b; b.real = getattr(b, 'real', b.decode_image)\n"
-    code += "b.decode_image = lambda c, n: os._exit(1) if n.endswith('1.png') else b.real(c, n)\n"
+    code += "b.decode_image = lambda c, n, **o: os._exit(1) if n.endswith('1.png') else b.real(c, n, **o)\n"
     (tmp_path / "preload.py").write_text(code)
     with dask.config.set({"distributed.worker.preload": [str(tmp_path / "preload.py")]}):
         result = batch(str(tmp_path), tmp_path / "scores", model, dask_cluster(model, workers=1))

@@ -217,7 +217,7 @@ def test_composed_and_decomposed_are_one_class(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["file,weight\n", "file_name,label\ncat/0.png,cow\n", "file_name,w\ncat/0.png,1\ncat/0.png,2\n", "", b"file_name\n\xff\xfe"],
+    ["weight,width\n", "file_name,label\ncat/9.png,cow\n", "file_name,w\ncat/0.png,1\ncat/0.png,2\n", "", b"file_name\n\xff\xfe"],
 )  # fmt: skip
 def test_metadata_that_cannot_be_joined_is_an_error(tmp_path: Path, content: str | bytes) -> None:
     folder = fill(tmp_path / "photos", count=2)

@@ -17,7 +17,11 @@ from PIL import Image
 from celestial_ml.core.files import read_json, sha256_of
 from celestial_ml.core.params import load_params
 from celestial_ml.flow.pipeline import Plan
-from celestial_ml.planets.renderer import render_many
+from celestial_ml.model.robustness import read_stress
+from celestial_ml.package.metrics import Metrics, read_metrics
+from celestial_ml.planets.renderer import render, render_many
+from celestial_ml.registry.evidence import Evidence
+from celestial_ml.reports.advice import not_worth_it
 from celestial_ml.serve.predictor import Predictor
 
 TINY = ["model.width=4", "prepare.size=16", "evaluate.ood_images=4", "stress.corrupted=4", "evaluate.bootstrap=100"]
@@ -76,14 +80,14 @@ def rule_of(registered: dict, name: str) -> dict:
 
 def test_without_stress_the_card_and_the_gate_say_so(metrics: dict) -> None:
     assert not {"robustness", "behaviour", "folds", "left_out"} & metrics.keys()
-    assert metrics["baseline"] == {"trivial": pytest.approx(0.1)}
+    assert metrics["baseline"].keys() == {"trivial", "colours", "pixels"}
     rule = rule_of(read_json("output/smoke/register.json"), "beats guide-baseline")
     assert rule["value"] is None and rule["passed"] and "--with stress" in rule["why"]
     assert "--with stress" in Path("output/smoke/model_card.md").read_text()
 
 
-def test_stress_runs_beside_the_chain_and_its_results_go_with_the_model(celestial, smoke: Plan) -> None:
-    result = celestial("run", "smoke", "--with", "stress", "--json")
+def test_stress_runs_beside_the_chain_and_its_results_go_with_the_model(celestial_here, smoke: Plan) -> None:
+    result = celestial_here("run", "smoke", "--with", "stress", "--json")
     assert result.returncode == 0, result.stderr
     run = json.loads(result.stdout)
     assert run["ran"] == ["stress", "package", "register"]
@@ -91,15 +95,18 @@ def test_stress_runs_beside_the_chain_and_its_results_go_with_the_model(celestia
     table = metrics["robustness"]["per_corruption"]
     assert len(table) >= 12 and all(len(row) == 5 for row in table.values())
     assert metrics["robustness"]["mean_accuracy"] == pytest.approx(np.mean(list(table.values())))
-    assert metrics["robustness"]["mce"] > 0 and metrics["baseline"].keys() == {"trivial", "guide"}
+    assert metrics["robustness"]["mce"] > 0 and metrics["baseline"].keys() == {"trivial", "colours", "pixels", "guide"}
     assert {"invariance", "directional", "minimum_functionality"} == metrics["behaviour"].keys()
     assert rule_of(run["registered"], "beats guide-baseline")["value"] is not None
     assert "--with stress" not in Path("output/smoke/model_card.md").read_text()
-    again = json.loads(celestial("run", "smoke", "--json").stdout)
+    again = json.loads(celestial_here("run", "smoke", "--json").stdout)
     assert again["ran"] == [] and again["metrics"] == metrics, "without it the results stay"
-    other = json.loads(celestial("run", "smoke", "--set", "train.lr=0.0011", "--json").stdout)
-    assert "robustness" not in other["metrics"], "they say nothing about another training"
-    unknown = celestial("run", "smoke", "--with", "stres")
+    predictions, results = (Path("output/smoke", name) for name in ("predictions.parquet", "stress.json"))
+    assert read_stress(results, predictions)["metrics"]["robustness"] == metrics["robustness"]
+    other = pd.read_parquet(predictions).assign(confidence=0.5)
+    other.to_parquet("other.parquet")
+    assert read_stress(results, Path("other.parquet")) == {}, "they say nothing about another training"
+    unknown = celestial_here("run", "smoke", "--with", "stres")
     assert unknown.returncode == 2 and "stress" in unknown.stderr
 
 
@@ -109,6 +116,26 @@ def test_what_git_keeps_is_copied_by_a_command(celestial, smoke: Plan) -> None:
     assert read_json("results/smoke/metrics.json") == read_json("output/smoke/model.json")["metrics"]
     for name in ("history.csv", "test_predictions.npz", "plots/confusion_matrix.png", "plots/preview.png"):
         assert Path("results/smoke", name).read_bytes() == Path("output/smoke", name).read_bytes()
+
+
+def test_simple_classifiers_stand_beside_the_model_on_the_same_images(metrics: dict) -> None:
+    answers = Evidence.load("output/smoke").baselines
+    table = pd.read_parquet("output/smoke/predictions.parquet")
+    assert metrics["baseline"]["trivial"] == pytest.approx(0.1) and metrics["baseline"]["colours"] > 0.5
+    for name, accuracy in metrics["baseline"].items():
+        assert (answers[name] == table.label).mean() == pytest.approx(accuracy)
+        margin = metrics["margins"][name]
+        assert margin["value"] == pytest.approx(metrics["accuracy"] - accuracy)
+        assert margin["low"] <= margin["value"] <= margin["high"]
+
+
+def test_a_run_that_a_simple_classifier_beats_says_so_first(celestial, metrics: dict, smoke: Plan) -> None:
+    warning = not_worth_it(Metrics.of(metrics, "metrics.json"))
+    assert warning and metrics["accuracy"] < metrics["baseline"]["colours"]
+    told = celestial("run", "smoke").stdout
+    assert told.index(warning) < told.index("accuracy 0") and "next:" not in told and "--set train.epochs=40" in told
+    assert warning in Path("output/smoke/report.md").read_text().partition("\n- ")[2].partition("\n")[0]
+    assert warning in Path("output/smoke/model_card.md").read_text()
 
 
 def test_slices_know_how_the_images_were_rendered(metrics: dict) -> None:
@@ -168,13 +195,23 @@ def test_images_of_the_test_source_are_only_tested_on(celestial, at_home: Path, 
     for body, i, _, pixels in render_many(2, 32, seed=5):
         (tmp_path / body).mkdir(exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / body / f"{i}.png")
+    for name, body in {"Mars": "Mars", "Moon": "Moon", "Sun": "Venus"}.items():
+        (at_home / "photos" / name).mkdir(parents=True)
+        Image.fromarray(render(body, size=64)).save(at_home / "photos" / name / "1.png")
     chosen = ["data.per_class=6", f"data.folder={tmp_path}", "data.test_source=folder", "data.val=0.3"]
+    chosen += ["evaluate.photos=photos"]
     result = celestial("run", "smoke", "--run", "other", *settings(*chosen))
     assert result.returncode == 0, result.stderr
     features = pd.read_parquet("output/other/features.parquet")
     assert set(features[features.source == "folder"].split) == {"test"}
     assert not features[features.source == "render"].split.eq("test").any()
     assert read_json("output/other/metrics.json")["images"] == features.source.eq("folder").sum() == 20
+    photos = read_metrics(Path("output/other")).photos
+    assert photos.right.images == 2 and photos.others_unknown.images == 1
+    assert photos.known_right.count + photos.known_wrong.count + photos.unknown.count == 2
+    assert (
+        "2 photographs" in Path("output/other/report.md").read_text() and Path("output/other/plots/photos.png").exists()
+    )
     assert load_params("sim2real", folder=Path("params")).data.test_source == "guide"
 
 

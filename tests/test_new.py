@@ -307,4 +307,4 @@ def test_a_new_project_runs_and_answers(tmp_path: Path) -> None:
         answer = client.post("/predict", files=files).json()
         assert set(answer["probabilities"]) == {"circle", "square", "triangle"}
         page = client.get("/").text
-        assert "What is in this picture?" in page and not re.search('Which world|Saturn|"Try to fool it', page)
+        assert "Circle, square or triangle?" in page and not re.search('Which world|Saturn|"Try to fool it', page)

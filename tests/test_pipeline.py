@@ -155,6 +155,8 @@ def test_a_plan_only_reads(unspoilt: Path) -> None:
     assert guide.stale["acquire"] == "its images are to be fetched" and guide.inputs["acquire"]["images"] == ""
     both = make_plan(unspoilt, "smoke", ["data.sources=[render,guide]"], run="both")
     assert both.stale["acquire"] == "its images are to be fetched" and both.inputs["acquire"]["images"] == ""
+    photos = make_plan(unspoilt, "smoke", ["evaluate.photos=output/smoke/images"])
+    assert next(iter(photos.stale)) == "evaluate" and "the images changed" in photos.stale["evaluate"]
     assert state() == before and not make_plan(unspoilt, "smoke").stale
 
 
@@ -253,6 +255,7 @@ def test_from_and_force(unspoilt: Path) -> None:
         (["smoke", "--set", "model.network=compct"], "did you mean 'compact'?"),
         (["smoke", "--set", "data.source=gide"], "did you mean 'guide'?"),
         (["smoke", "--set", "data.source=folder"], "data.folder is not set"),
+        (["smoke", "--set", "evaluate.photos=nowhere"], "nowhere is not a folder"),
         (["smoke", "--set", "data.source=folder", "--set", "data.folder=nowhere"], "nowhere is not a folder"),
         (["smoke", "--from", "trian"], "did you mean 'train'?"),
         (["smoke", "--run", "../up"], "can't be the name of a run"),
@@ -273,12 +276,14 @@ def test_a_typo_in_a_params_file_names_the_file(celestial, project: Path) -> Non
     (project / "params/typo.yaml").unlink()
 
 
-def test_a_class_with_one_image_fails_the_check_and_names_the_notebook(celestial, project: Path, smoke: Plan) -> None:
+def test_a_class_with_one_image_fails_the_check_and_names_the_notebook(
+    celestial_here, project: Path, smoke: Plan
+) -> None:
     few = project / "few"
     shutil.copytree("output/smoke/images", few, ignore=shutil.ignore_patterns("metadata.csv"))
     for path in sorted((few / "Moon").iterdir())[1:]:
         path.unlink()
-    result = celestial("run", "smoke", "--run", "few", "--set", "data.source=folder", "--set", "data.folder=few")
+    result = celestial_here("run", "smoke", "--run", "few", "--set", "data.source=folder", "--set", "data.folder=few")
     assert result.returncode == 1, result.stderr
     assert re.search(r"check failed in cell \d+: .*Moon has 1; 5 distinct images a class are needed", result.stderr)
     assert "output/few/check.ipynb" in result.stderr and "Traceback" not in result.stderr + result.stdout
@@ -286,10 +291,10 @@ def test_a_class_with_one_image_fails_the_check_and_names_the_notebook(celestial
 
 
 @pytest.mark.parametrize("executor", ["inline", pytest.param("kernel", marks=pytest.mark.slow)])
-def test_a_failed_step_names_step_cell_error_and_notebook(celestial, unspoilt: Path, executor: str) -> None:
+def test_a_failed_step_names_step_cell_error_and_notebook(celestial_here, unspoilt: Path, executor: str) -> None:
     path = unspoilt / "nbs/steps/06_explain.ipynb"
     path.write_text(path.read_text().replace('\\"confidence\\", \\"path\\"]]', '\\"confidnce\\", \\"path\\"]]'))
-    result = celestial("run", "smoke", "--executor", executor)
+    result = celestial_here("run", "smoke", "--executor", executor)
     assert result.returncode == 1
     assert re.search(r"explain failed in cell \d+: KeyError: .*confidnce", result.stderr), result.stderr
     assert "output/smoke/explain.ipynb" in result.stderr and "Traceback" not in result.stderr

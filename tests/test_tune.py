@@ -37,9 +37,9 @@ ENDLESS = ["--set", "tune.tune_epochs=1000", "--set", "train.augment=false", "--
 
 
 @pytest.fixture(scope="module")
-def tuned(celestial, smoke: Plan) -> dict:
+def tuned(celestial_here, smoke: Plan) -> dict:
     "A study of three trials by two workers, as the command reports it, in the folder of a finished run."
-    result = celestial("tune", "smoke", "--trials", 3, "--workers", 2, "--json", *QUICK)
+    result = celestial_here("tune", "smoke", "--trials", 3, "--workers", 2, "--json", *QUICK)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 

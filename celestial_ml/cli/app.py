@@ -7,6 +7,7 @@ __all__ = ['app', 'data_app', 'main']
 
 # %% ../../nbs/cli/09_app.ipynb #bbc46a24
 import codecs
+import gc
 import json
 import locale
 import os
@@ -73,6 +74,7 @@ def run(
     from celestial_ml.core.files import read_json
     from celestial_ml.flow.pipeline import execute, make_plan
     from celestial_ml.package.manifest import read_manifest
+    from celestial_ml.reports.advice import not_worth_it, what_to_try
 
     plan = make_plan(enter_project(), params, set_, name, from_, force, beside=with_ or ())
     if not json_:
@@ -81,17 +83,23 @@ def run(
             print(f"  · {step:<10}{why}")
     execute(plan, executor, quiet=json_)
     folder = Path("output") / plan.run
-    metrics, verdict = read_manifest(folder).metrics, read_json(folder / "register.json")
+    manifest, verdict = read_manifest(folder), read_json(folder / "register.json")
+    metrics = manifest.metrics
     if json_:
         print(
             json.dumps({"run": plan.run, "ran": list(plan.stale), "metrics": metrics.to_json(), "registered": verdict})
         )
         return
     role = "is champion" if verdict["promoted"] else "stays a candidate"
-    print(f"\naccuracy {metrics.accuracy:.4f} on {metrics.images} held-out images ({metrics.split})")
+    warning = not_worth_it(metrics)
+    print(f"\n{warning}\n" if warning else "")
+    print(f"accuracy {metrics.accuracy:.4f} on {metrics.images} held-out images ({metrics.split})")
     print(f"{verdict['model']} {role}: {verdict['reasons'][-1]}")
     print(f"\nlook:  {folder}/report.html")
-    print(f"next:  celestial serve{'' if verdict['promoted'] else f' --model {plan.run}'}")
+    if warning:
+        print("try:  ", "\n       ".join(what_to_try(manifest)))
+    else:
+        print(f"next:  celestial serve{'' if verdict['promoted'] else f' --model {plan.run}'}")
 
 # %% ../../nbs/cli/09_app.ipynb #tune
 @command(app, "tune", "celestial tune guide --trials 40 --workers 2")
@@ -211,8 +219,12 @@ def _read_catalog(folder: str | None, params: str) -> "tuple[pd.DataFrame, Param
     from celestial_ml.core.params import load_params
     from celestial_ml.data.sources import make_data_set
 
-    images = [f"data.folder={json.dumps(str(Path(folder).resolve()))}"] if folder else []
-    settings = images + ["data.source=folder", "data.sources=[]"] * bool(images)
+    settings = []
+    if folder:
+        path = Path(folder).resolve()
+        images, labels = (path.parent, str(path)) if path.is_file() else (path, None)
+        settings = [f"data.folder={json.dumps(str(images))}", f"data.labels={json.dumps(labels)}"]
+        settings += ["data.source=folder", "data.sources=[]"]
     root = project_root()
     p = load_params(params, settings, root / "params")
     return make_data_set(p.data, p.seed, root, root / "output" / params), p
@@ -266,9 +278,9 @@ def data_show(
     from celestial_ml.data.images import decode_image
     from celestial_ml.data.sheet import contact_sheet
 
-    catalog, _ = _read_catalog(folder, params)
+    catalog, p = _read_catalog(folder, params)
     shown = catalog[catalog.error.isna()].groupby("label").head(10)
-    pictures = [decode_image(project_root() / path) for path in shown.path]
+    pictures = [decode_image(project_root() / path, background=p.prepare.background) for path in shown.path]
     with atomic(output) as f:
         contact_sheet(pictures, list(shown.label), columns=10).save(f)
     print(f"look:  {output}")
@@ -311,4 +323,5 @@ def main() -> None:
             print_error(refusal)
         code = CUT_OFF if isinstance(e, BrokenPipeError) else 2
         drop_output()
+    gc.freeze()  # or IPython would collect garbage at the end, once for each step that has run
     sys.exit(code)

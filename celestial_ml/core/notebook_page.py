@@ -7,12 +7,19 @@ __all__ = ['NotebookPage']
 
 # %% ../../nbs/core/13_notebook_page.ipynb #notebook-page-imports
 import re
+import sys
 from importlib.resources import files
 from typing import Any
 
 from markupsafe import Markup
+
+# nbformat's jsonschema would build a grammar of IRIs, which takes a second; nothing in a notebook is checked by it.
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
+
+if sys.modules["rfc3987_syntax"] is None:
+    del sys.modules["rfc3987_syntax"]
 
 from .page_builder import Page
 

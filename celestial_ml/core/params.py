@@ -49,6 +49,8 @@ class Data(Section):
     source: str = Field("render", description="where the images come from: render, guide, folder, or your own")
     sources: list[str] = Field([], description="several sources together, in place of source: [guide, render]")
     folder: str | None = Field(None, description="for source folder: a folder with a folder of images a class")
+    labels: str | None = Field(None, description="for source folder: a table of labels, CSV or JSON lines")
+    test_folder: str | None = Field(None, description="a second folder, as in production; it gets figures of its own")
     per_class: int = Field(150, ge=1, le=1_000_000, description="for source render: images of each class")
     image_px: int = Field(128, ge=16, le=1024, description="for source render: side of an image, in pixels")
     split: Literal["auto", "folders", "stratified", "guide"] = Field(
@@ -72,7 +74,7 @@ class Data(Section):
         "The sources that images come from, that of the test images too."
         return self.learned + ([] if self.test_source is None else [self.test_source])
 
-
+# %% ../../nbs/core/04_params.ipynb #check-prepare
 class Check(Section):
     "What the images must fulfil before any is learned from."
 
@@ -89,6 +91,9 @@ class Prepare(Section):
     size: int = Field(64, ge=16, le=512, description="side of the network's input, in pixels")
     grayscale: bool = Field(False, description="drop the colours")
     antialias: bool = Field(True, description="low-pass filter before making smaller")
+    background: Literal["auto", "black", "white"] = Field(
+        "auto", description="under transparent pixels; auto: black, and white for a dark drawing"
+    )
 
 # %% ../../nbs/core/04_params.ipynb #model
 class Model(Section):
@@ -121,8 +126,11 @@ class Evaluate(Section):
     bootstrap: int = Field(1000, ge=100, le=100_000, description="resamples behind each 95 % interval")
     min_slice: int = Field(15, ge=1, description="images that a slice needs to be judged")
     ood_images: int = Field(60, ge=4, le=10_000, description="pictures of each kind of thing that is not a known class")
+    photos: str | None = Field(
+        None, description="a folder of photographs from elsewhere, a folder a class; other folders should be unknown"
+    )
     domain: str = Field(
-        "auto", description="what is known of the classes beyond their images: auto, none, or a plug-in such as planets"
+        "auto", description="what is known of the classes beyond their images: auto, none, or the name of a plug-in"
     )
     slice_by: list[str] | None = Field(
         None, description="the kinds of picture that are judged apart; null: those of the domain"
@@ -193,7 +201,7 @@ class Register(Section):
         gt=0,
         description="difference of a logit, Keras against what is served, as a share of the largest, at most",
     )
-    must_beat: list[Literal["trivial", "guide-baseline"]] = Field(
+    must_beat: list[Literal["trivial", "colours", "pixels", "guide-baseline"]] = Field(
         ["trivial", "guide-baseline"], description="what it must be significantly better than, on the same images"
     )
     require_stress: bool = Field(

@@ -119,7 +119,11 @@ def one_label_each(catalog: pd.DataFrame, p: Check) -> Finding:
     "Has any image two labels?"
     images = catalog[catalog.error.isna()]  # empty files are all alike
     torn = images[images.groupby("sha256").label.transform("nunique") > 1]
-    return _finding("one_label_each", torn.empty, f"{torn.sha256.nunique()} images have two labels", torn)
+    saw = (
+        f"{torn.sha256.nunique()} images have two labels"
+        + "; several for one image (multi-label) isn't supported" * (not torn.empty)
+    )
+    return _finding("one_label_each", torn.empty, saw, torn)
 
 
 @check

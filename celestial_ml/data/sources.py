@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['SOURCES', 'Source', 'get_source', 'make_data_set']
+__all__ = ['SOURCES', 'Source', 'get_source', 'image_folder', 'labels_path', 'make_data_set', 'production_catalog']
 
 # %% ../../nbs/data/06_sources.ipynb #source
 @dataclass(frozen=True)
@@ -48,14 +48,40 @@ def get_source(
     return sources[name]
 
 # %% ../../nbs/data/06_sources.ipynb #folder
+def image_folder(
+    key: str,  # the parameter that names it
+    folder: str,  # its value
+    root: Path,  # the project's
+) -> Path:
+    "A folder that a parameter names; `CelestialError` where it isn't there."
+    path = (root / check_path(folder).expanduser()).resolve()
+    if not path.is_dir():
+        hint = "Name a folder that holds a folder of images for each class."
+        raise CelestialError(f"{key}: {path} is not a folder", hint)
+    return path
+
+
+def labels_path(
+    data: Data,
+    root: Path,  # the project's
+) -> Path | None:
+    "The table of labels; `CelestialError` where there is none, or nothing that it could be about."
+    if data.labels is None:
+        return None
+    if "folder" not in data.all_sources:
+        raise CelestialError("data.labels is set, but data.source isn't folder", "Set data.source=folder.")
+    path = (root / check_path(data.labels).expanduser()).resolve()
+    if not path.is_file():
+        raise CelestialError(f"there is no table {path}", "Name a CSV with columns file_name and label: data.labels")
+    return path
+
+
 def _folder(data: Data, root: Path) -> Path:
-    if data.folder is None:
+    table = labels_path(data, root)
+    if data.folder is None and table is None:
         hint = "Name it: --set data.folder=path/to/images"
         raise CelestialError("data.source is folder, but data.folder is not set", hint)
-    folder = (root / check_path(data.folder).expanduser()).resolve()
-    if not folder.is_dir():
-        raise CelestialError(f"{folder} is not a folder", "Name a folder that holds a folder of images for each class.")
-    return folder
+    return image_folder("data.folder", data.folder or str(Path(str(table)).parent), root)
 
 
 SOURCES["folder"] = Source(lambda data, seed, root, run: _folder(data, root), _folder)
@@ -69,6 +95,7 @@ def _catalogs(data: Data, seed: int, root: Path, run: Path) -> dict[str, pd.Data
     from celestial_ml.data.catalog import make_catalog
 
     folders: dict[Path, str] = {}
+    table = labels_path(data, root)
     catalogs: dict[str, pd.DataFrame] = {}
     for name in data.all_sources:
         folder = get_source(name).fetch(data, seed, root, run)
@@ -77,7 +104,7 @@ def _catalogs(data: Data, seed: int, root: Path, run: Path) -> dict[str, pd.Data
                 f"the sources {other} and {name} have their images in the same folder, {folder}",
                 "Name every source once in data.sources and data.test_source.",
             )
-        catalogs[name] = make_catalog(folder, root).assign(source=name)
+        catalogs[name] = make_catalog(folder, root, table if name == "folder" else None).assign(source=name)
     return catalogs
 
 # %% ../../nbs/data/06_sources.ipynb #test-images
@@ -119,3 +146,18 @@ def make_data_set(
     catalog.attrs = dict(ChainMap(*(part.attrs for part in parts)))
     catalog.attrs |= {"passed_over": dict(passed), "split_by": ", ".join(rules)}
     return catalog
+
+# %% ../../nbs/data/06_sources.ipynb #production-catalog
+def production_catalog(
+    data: Data,
+    root: Path,  # the project's
+) -> pd.DataFrame:  # as `any_catalog`; empty where there is no such folder
+    "The images of `data.test_folder`."
+    import pandas as pd
+
+    from celestial_ml.data.catalog import any_catalog
+
+    if data.test_folder is None:
+        return pd.DataFrame({"path": [], "label": [], "sha256": [], "error": []}, dtype=str)
+    catalog = any_catalog(image_folder("data.test_folder", data.test_folder, root), root)
+    return catalog[["path", "label", "sha256", "error"]]

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from ..core.domains import Control, Domain, domain_of
+from ..core.domains import Control, Domain
 from .elements import picture_uri
 from .identify import QUIET, Host, sorry
-from .wording import card, part, percent, text
+from .wording import card, headline, part, percent, text
+from ..package.manifest import Manifest
 from ..serve.predictor import Prediction, Predictor, as_prediction
 
 # %% ../../nbs/demo/03_adversarial.ipynb #disturbed
@@ -145,14 +146,12 @@ def smallest_changes(
 # %% ../../nbs/demo/03_adversarial.ipynb #fool-says
 def game_card(subject: Subject, prediction: Prediction) -> str:
     "The model's answer to the picture, and whether that is right."
-    verdict, kind, headline = "Right.", "right", prediction.label
+    verdict, kind, aside = "Right.", "right", ""
     if not prediction.known:
-        nearest = subject.domain.in_sentence(prediction.label)
-        verdict, kind = f"It won't say: the picture is too strange to it. It looks most like {nearest}.", "shy"
-        headline = "Nothing I know"
+        verdict, kind, aside = "It won't say: the picture is too strange to it.", "shy", "If it had to be one of them"
     elif is_fooled(subject, prediction):
         verdict, kind = f"Fooled! It's {subject.domain.in_sentence(subject.label)}.", "fooled"
-    return card("The answer", headline, verdict, prediction, kind, most=4)
+    return card("The answer", headline(prediction), verdict, prediction, kind, aside=aside, most=4)
 
 
 def live_picture(subject: Subject, setting: Setting) -> str:
@@ -168,7 +167,7 @@ def _changes_card(words: str, subject: Subject, start: Setting, changes: list[Ch
         prediction, name = change.prediction, domain.in_sentence(subject.label)
         answer = f"“{prediction.label}”, {percent(prediction.confidence)} sure"
         if not prediction.known:
-            answer = f"“nothing I know”, most like {domain.in_sentence(prediction.label)}"
+            answer = f"that it is not sure; closest: {domain.in_sentence(prediction.label)}"
         line = f"{name[0].upper()}{name[1:]}, {subject.in_words(start, change.setting)}: the model says {answer}."
         items.append((live_picture(subject, change.setting), line))
     return part("changes", sentence=words, items=items)
@@ -198,9 +197,9 @@ def search_card(model: Predictor | None, subject: Subject, start: Setting, secon
     return _changes_card(f"{words} {more}" if changes else words, subject, start, changes)
 
 # %% ../../nbs/demo/03_adversarial.ipynb #build-fool
-def drawable(classes: list[str]) -> list[Subject]:  # none: there is no tab
+def drawable(manifest: Manifest | None) -> list[Subject]:  # none: there is no tab
     "The classes of a model that its domain can draw."
-    domain = domain_of(classes)
+    domain, classes = (manifest.domain, manifest.classes) if manifest else (Domain(), [])
     return [Subject(domain, label) for label in classes if domain.controls and label in domain.classes]
 
 
@@ -208,7 +207,7 @@ def build_fool(host: Host, tab: Any) -> None:
     "The tab, inside of a `gr.Blocks`; for a model with classes that are drawable."
     import gradio as gr
 
-    subjects = {subject.label: subject for subject in drawable(host.classes)}
+    subjects = {subject.label: subject for subject in drawable(host.manifest)}
     first, slots = next(iter(subjects.values())), threading.BoundedSemaphore(2)
     block: dict[str, Any] = {"apply_default_css": False}
     with gr.Row(elem_id="fool"):

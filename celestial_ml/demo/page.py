@@ -9,7 +9,7 @@ __all__ = ['build_demo']
 import os
 from typing import TYPE_CHECKING, Any
 
-from ..core.domains import domain_of
+from ..core.domains import Domain
 from .adversarial import build_fool, drawable
 from .bulk import build_many
 from .elements import foot, hero
@@ -27,14 +27,14 @@ def build_demo(host: Host) -> "gr.Blocks":
     import gradio as gr
 
     block: dict[str, Any] = {"apply_default_css": False}
-    classes = host.classes
-    with gr.Blocks(title=domain_of(classes).title, analytics_enabled=False) as page:
-        gr.HTML(hero(classes), elem_id="hero", **block)
+    title = (host.manifest.domain if host.manifest else Domain()).title
+    with gr.Blocks(title=title, analytics_enabled=False) as page:
+        gr.HTML(lambda: hero(host.current()), elem_id="hero", **block)
         footer = gr.HTML(lambda: foot(host.manifest), elem_id="foot", render=False, **block)
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap"):
             with gr.Tab("Identify"):
                 build_identify(host, footer)
-            if drawable(host.classes):
+            if drawable(host.manifest):
                 with gr.Tab("Try to fool it") as tab:
                     build_fool(host, tab)
             with gr.Tab("Compare") as tab:

@@ -15,7 +15,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..core.domains import domain_of
+from ..core.domains import Domain
 from ..core.files import read_json
 from ..core.many_classes import FEW, MANY, few_of
 from ..data.thumbnails import data_uri
@@ -34,7 +34,7 @@ def performance_files(folder: Path) -> tuple[dict[str, Any], str] | None:  # the
     return read_json(sheet), data_uri(thumbnails.read_bytes())
 
 # %% ../../nbs/demo/05_performance.ipynb #headline-figures
-def headline_figures(metrics: Metrics) -> str:
+def headline_figures(metrics: Metrics, domain: Domain) -> str:
     "The most important figures, as a list."
     figures = []  # value, name, more
     if metrics.accuracy is not None:
@@ -48,7 +48,6 @@ def headline_figures(metrics: Metrics) -> str:
         more = f"worst: {_in_words(worst.corruption)}, {share_floor(worst.accuracy)}"
         figures.append((damaged, "right when disturbed", more))
     if kinds := metrics.unknown.kinds:
-        domain = domain_of(metrics.per_class)
         near = [kinds[name] for name in domain.near_ood if name in kinds]
         counted = near or kinds.values()
         caught = sum(kind.unknown * kind.images for kind in counted) / sum(kind.images for kind in counted)
@@ -100,6 +99,8 @@ def slices_list(slices: Sequence[Slice]) -> str:
     groups = []
     for name, rows in groupby(slices, key=lambda one: one.slice):
         bins = list(rows)
+        if len(bins) == 1:
+            continue  # there is nothing to compare
         if len(bins) > MANY:
             bins.sort(key=lambda one: (one.accuracy, one.low))
         shown = few_of(bins)
@@ -147,7 +148,7 @@ def performance_page(model: Predictor | None) -> tuple[str, str]:  # above and b
     if model_card.is_file():
         in_full = part("modelcard", page=model_card.read_text(encoding="utf-8"))
     robust = metrics.robustness.per_corruption
-    head = panel(f"How good is model {model.version}?", headline_figures(metrics), "wide")
+    head = panel(f"How good is model {model.version}?", headline_figures(metrics, model.manifest.domain), "wide")
     below = panel("By kind of picture", slices_list(metrics.slices), "tall")
     below += panel("When the picture is disturbed", robustness_table(robust) if robust else "")
     below += panel("Can its confidence be trusted?", dots)

@@ -13,14 +13,14 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from ..core.domains import Domain, domain_of
 from ..core.errors import CelestialError
-from .elements import picture_uri, sky
+from .elements import picture_uri, sky, tiles
 from .identify import QUIET, Host, drop_area, sorry, upload_path
 from .uploads import forget_uploads, read_file
-from .wording import apology, card, in_sentence, percent, text, track_record
+from .wording import apology, card, headline, percent, text, track_record
 from ..package.manifest import Manifest
 from ..package.published import published, versions
+from ..registry.overview import look
 from ..serve.predictor import Prediction, Predictor
 from ..serve.scorer import Scored
 
@@ -35,12 +35,23 @@ def published_versions() -> dict[str, Path]:  # "celestial/3" → its folder, by
 def choices(
     current: Predictor | None,  # that answers now
 ) -> dict[str, Path]:  # what to call it → its folder; the current one first
-    "The versions to choose from."
+    "The versions to choose from: the one that answers now, the champion before it, and the others."
     folders = published_versions()
     if current is None:
         return folders
-    others = {name: folder for name, folder in folders.items() if folder != current.folder}
-    return {f"{current.version} (answers now)": current.folder} | others
+    line = _champions()
+    rival = [model for model in line if folders.get(model, current.folder) != current.folder][-1:]
+    first = {f"{current.version} (answers now)": current.folder}
+    first |= {f"{model} (champion{'' if model == line[-1] else ' before'})": folders[model] for model in rival}
+    return first | {name: folder for name, folder in folders.items() if folder not in first.values()}
+
+
+def _champions() -> tuple[str, ...]:
+    "The champions so far, the current one last; none where the audit log can't be read."
+    try:
+        return look().line
+    except CelestialError:
+        return ()
 
 
 @lru_cache(maxsize=4)
@@ -51,19 +62,19 @@ def _open_version(folder: Path) -> Predictor:
 # %% ../../nbs/demo/04_side_by_side.ipynb #version-card
 def version_card(name: str, prediction: Prediction, manifest: Manifest) -> str:
     "One version's answer."
-    record, headline, sure = track_record(manifest.metrics), prediction.label, f"{percent(prediction.confidence)} sure"
+    record, sure, aside = track_record(manifest.metrics), f"{percent(prediction.confidence)} sure", ""
     if not prediction.known:
-        headline, sure = "Nothing I know", f"most like {in_sentence(prediction.label, prediction.probabilities)}"
-    fine = f"Strangeness {prediction.ood_score:.1f}; unknown begins at {manifest.ood_threshold:.1f}."
-    fine += f" On the test, {record}." if record else ""
-    return card(name, headline, sure, prediction, "version", fine=fine)
+        sure, aside = "Too unlike what it learned from.", "If it had to be one of them"
+    fine = f"On the test, {record}." if record else ""
+    limit = manifest.ood_threshold
+    return card(name, headline(prediction), sure, prediction, "version", aside=aside, limit=limit, fine=fine)
 
 
 def verdict(one: Prediction | None, other: Prediction | None) -> str:
     "A sentence that says whether they agree."
     if one is None or other is None:
         return ""
-    names = [f"“{prediction.label}”" if prediction.known else "“nothing I know”" for prediction in (one, other)]
+    names = [f"“{prediction.label}”" if prediction.known else "“not sure”" for prediction in (one, other)]
     agree = names[0] == names[1]
     words = f"Both say {names[0]}." if agree else f"They disagree: {names[0]} against {names[1]}."
     return f'<p class="plain verdict">{text(words)}</p>'
@@ -98,10 +109,10 @@ async def compare(
     return sky(shown, "The picture that both see"), one, other, words
 
 
-async def _content(host: Host, domain: Domain, source: str) -> bytes:
-    "The file of an example, or of an upload."
-    if source in domain.examples:
-        return domain.picture(source) or b""
+async def _content(host: Host, source: str) -> bytes:
+    "The file of a picture to try, or of an upload."
+    if file := tiles(host.current()).get(source):
+        return file
     return await run_in_threadpool(read_file, host.uploads, source) if host.uploads else b""
 
 # %% ../../nbs/demo/04_side_by_side.ipynb #build-compare
@@ -110,12 +121,9 @@ def build_compare(host: Host, tab: Any) -> None:
     import gradio as gr
 
     block: dict[str, Any] = {"apply_default_css": False}
-    domain = domain_of(host.classes)
-    chosen = next(iter(domain.examples), None)
-    source = gr.State(chosen)  # an example, or the path of an upload
+    source = gr.State(None)  # a picture to try, or the path of an upload
     with gr.Row(elem_id="compare-choices"):
-        picture = gr.Dropdown(list(domain.examples), value=chosen, label="Picture to try", elem_id="compare-picture")
-        picture.visible = chosen is not None
+        picture = gr.Dropdown([], label="Picture to try", elem_id="compare-picture")
         one = gr.Dropdown([], label="One version", elem_id="one-version")
         other = gr.Dropdown([], label="Another version", elem_id="other-version")
     with gr.Row(elem_id="compare"):
@@ -133,7 +141,7 @@ def build_compare(host: Host, tab: Any) -> None:
             return sky(None), "", "", ""
         try:
             async with slots:
-                return await compare(host, await _content(host, domain, source), (one, other))
+                return await compare(host, await _content(host, source), (one, other))
         except CelestialError as e:
             return sky(None), sorry(apology(e)), "", ""
 
@@ -145,13 +153,16 @@ def build_compare(host: Host, tab: Any) -> None:
     def dropped(file: dict[str, Any] | None, before: str | None) -> tuple[str | None, None, None]:
         return replace(upload_path(file), before), None, None
 
-    def opened() -> list[Any]:
-        names = list(choices(host.current()))
-        return [gr.Dropdown(names, value=value) for value in ([*names, None, None])[:2]]
+    def opened(source: str | None) -> list[Any]:
+        model = host.current()
+        names, some = list(choices(model)), list(tiles(model))
+        source = source or next(iter(some), None)
+        pictures = gr.Dropdown(some, value=source if source in some else None, visible=bool(some))
+        return [source, pictures, *(gr.Dropdown(names, value=value) for value in ([*names, None, None])[:2])]
 
     raw: dict[str, Any] = QUIET | {"preprocess": False}  # Gradio would open the file
     run: dict[str, Any] = {"fn": show, "inputs": [source, one, other], "outputs": [left, first, second, both]} | raw
-    tab.select(opened, None, [one, other], **QUIET).then(**run)
+    tab.select(opened, source, [source, picture, one, other], **QUIET).then(**run)
     gr.on([one.input, other.input], **run)
     picture.input(replace, [picture, source], source, **raw).then(**run)
     drop.upload(dropped, [drop, source], [source, drop, picture], **raw).then(**run)

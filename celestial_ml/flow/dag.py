@@ -9,6 +9,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,10 +29,10 @@ __all__ = ['Executor', 'EXECUTORS', 'ENGINE_MODULES', 'build', 'StepFailed', 'fa
 Executor = Literal["inline", "kernel"]
 EXECUTORS = {"inline": "ploomber-engine", "kernel": "papermill"}
 ENGINE_MODULES = (
+    "celestial_ml.core.notebook_page",  # the first: it knows how nbformat is imported quickly
     "ploomber.spec",
     "ploomber.executors",
     "ploomber_engine",
-    "celestial_ml.core.notebook_page",
 )  # to be imported ahead
 
 
@@ -60,6 +61,7 @@ def _load_dag(tasks: dict[str, Task], inputs: dict[str, dict[str, Any]], root: P
     "The tasks as Ploomber takes them, each with its parameters and the file to watch."
     os.environ |= {"PLOOMBER_STATS_ENABLED": "false", "PLOOMBER_VERSION_CHECK_DISABLED": "true"}
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's greetings
+    import_module(ENGINE_MODULES[0])
     from ploomber.executors import Serial
     from ploomber.spec import DAGSpec
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import CelestialError, unknown
-from ..core.files import write_json
+from ..core.files import sha256_of, write_json
 from ..core.params import Params, load_params, params_path
 from ..core.plugins import plugin_file
 from ..core.progress import say
-from ..data.sources import get_source
+from ..data.sources import get_source, image_folder, labels_path
 from .dag import Executor, build
 from .freshness import BY_HAND, folder_checksum, forget, stale_steps, step_inputs, write_inputs
 from .steps import Task, load_tasks, one_run, run_folder, step_parameters
@@ -78,13 +78,14 @@ def plan_tasks(
     get_network(params.model.network)
     cache = {} if cache is None else cache
     images = images_checksum(params, root, cache) if "acquire" in tasks else None
+    outside = {"acquire": images, "evaluate": _photos_checksum(params, root) if "evaluate" in tasks else None}
     inputs = {}
     for name, task in tasks.items():
         own = (value for value in parameters[name].values() if isinstance(value, str) and plugin_file(value, root))
         key = (task.source, *own)  # neither the notebook nor its modules depend on other parameters
         if key not in cache:
             cache[key] = step_inputs(task, parameters[name], root, defaults=task.own)
-        inputs[name] = cache[key] | {"parameters": parameters[name], "images": images if name == "acquire" else None}
+        inputs[name] = cache[key] | {"parameters": parameters[name], "images": outside.get(name)}
     fetch = {"acquire": FETCH} if images == "" else {}
     return Plan(run, root, params, tasks, inputs, stale_steps(tasks, inputs, (rerun or {}) | fetch))
 
@@ -98,11 +99,22 @@ def images_checksum(
     folders = [
         folder for name in params.data.all_sources if (folder := get_source(name).inputs(params.data, root)) is not None
     ]
+    if asked := params.data.test_folder:
+        folders.append(image_folder("data.test_folder", asked, root))
     cache = {} if cache is None else cache
     for folder in folders:
         if folder.is_dir() and folder not in cache:
             cache[folder] = folder_checksum(folder)
+    if (table := labels_path(params.data, root)) and table not in cache:
+        cache[table] = sha256_of(table)
+    folders += [table] if table else []
     return " ".join(cache[folder] for folder in folders) or None if all(f in cache for f in folders) else ""
+
+
+def _photos_checksum(params: Params, root: Path) -> str | None:
+    "The checksum of the photographs that a run is measured on, if any."
+    photos = params.evaluate.photos
+    return None if photos is None else folder_checksum(image_folder("evaluate.photos", photos, root))
 
 # %% ../../nbs/flow/03_pipeline.ipynb #fetch-images
 def fetch_images(plan: Plan) -> Plan:

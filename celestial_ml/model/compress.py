@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -21,12 +21,14 @@ from onnx import helper, numpy_helper
 
 from ..core.files import atomic
 from ..core.progress import progress
+from .export import logit_difference
 
 if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['strip_graph', 'pack_weights', 'quantize', 'prune', 'compare_files', 'smaller_is_as_good', 'edge_build', 'edge_logits']
+__all__ = ['strip_graph', 'pack_weights', 'quantize', 'prune', 'compare_files', 'smaller_is_as_good', 'edge_build', 'edge_logits',
+           'edge_file']
 
 # %% ../../nbs/model/14_compress.ipynb #merge-constants
 def _copied(graph: onnx.ModelProto) -> onnx.ModelProto:
@@ -373,3 +375,24 @@ def edge_logits(
         interpreter.invoke()
         logits[i] = interpreter.get_tensor(target["index"])[0]
     return logits
+
+# %% ../../nbs/model/14_compress.ipynb #edge-file
+def edge_file(
+    model: keras.Model,  # of `build_network`
+    path: Path,  # ends in .tflite
+    pixels: np.ndarray,  # uint8 (n, size, size, channels), to compare the answers on
+    tolerance: float = 1e-3,  # of `logit_difference`
+) -> dict[str, Any]:  # kB, parity; left_out: why there is no file
+    "The network as a LiteRT file, where it answers as Keras does; else no file. It stands beside the served one."
+    path.unlink(missing_ok=True)
+    try:
+        edge_build(model, path)
+        difference = logit_difference(edge_logits(path, pixels), model.predict(pixels, verbose=0))
+    except Exception as e:  # a converter's errors are of many types, and none may cost a run its model
+        path.unlink(missing_ok=True)
+        return {"left_out": f"the network can't be converted: {e}".splitlines()[0][:200]}
+    about = {"kB": path.stat().st_size / 1000, "parity": difference}
+    if difference <= tolerance:
+        return about
+    path.unlink()
+    return about | {"left_out": f"its logits differ by {difference:.1e}, of {tolerance:.1e} allowed"}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['softmax', 'predictions_table', 'compute_metrics', 'with_embedding', 'logits_and_embeddings']
+__all__ = ['softmax', 'predictions_table', 'compute_metrics', 'with_embedding', 'logits_and_embeddings', 'is_frozen']
 
 # %% ../../nbs/model/03_evaluate.ipynb #softmax
 def softmax(
@@ -83,3 +83,12 @@ def logits_and_embeddings(
     parts = [both(pixels[i : i + batch_size], training=False) for i in range(0, len(pixels), batch_size)]
     logits, embeddings = (np.concatenate([np.asarray(part) for part in arrays]) for arrays in zip(*parts, strict=True))
     return logits, embeddings
+
+
+def is_frozen(
+    both: keras.Model,  # of `with_embedding`
+) -> bool:
+    "Whether nothing below the embedding was trained, so that it was made without the labels."
+    import keras
+
+    return not keras.Model(both.input, both.outputs[1]).trainable_weights

@@ -7,15 +7,17 @@ __all__ = ['EXAMPLES', 'THUMBNAIL', 'HELD_OUT', 'unit_rows', 'choose_examples', 
            'read_examples', 'write_held_out']
 
 # %% ../../nbs/package/06_examples.ipynb #examples-imports
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from ..core.files import atomic
+from ..data.images import decode_image
 from ..data.thumbnails import data_uri, encode_webp, shrink
 
 if TYPE_CHECKING:
@@ -130,8 +132,9 @@ def write_held_out(
     answer: Callable[[bytes], Any],  # of an image file: label, known
     most: int = 12,  # pictures; with more classes than that, of some
     tried: int = 5,  # pictures of a class
-) -> list[str]:  # the classes of the pictures, in order
-    "Write pictures to try the model with: typical ones that it knows and names right."
+    others: Mapping[str, bytes | None] = MappingProxyType({}),  # name → image file, of nothing that is a class
+) -> list[str]:  # the names of the pictures, in order
+    "Write pictures to try the model with: typical ones that it knows and names right, and others that it doesn't know."
     right = predictions[predictions.correct].sort_values("ood_score", kind="stable")
     places = np.unique(np.linspace(0, len(classes) - 1, min(most, len(classes))).astype(int))
     each = max(1, min(2, most // len(classes)))
@@ -145,5 +148,7 @@ def write_held_out(
             if given.known and given.label == name and len(kept) < each:
                 kept.append(picture)
         labels, pictures = labels + [name] * len(kept), pictures + kept
+    strange = {name: file for name, file in others.items() if file and not answer(file).known}
+    labels, pictures = [*labels, *strange], [*pictures, *map(decode_image, strange.values())]
     write_examples(path, np.zeros((len(labels), 1)), labels, pictures, _SHOWN, 90)
     return labels

@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime
 
 from ..core.isolated import return_freed
+from ..data.images import Background
 from .folder import MODEL_FILE, ModelError, model_name, read_description, read_file
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Graph:
         self.classes: list[str] = content["classes"]
         self.files: dict[str, str] = content.get("files", {})  # the other files of the package → SHA-256
         self.ood_threshold = float(content["ood_threshold"])  # above it a picture is unknown
+        self.background: Background = content.get("background", "black")  # that pictures for it are decoded with
         self.version = model_name(str(content.get("name", "")), content["version"])
 
     @cached_property

@@ -9,11 +9,11 @@ __all__ = ['Manifest', 'read_manifest', 'damage', 'copy_package', 'fingerprint',
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..core.domains import Domain, domain_of
+from ..core.domains import Domain, domain_of, with_words
 from ..core.errors import CelestialError
 from ..core.files import DamagedFile, atomic, read_json, sha256_of, write_json
 from .folder import MODEL_FILE, MODEL_JSON, ModelError, model_name, read_description
@@ -51,7 +51,8 @@ class Statistic(Document):
 
     mean: float
     deviation: float
-    quantiles: list[float] = Field([])
+    quantiles: list[float] = Field([])  # at 0, 5, … 100 %
+    images: int = 0
 
 # %% ../../nbs/package/02_manifest.ipynb #manifest-project
 class Project(Document):
@@ -74,8 +75,8 @@ class Project(Document):
         if title is None and domain.name == "none" and 1 < len(classes) <= 5 and len("".join(classes)) <= 40:
             title = f"{', '.join(classes[:-1])} or {classes[-1]}?"
             title = title[0].upper() + title[1:]
-        return domain.with_words(
-            title=title, noun=self.noun, plural=self.plural, purpose=self.purpose, colour=self.colour
+        return with_words(
+            domain, title=title, noun=self.noun, plural=self.plural, purpose=self.purpose, colour=self.colour
         )
 
 
@@ -98,6 +99,7 @@ class Manifest(Document):
     file: FileName = MODEL_FILE
     files: dict[FileName, str] = Field({})  # the other files of the package, such as training examples → SHA-256
     input: str = ""
+    background: Literal["auto", "black", "white"] = "black"  # under transparent pixels; older packages don't say
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)  # that the logits are divided by
     false_alarms: float | None = None  # the share of known pictures that the threshold was set for
     false_alarm_rate: float | None = None  # the share of test images above it
@@ -175,13 +177,14 @@ def copy_package(
             shutil.copy2(source / file, folder)
         write_json(folder / MODEL_JSON, read_json(source / MODEL_JSON) | {"name": name, "version": version})
 
-
+# %% ../../nbs/package/02_manifest.ipynb #fingerprint
 def fingerprint(
     folder: Path,  # of a package
 ) -> str:  # 64 hexadecimal digits
     "One checksum of all that makes a package what it is: its files, and what decides and describes its answers."
     content = read_json(folder / MODEL_JSON)
     decisive = [content.get(key) for key in ("file", "classes", "ood_threshold", "temperature", "metrics")]
+    decisive += [content[key] for key in ("background",) if key in content]  # older packages lack it
     return sha256_of(json.dumps([read_manifest(folder).checksums, decisive], sort_keys=True).encode())
 
 # %% ../../nbs/package/02_manifest.ipynb #write-manifest

@@ -21,15 +21,7 @@ from .bodies import BODIES, get_body
 from .renderer import View, render
 
 # %% ../../nbs/planets/05_domain.ipynb #draw-example
-TABLECLOTH = "Tablecloth"  # the example that is not a body
-_POSES = {
-    "Earth": View(longitude_deg=10, latitude_deg=20, phase_deg=30),
-    "Jupiter": View(longitude_deg=-120, latitude_deg=-5),
-    "Mars": View(longitude_deg=-60, latitude_deg=15, phase_deg=30),
-    "Moon": View(phase_deg=35),
-    "Pluto": View(longitude_deg=175, latitude_deg=15),
-    "Saturn": View(latitude_deg=18, roll_deg=-14, radius=0.4, phase_deg=25),
-}
+TABLECLOTH = "Tablecloth"  # not a body
 
 
 def _cloth(size: int = 320) -> np.ndarray:  # uint8 (size, size, 3)
@@ -47,9 +39,7 @@ def write_examples(
 ) -> None:
     "Draw all pictures anew: `python -m celestial_ml.planets.domain`."
     saturn = View(latitude_deg=14, roll_deg=-18, radius=0.4, phase_deg=24, light_angle_deg=150)
-    plain = View(longitude_deg=40, latitude_deg=10)
-    pictures = {name: render(name, _POSES.get(name, plain), 320, width=512) for name in BODIES}
-    pictures |= {TABLECLOTH: _cloth(), "hero": render("Saturn", saturn, 480, width=512)}
+    pictures = {TABLECLOTH: _cloth(), "hero": render("Saturn", saturn, 480, width=512)}
     for name, pixels in pictures.items():
         file = BytesIO()
         Image.fromarray(pixels).save(file, "WEBP", quality=92)
@@ -60,10 +50,10 @@ def write_examples(
 class Planets(Domain):
     "The ten bodies of the renderer."
 
-    name, is_sky, colour = "planets", True, "#9a6208"
+    name, on_black, colour = "planets", True, "#9a6208"
     noun, plural, title = "world", "bodies", "Which world is this?"
     invitation = "Drop a picture of a planet, of Pluto or of the Moon."
-    classes, examples = tuple(BODIES), (*BODIES, TABLECLOTH)
+    classes, examples = tuple(BODIES), (TABLECLOTH,)
     controls = (
         Control("roll", "Roll (degrees)", -180, 180, 0, 1, "rolled to {:.0f}°"),
         Control("phase", "Phase (0 is full, 90 half)", 0, 160, 20, 1, "lit at a phase of {:.0f}°"),

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,6 +40,7 @@ class Evidence:
     probabilities: np.ndarray  # float32 (n, classes)
     ood_score: np.ndarray  # float32 (n,)
     learned: np.ndarray  # uint64 (m,), of `short`: images that it was trained or tuned on
+    baselines: dict[str, np.ndarray] = field(default_factory=dict)  # name → str (n,), the answers of simple classifiers
 
     @property
     def correct(self) -> np.ndarray:  # bool (n,)
@@ -49,7 +50,8 @@ class Evidence:
     def save(self, path: Path | str) -> None:
         "Write it as a .npz file."
         with atomic(path) as f:
-            np.savez_compressed(f, **asdict(self))
+            arrays: dict[str, Any] = {name: values for name, values in vars(self).items() if name != "baselines"}
+            np.savez_compressed(f, **arrays | {f"baseline_{name}": a for name, a in self.baselines.items()})
 
     @classmethod
     def load(cls, folder: Path | str) -> Evidence | None:  # None for an older package without it
@@ -57,8 +59,12 @@ class Evidence:
         path = Path(folder) / EVIDENCE
         if not path.is_file():
             return None
-        with np.load(path, allow_pickle=False) as arrays:
-            return cls(**{field.name: arrays[field.name] for field in fields(cls)})
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        baselines = {name.removeprefix("baseline_"): arrays[name] for name in arrays if name.startswith("baseline_")}
+        return cls(
+            **{one.name: arrays[one.name] for one in fields(cls) if one.name != "baselines"}, baselines=baselines
+        )
 
 
 def short(sha256: Iterable[str]) -> np.ndarray:  # uint64 (n,)
@@ -67,7 +73,7 @@ def short(sha256: Iterable[str]) -> np.ndarray:  # uint64 (n,)
 
 # %% ../../nbs/registry/04_evidence.ipynb #collect-evidence
 def collect_evidence(
-    predictions: pd.DataFrame,  # path, label and, where it was asked, baseline
+    predictions: pd.DataFrame,  # path, label, baseline_NAME and, where it was asked, baseline
     features: pd.DataFrame,  # path, sha256 and split of all images
     answers: tuple[np.ndarray, np.ndarray],  # of `served_answers`, for the predictions
     classes: list[str],
@@ -85,6 +91,11 @@ def collect_evidence(
         probabilities=probabilities.astype(np.float32),
         ood_score=scores.astype(np.float32),
         learned=np.unique(short(features.sha256[learned])),
+        baselines={
+            str(name).removeprefix("baseline_"): np.array(predictions[name], dtype=str)
+            for name in predictions
+            if str(name).startswith("baseline_")
+        },
     )
 
 # %% ../../nbs/registry/04_evidence.ipynb #paired
@@ -169,7 +180,8 @@ def answers_of_other(
         with suppress(OSError, CelestialError):  # a file that isn't there, or is not a picture any more
             content = (root / str(evidence.path[row])).read_bytes()
             if graph and sha256_of(content) == checksums[row]:
-                answers[row] = graph.classes[graph.run(decode_image(content))["probabilities"].argmax()]
+                image = decode_image(content, background=graph.background)
+                answers[row] = graph.classes[graph.run(image)["probabilities"].argmax()]
     rows = np.flatnonzero(answers != "")
     now = len(rows) - before
     return Shared(rows, answers[rows] == evidence.label[rows], before, now, left_out, len(open_rows) - now)

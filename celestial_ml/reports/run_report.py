@@ -14,12 +14,13 @@ import numpy as np
 
 from ..core.errors import CelestialError
 from ..core.page_builder import Page, share
-from ..data.images import decode_image
+from ..data.images import Background, decode_image
 from ..package.manifest import Manifest, damage
 from ..package.published import published
 from ..registry.evidence import Evidence, Paired
 from ..registry.metric_comparison import Comparison, Difference, flat, make_comparison
 from ..registry.versions import read_version
+from .advice import baseline_rows, not_worth_it, what_to_try
 from .model_card import count_table, verdict_words, weak_spots
 
 if TYPE_CHECKING:
@@ -156,6 +157,8 @@ def in_short(
             f"ones it calls {alarms} unknown by mistake."
         )
     sentences.append(_changed_words(comparison) if comparison else "There is no other version to compare it with.")
+    if warning := not_worth_it(metrics):
+        sentences = [f"{warning} What to try: {'; '.join(what_to_try(manifest))}.", *sentences]
     return [*sentences, verdict_words(verdict)]
 
 # %% ../../nbs/reports/01_run_report.ipynb #example-blocks
@@ -184,12 +187,14 @@ def example_pictures(
     }
 
 # %% ../../nbs/reports/01_run_report.ipynb #image-reader
-def _reader(root: Path) -> Callable[[str], np.ndarray]:  # path → uint8 (height, width, 3)
+def _reader(
+    root: Path, background: Background = "auto"
+) -> Callable[[str], np.ndarray]:  # path → uint8 (height, width, 3)
     "How a report reads its images."
 
     def read(path: str) -> np.ndarray:
         try:
-            return decode_image(root / path)
+            return decode_image(root / path, background=background)
         except (OSError, CelestialError):
             return np.full((64, 64, 3), 128, np.uint8)
 
@@ -223,7 +228,7 @@ def make_report(
     notebooks: Sequence[tuple[str, str]],  # of `notebook_links`
 ) -> Page:
     "The report of a run."
-    metrics, table, read = manifest.metrics, count_table(catalog), _reader(root)
+    metrics, table, read = manifest.metrics, count_table(catalog), _reader(root, manifest.background)
     data = {
         "about": manifest,
         "verdict": verdict,
@@ -235,6 +240,7 @@ def make_report(
         "samples": [(read(str(row.path)), row.label, "") for row in _samples(catalog).itertuples()],
         "checks": len(checks),
         "failed_checks": [f"{check['check']}: {check['saw']}" for check in checks if check["status"] != "pass"],
+        "baselines": baseline_rows(metrics),
         "confused": [f"{c.label} for {c.predicted} ({c.images})" for c in metrics.confused[:3]],
         "classes": [
             (name, round(row.recall * row.images), row.images, row.recall, row.precision)

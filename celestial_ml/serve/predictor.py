@@ -116,12 +116,12 @@ class Predictor(Graph):
     ) -> Prediction:
         "The answer for one image file; `CelestialError` where it can't be read."
         content, name = read_content(source, name)
-        return as_prediction(self, self.run(decode_image(content, name)), content)
+        return as_prediction(self, self.run(decode_image(content, name, background=self.background)), content)
 
     def see(self, source: bytes | Path | str, name: str = "the image") -> Seen:
         "The answer of `predict`, with what `reasons` needs later."
         content, name = read_content(source, name)
-        image = decode_image(content, name)
+        image = decode_image(content, name, background=self.background)
         outputs = self.run(image)
         return Seen(as_prediction(self, outputs, content), shrink(image, OVERLAY), outputs.get("embedding"))
 

@@ -235,14 +235,15 @@ def _read_head(job: _Job, limits: Limits) -> None:
 def _decode(job: _Job) -> None:
     "Decode a small picture."
     assert job.head is not None
-    job.decoded = Picture(decode_opened(job.head), job.head.width, job.head.height, job.head.format)
+    pixels = decode_opened(job.head, background=job.model.background)
+    job.decoded = Picture(pixels, job.head.width, job.head.height, job.head.format)
 
 
 def _read(job: _Job, limits: Limits) -> None:
     "Read a costly picture, in the time that is left."
-    seconds = min(limits.seconds, job.until - time.monotonic() + 0.5)
+    limits = replace(limits, seconds=min(limits.seconds, job.until - time.monotonic() + 0.5))
     try:
-        job.decoded = read_costly(job.content, limits=replace(limits, seconds=seconds), alone=True)
+        job.decoded = read_costly(job.content, limits=limits, alone=True, background=job.model.background)
     except CelestialError as e:
         raise busy() if e.code == "busy" else e from None
 

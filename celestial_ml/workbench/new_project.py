@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import celestial_ml
+from ..core.domains import domain_of
 from ..core.errors import CelestialError
 from ..core.files import atomic
 from ..core.names import check_class, check_name, check_path
@@ -71,20 +72,20 @@ def check_classes(
 # %% ../../nbs/workbench/02_new_project.ipynb #classes-of
 def classes_of(
     names: Sequence[str] | None,  # of the classes
-    data: Path | None,  # a folder of class folders
+    data: Path | None,  # a folder of class folders, or one with a metadata.csv, or a table of labels
 ) -> list[str]:
     "The classes by name or by folder; `CelestialError` where the two differ."
     if data is None:
         if not names:
             raise CelestialError("a project needs its classes", "Name them: --classes cat,dog,bird, or --data FOLDER.")
         return check_classes(names)
-    folders = image_files(data)
+    folders = image_files(*((data.parent, None, data) if data.is_file() else (data,)))
     if empty := [name for name, images in folders.items() if not images]:
         raise CelestialError(f"no image is in {data / empty[0]}", "Put some in, or remove the folder.")
     classes = check_classes(list(folders))
     if names and (differ := set(check_classes(names)) ^ set(classes)):
-        message = f"--classes and the folders in {data} differ: {', '.join(sorted(differ))}"
-        raise CelestialError(message, f"The folders are {', '.join(classes)}. Without --classes they are the classes.")
+        message = f"--classes and the classes in {data} differ: {', '.join(sorted(differ))}"
+        raise CelestialError(message, f"They are {', '.join(classes)}. Without --classes they are the project's.")
     return classes
 
 # %% ../../nbs/workbench/02_new_project.ipynb #git
@@ -114,7 +115,7 @@ def library_source() -> dict[str, str]:
 def new_project(
     path: Path,  # the project's folder; must not exist
     classes: Sequence[str] | None = None,  # None: the folders in data
-    data: Path | None = None,  # a folder of class folders; None: data/images in the project, still empty
+    data: Path | None = None,  # as `classes_of`; None: data/images in the project, still empty
     size: int = 64,  # side of the network's input, in pixels
 ) -> list[str]:  # its classes
     "Make a project; `CelestialError`, and nothing is written, for whatever is wrong."
@@ -127,8 +128,10 @@ def new_project(
         raise CelestialError(f"{path} is there already", "Choose another name, or remove it.")
     if not path.parent.is_dir():
         raise CelestialError(f"there is no folder {path.parent}", "Make it first.")
-    names, images = classes_of(classes, data), data.resolve().as_posix() if data else "data/images"
+    names, table = classes_of(classes, data), data if data and data.is_file() else None
+    images = ((table.parent if table else data).resolve().as_posix()) if data else "data/images"
     answers = {"project": path.name, "package": package, "classes": names, "data": images, "size": size}
+    answers |= {"domain": domain_of(names).name, "labels": table.resolve().as_posix() if table else ""}
     with atomic(path) as beside:
         _fill(beside, answers | library_source())
     return names
