@@ -31,8 +31,8 @@ _FLOATS = ("brightness", "contrast", "sharpness", "ood_score", "confidence", "la
 _TEXTS = ("role", "model_version", "sha256", "format", "label")
 _COUNTS = ("width", "height", "bytes")
 _VECTORS = (("embedding", "<f2"), ("probabilities", "<f4"))
-COLUMNS = ("process", "sequence", "classes", "request_id", "time", *_TEXTS, *_FLOATS, *_COUNTS, "known")
-COLUMNS += tuple(name for name, _ in _VECTORS)
+_KEYS = ("process", "sequence", "classes", "request_id", "time")
+COLUMNS = (*_KEYS, *_TEXTS, *_FLOATS, *_COUNTS, "known", *dict(_VECTORS))
 
 
 def names_key(names: Iterable[str]) -> str:
