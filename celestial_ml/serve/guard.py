@@ -220,7 +220,9 @@ class Door:
         headers: Headers,
         address: str,  # of the client
     ) -> str:  # whom the request is counted for: the name of a key, else the address or its network
-        "`CelestialError` with 401 without a key."
+        "`CelestialError` with 401 without a key, with 400 for a path with a control character."
+        if re.search(r"[\x00-\x1f\x7f]", path):  # no route has one, and some functions fail at it
+            raise CelestialError("the path has a control character", "Leave it out.", "bad_request")
         if not (self.keys and path.startswith((*API, *DOCS))):
             return rate_address(address)
         owner = key_owner(presented_key(path, headers), self.keys)
@@ -374,8 +376,6 @@ class Guard:
         "Let the app answer, or refuse the request."
         body = self.door.bounded(path, headers := Headers(scope=scope), receive)
         try:
-            if re.search(r"[\x00-\x1f\x7f]", path):  # no route has one, and some functions fail at it
-                raise CelestialError("the path has a control character", "Leave it out.", "bad_request")
             who = exchange.state["who"] = self.door.identify(path, headers, exchange.address)
             self.door.count(path, who)
             await self.app(scope, body, exchange.send)

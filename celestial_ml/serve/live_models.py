@@ -232,9 +232,7 @@ class Models:
     def current(self) -> Predictor:
         "The champion; `CelestialError` with 503 while there is none."
         if self.champion.predictor is None:
-            raise CelestialError(
-                "there is no model yet", "Train one with `celestial run`; it's loaded then.", "no_model"
-            )
+            raise CelestialError("there is no model yet", "Train one: celestial run", "no_model")
         return self.champion.predictor
 
     def choose(self, request_id: str) -> tuple[Predictor, str, Predictor | None]:
