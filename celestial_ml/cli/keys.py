@@ -33,9 +33,7 @@ def keys_new(
 
 # %% ../../nbs/cli/03_keys.ipynb #asked-password
 @command(keys_app, "login", "celestial keys login anna < password.txt")
-def keys_login(
-    user: Annotated[str, typer.Argument(help="the name to log in with")],
-) -> None:
+def keys_login(user: Annotated[str, typer.Argument(help="the name to log in with")]) -> None:
     "Ask for a password, and print its hash for the server's settings."
     from celestial_ml.serve.settings import PREFIX, password_hash
 

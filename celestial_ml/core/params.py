@@ -50,6 +50,7 @@ class Data(Section):
     sources: list[str] = Field([], description="several sources together, in place of source: [guide, render]")
     folder: str | None = Field(None, description="for source folder: a folder with a folder of images a class")
     labels: str | None = Field(None, description="for source folder: a table of labels, CSV or JSON lines")
+    test_folder: str | None = Field(None, description="a second folder, as in production; it gets figures of its own")
     per_class: int = Field(150, ge=1, le=1_000_000, description="for source render: images of each class")
     image_px: int = Field(128, ge=16, le=1024, description="for source render: side of an image, in pixels")
     split: Literal["auto", "folders", "stratified", "guide"] = Field(
@@ -132,7 +133,7 @@ class Train(Section):
     )
     patience: int = Field(0, ge=0, description="epochs without a lower val_loss before it stops; 0: it never does")
 
-
+# %% ../../nbs/core/04_params.ipynb #params-evaluate
 class Evaluate(Section):
     "What the model is measured on."
 

@@ -7,6 +7,7 @@ __all__ = ['choose', 'plot_choice']
 
 # %% ../../nbs/model/17_choose.ipynb #choose-imports
 import time
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -38,9 +39,7 @@ def _subset(labels: np.ndarray, most: int, seed: int) -> np.ndarray:
 
 def _trial(
     network: str, level: str, images: tuple[np.ndarray, ...], classes: int, model: Model, train: Train, seed: int
-) -> tuple[
-    Model, Train, np.ndarray, np.ndarray
-]:  # what it would be trained with; right on val, and through other cameras
+) -> tuple[tuple[Model, Train], np.ndarray, np.ndarray]:  # what to train it with; right on val, and by other cameras
     "Train a candidate for a short time."
     pixels, labels, val, val_labels = images
     size, steps = pixels.shape[1], -(-len(pixels) // train.batch_size)
@@ -59,7 +58,7 @@ def _trial(
     fit(built, (pixels, labels), (val[:0], val_labels[:0]), short, seed)
     answer = frozen_logits if is_frozen(built) else lambda m, x: logits_and_embeddings(with_embedding(m), x)[0]
     clean, cameras = (answer(built, x).argmax(axis=1) == val_labels for x in (val, other_cameras(val, seed)))
-    return model, train, clean, cameras
+    return (model, train), clean, cameras
 
 # %% ../../nbs/model/17_choose.ipynb #choose
 def choose(
@@ -77,8 +76,10 @@ def choose(
     if model.network != "auto" and train.augment != "auto":
         return model, train, pd.DataFrame()
     networks = ("efficientnet_lite0", "compact") if model.network == "auto" else (model.network,)
-    levels = [preferred] if preferred else PREFERRED
-    levels, rows, found = [train.augment] if train.augment != "auto" else levels, [], []
+    levels: list[str] = [preferred] if preferred else list(PREFERRED)
+    levels = [train.augment] if train.augment != "auto" else levels
+    rows: list[dict[str, Any]] = []
+    found: list[tuple[Model, Train]] = []
     for network in networks:
         if rows and max(row["score"] for row in rows) >= ENOUGH:
             break
@@ -88,7 +89,7 @@ def choose(
         for level in levels:
             say(f"trying {network}, augmentation {level}")
             began = time.monotonic()
-            *parameters, clean, cameras = _trial(network, level, (*train_set, *val_set), classes, model, train, seed)
+            parameters, clean, cameras = _trial(network, level, (*train_set, *val_set), classes, model, train, seed)
             figures = {"val": float(clean.mean()), "cameras": float(cameras.mean())}
             figures |= {"score": float(np.mean([clean, cameras])), "seconds": time.monotonic() - began}
             rows.append({"network": network, "augment": level} | figures)
@@ -110,7 +111,7 @@ def plot_choice(
     rows, colours = np.arange(len(table)), np.where(table.chosen, "#2f6fb3", "#9a9a9a")
     ax.hlines(rows, table.cameras, table.val, color="#c8c8c8", zorder=1)
     ax.scatter(table.val, rows, 60, colours, zorder=2)
-    ax.scatter(table.cameras, rows, 60, "white", edgecolors=colours, zorder=2)
+    ax.scatter(table.cameras, rows, 60, "white", edgecolors=list(colours), zorder=2)
     names = [f"{c.network}, {c.augment}" + (" (chosen)" if c.chosen else "") for c in table.itertuples()]
     ax.set_yticks(range(len(table)), names)
     ax.set(

@@ -16,7 +16,7 @@ import pandas as pd
 from ..core.errors import CelestialError
 from ..core.intervals import share_interval
 from ..data.catalog import catalog_checksum, make_catalog
-from ..data.images import decode_image
+from ..data.images import Background, decode_image
 
 # %% ../../nbs/model/16_photographs.ipynb #read-photographs
 def read_photographs(
@@ -24,6 +24,7 @@ def read_photographs(
     classes: Collection[str],
     prepare: Callable[[np.ndarray], np.ndarray],  # a `Preparer`
     learned: Collection[str] = (),  # SHA-256 of the training images
+    background: Background = "auto",  # of the model
 ) -> tuple[pd.DataFrame, np.ndarray]:  # the catalog's rows; pixels, the network's input
     "The readable photographs of a folder; `CelestialError` where none shows a class."
     catalog = make_catalog(folder)
@@ -33,7 +34,7 @@ def read_photographs(
             f"evaluate.photos: {folder} holds no picture of a class that the model wasn't trained on",
             f"Put photographs into folders named after the classes: {', '.join(sorted(classes)[:10])}.",
         )
-    return catalog, np.stack([prepare(decode_image(Path(path))) for path in catalog.path])
+    return catalog, np.stack([prepare(decode_image(Path(path), background=background)) for path in catalog.path])
 
 # %% ../../nbs/model/16_photographs.ipynb #photograph-answers
 def photograph_answers(

@@ -99,7 +99,7 @@ def start_logging(
     logging.getLogger("celestial_ml").setLevel(logging.INFO if not person else logging.WARNING)
     logging.getLogger("celestial_ml.access").setLevel(logging.INFO if requests and not person else logging.WARNING)
 
-# %% ../../nbs/serve/21_server.ipynb #server
+
 class Server(uvicorn.Server):
     "Uvicorn's server, whose shutdown waits for answers but not for open pages."
 
