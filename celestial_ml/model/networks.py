@@ -123,8 +123,9 @@ def build_network(
     import keras
 
     pixels = keras.Input(input_shape, dtype="uint8", name="pixels")
-    pooled = keras.layers.AveragePooling2D(p.pool, name="pool")(pixels) if p.pool > 1 else pixels
-    scaled = keras.layers.Rescaling(1 / 255)(pooled)
+    scaled = keras.layers.Rescaling(1 / 255)(pixels)
+    if p.pool > 1:
+        scaled = keras.layers.AveragePooling2D(p.pool, name="pool")(scaled)
     logits = keras.layers.Dense(classes, name="logits")(layers(scaled, p))
     model = keras.Model(pixels, logits, name=p.network.rpartition(".")[2])
     if not any(layer.name == "embedding" for layer in model.layers):  # what knows the unknown reads it
