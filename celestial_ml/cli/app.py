@@ -40,7 +40,7 @@ from .new import new_app
 from .report import report_app
 from .sweep import sweep_app
 from ..core.errors import CelestialError, refused_by_machine
-from ..core.files import atomic, project_root
+from ..core.files import project_root
 from ..core.folders import PassedOver
 from ..core.names import printable
 from ..core.quiet import quiet_tensorflow
@@ -276,10 +276,11 @@ def data_show(
 ) -> None:
     "Write a contact sheet of the images."
     from celestial_ml.data.images import decode_image
-    from celestial_ml.data.sheet import contact_sheet
+    from celestial_ml.data.sheet import contact_sheet, some_of_each
 
     catalog, p = _read_catalog(folder, params)
-    shown = catalog[catalog.error.isna()].groupby("label").head(10)
+    readable = catalog[catalog.error.isna()]
+    shown = readable.iloc[some_of_each(readable.label, each=10, most=500)]
     pictures = [decode_image(project_root() / path, background=p.prepare.background) for path in shown.path]
     with atomic(output) as f:
         contact_sheet(pictures, list(shown.label), columns=10).save(f)
