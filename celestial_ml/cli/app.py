@@ -40,7 +40,7 @@ from .new import new_app
 from .report import report_app
 from .sweep import sweep_app
 from ..core.errors import CelestialError, refused_by_machine
-from ..core.files import project_root
+from ..core.files import atomic, project_root
 from ..core.folders import PassedOver
 from ..core.names import printable
 from ..core.quiet import quiet_tensorflow
