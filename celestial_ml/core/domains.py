@@ -66,7 +66,7 @@ class Domain:
     def origin(self, source: str | None) -> str:
         "Sources of images, as in: it was trained on …"
         names = (source or "folder").split(", ")
-        return " and ".join(self.source_names.get(name, "its project's own pictures") for name in names)
+        return " and ".join(self.source_names.get(name, "the project's own pictures") for name in names)
 
     def in_sentence(self, label: str) -> str:
         "A class as in: this is …"
