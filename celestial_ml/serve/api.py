@@ -294,7 +294,7 @@ async def read_files(
         await read_form(request.headers.get("content-type", ""), chunks, open_part, most + 32)
         if not files:
             message = f"the request has no file in its form field '{field}'"
-            raise CelestialError(message, f"Send one: curl -F {field}=@saturn.jpg {request.url}", "no_image")
+            raise CelestialError(message, f"Send one: curl -F {field}=@picture.jpg {request.url}", "no_image")
     except CelestialError:
         async for _ in chunks:  # or a client that is still sending would not get the answer
             pass

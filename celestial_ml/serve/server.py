@@ -72,7 +72,7 @@ def greeting(
     lines = [f"Serving model {version}. Ctrl-C ends it.", ""]
     lines += [f"  {url}  the demo: drop a picture"] if demo else []
     key = '-H "X-API-Key: …" ' if keys else ""
-    lines += [f"  {url}/docs  the API", "", f"  curl {key}-F image=@saturn.jpg {url}/predict"]
+    lines += [f"  {url}/docs  the API", "", f"  curl {key}-F image=@picture.jpg {url}/predict"]
     if not is_loopback(host) and not keys:
         lines += [
             "",
