@@ -116,7 +116,7 @@ def new_project(
     path: Path,  # the project's folder; must not exist
     classes: Sequence[str] | None = None,  # None: the folders in data
     data: Path | None = None,  # as `classes_of`; None: data/images in the project, still empty
-    size: int = 64,  # side of the network's input, in pixels
+    size: int | None = None,  # side of the network's input, in pixels; None: as the pictures need
 ) -> list[str]:  # its classes
     "Make a project; `CelestialError`, and nothing is written, for whatever is wrong."
     path = path.absolute()
