@@ -420,7 +420,7 @@ def _sample_look(body: str, rng: np.random.Generator) -> dict[str, float]:
     "How a photograph is graded, at random: domain randomisation (Tobin et al. 2017, arXiv:1703.06907)."
     cast, contrast, exposure = _LOOKS.get(body, (0.04, (0.6, 1.4), (0.75, 1.3)))
     coarse = body == "Pluto" and rng.random() < 0.4  # most of its pictures were taken from the Earth
-    vivid, pale = rng.random() < (0.25 if body == "Jupiter" else 0.1), 0.85 if body == "Mars" else 0.6
+    vivid, pale = rng.random() < (0.25 if body == "Jupiter" else 0.1), 0.85 if body in ("Mars", "Venus") else 0.6
     return {
         "exposure": rng.uniform(*exposure),
         "warmth": np.clip(rng.normal(0, cast), -0.35, 0.35),
