@@ -23,7 +23,7 @@ from .surfaces import relief, sample_map, slopes, surface_map
 _RANGES: dict[str, tuple[float, float]] = {
     **{"latitude_deg": (-90, 90), "phase_deg": (0, 180), "radius": (0.02, 5), "exposure": (0, 10)},
     **{"fov_deg": (0, 150), "limb_darkening": (0, 1), "warmth": (-0.5, 0.5), "tint": (-0.3, 0.3)},
-    **{"contrast": (0, 5), "haze": (0, 5), "saturation": (0, 5), "gamma": (0.2, 5), "blur": (0, 0.1)},
+    **{"albedo_contrast": (0, 5), "haze": (0, 5), "saturation": (0, 5), "gamma": (0.2, 5), "blur": (0, 0.1)},
 }
 
 
@@ -43,7 +43,7 @@ class View:
     limb_darkening: float = 1.0  # strength of the limb darkening: 0 is a mosaic's flat disc
     warmth: float = 0.0  # white balance: positive is redder, negative bluer
     tint: float = 0.0  # white balance: positive is more magenta, negative greener
-    contrast: float = 1.0  # of the colours of the surface, about their mean
+    albedo_contrast: float = 1.0  # of the colours of the surface, about their mean
     haze: float = 1.0  # factor on the air at the limb
     saturation: float = 1.0  # factor on the distance of a colour from grey
     gamma: float = 1.0  # of the display: more than 1 is darker, with more contrast
@@ -212,10 +212,10 @@ def _shade_globe(
     lit = reflectance(scene.body, (mu0 + twilight) / (1 + twilight), mu, scene.view.limb_darkening)
     lit = lit * _ring_shadow(scene, p)
     colours = values[:, :3]
-    if scene.view.contrast != 1:
+    if scene.view.albedo_contrast != 1:
         mean = colours[::16].mean(axis=0).round(4)  # rounded: the last digits of a sum depend on the processor
-        colours = colours * scene.view.contrast
-        colours += (1 - scene.view.contrast) * mean
+        colours = colours * scene.view.albedo_contrast
+        colours += (1 - scene.view.albedo_contrast) * mean
         np.maximum(colours, 0, out=colours)
     return colours * lit[:, None] + _haze(scene, mu0, mu), t
 
@@ -425,7 +425,7 @@ def _sample_look(body: str, rng: np.random.Generator) -> dict[str, float]:
         "exposure": rng.uniform(*exposure),
         "warmth": np.clip(rng.normal(0, cast), -0.35, 0.35),
         "tint": np.clip(rng.normal(0, 0.5 * cast), -0.15, 0.15),
-        "contrast": rng.uniform(*contrast),
+        "albedo_contrast": rng.uniform(*contrast),
         "haze": rng.uniform(0, 2.5),
         "saturation": rng.uniform(1.3, 2) if vivid else rng.uniform(pale, 1.3),
         "gamma": rng.uniform(0.85, 1.25),
