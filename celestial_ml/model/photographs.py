@@ -6,7 +6,7 @@
 __all__ = ['read_photographs', 'photograph_answers', 'photograph_metrics']
 
 # %% ../../nbs/model/16_photographs.ipynb #photo-imports
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ import pandas as pd
 
 from ..core.errors import CelestialError
 from ..core.intervals import share_interval
+from ..core.params import Prepare
 from ..data.catalog import catalog_checksum, make_catalog
-from ..data.images import decode_image
+from ..data.prepare import prepare_images
 
 # %% ../../nbs/model/16_photographs.ipynb #read-photographs
 def read_photographs(
     folder: Path,  # of folders of images, named after classes or not
     classes: Collection[str],
-    prepare: Callable[[np.ndarray], np.ndarray],  # a `Preparer`
+    p: Prepare,
     learned: Collection[str] = (),  # SHA-256 of the training images
 ) -> tuple[pd.DataFrame, np.ndarray]:  # the catalog's rows; pixels, the network's input
     "The readable photographs of a folder; `CelestialError` where none shows a class."
@@ -33,7 +34,7 @@ def read_photographs(
             f"evaluate.photos: {folder} holds no picture of a class that the model wasn't trained on",
             f"Put photographs into folders named after the classes: {', '.join(sorted(classes)[:10])}.",
         )
-    return catalog, np.stack([prepare(decode_image(Path(path))) for path in catalog.path])
+    return catalog, prepare_images(catalog, p, Path())[0]
 
 # %% ../../nbs/model/16_photographs.ipynb #photograph-answers
 def photograph_answers(
