@@ -228,11 +228,18 @@ def lab_figures(asked: argparse.Namespace) -> list[Row]:
     return lab_rows()
 
 
+def picture_figures(asked: argparse.Namespace) -> list[Row]:
+    "Other people's pictures."
+    from bench.pictures import picture_rows
+
+    return picture_rows(asked)
+
+
 def soak_figures(asked: argparse.Namespace) -> list[Row]:
     "The service under attack."
     from bench.soak import soak_rows
 
-    return soak_rows(asked.model, asked.minutes, asked.seed, asked.checkout, asked.login)
+    return soak_rows(asked.model, asked.minutes, asked.seed or 0, asked.checkout, asked.login)
 
 
 def scaling_figures(asked: argparse.Namespace) -> list[Row]:
@@ -247,10 +254,11 @@ SECTIONS = {
     "batch": batch_figures,
     "sweep": sweep_figures,
     "lab": lab_figures,
+    "pictures": picture_figures,
     "soak": soak_figures,
     "scaling": scaling_figures,
 }
-LONG = ("soak", "scaling")  # half an hour, so only when they're asked for
+LONG = ("pictures", "soak", "scaling")  # half an hour, so only when they're asked for
 
 
 def measured_run(asked: argparse.Namespace) -> str:
@@ -271,7 +279,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=100_000, help="requests during which models are swapped")
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="serving: beside another checkout")
     parser.add_argument("--minutes", type=float, default=20, help="soak: how long")
-    parser.add_argument("--seed", type=int, default=0, help="soak: the order of the attacks")
+    parser.add_argument("--seed", type=int, help="soak: the order of the attacks; pictures: this one instead of three")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="pictures: the folder of the sets")
+    parser.add_argument("--set", action="append", metavar="NAME", help="pictures: this set instead of all; repeatable")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="soak: a packaged model; else trained for seconds")
     parser.add_argument("--checkout", type=Path, metavar="FOLDER", help="soak: whose code is served; else this one's")
     parser.add_argument("--login", action="store_true", help="soak: the demo asks for a login")

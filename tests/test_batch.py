@@ -27,13 +27,17 @@ from typer.testing import CliRunner
 from celestial_ml.batch.job import batch
 from celestial_ml.batch.parts import OtherJob, part_files, places
 from celestial_ml.cli.app import app
-from celestial_ml.core.files import read_json
+from celestial_ml.core.files import read_json, write_json
+from celestial_ml.data.drift import describe
+from celestial_ml.data.features import image_statistics
+from celestial_ml.data.images import decode_image
 from celestial_ml.flow.pipeline import Plan, execute, make_plan
 from celestial_ml.planets.renderer import render
 from celestial_ml.serve.predictor import Predictor
 
 CELESTIAL = str(Path(sys.executable).with_name("celestial"))
 COLUMNS = ["path", "label", "confidence", "known", "ood_score", "probabilities", "model_version", "sha256", "row"]
+COLUMNS += ["brightness", "contrast", "sharpness"]
 BAD = {"half.jpg": "damaged", "words.jpg": "not_an_image", "empty.png": "empty"}
 
 
@@ -106,11 +110,29 @@ def test_the_command(name: str, photos: Path, model: Path, tmp_path: Path) -> No
 
 def test_answers_are_those_of_predict(photos: Path, model: Path, tmp_path: Path) -> None:
     assert command(photos, tmp_path / "out", "--model", model).returncode == 0
-    table = pq.read_table(tmp_path / "out").drop_columns("row")  # a place in the source, which `predict` has none of
+    table = pq.read_table(tmp_path / "out").select(COLUMNS[:8])  # the others `predict` has none of
     rows = {row["path"]: row for row in table.to_pylist()}
     told = subprocess.run([CELESTIAL, "predict", *rows, "--model", model, "--json"], capture_output=True, text=True)
     predicted = [json.loads(line) for line in told.stdout.splitlines()]
     assert len(predicted) == 40 and {answer["path"]: answer for answer in predicted} == rows
+
+
+def test_the_summary_says_what_differs_from_the_training_images(photos: Path, tmp_path: Path) -> None:
+    "Half as bright as the training images; a package without their description says nothing."
+    pictures = [decode_image(path) for path in sorted(photos.rglob("*.*")) if path.name not in BAD]
+    here = np.array([[*image_statistics(picture).values()] for picture in pictures])
+    folder = tiny_model(tmp_path / "model")
+    about = read_json(folder / "model.json")
+    for factor, drifted in ((1, []), (2, ["brightness"])):
+        learned = np.concatenate([here] * 10) * [factor, 1, 1]
+        write_json(folder / "model.json", about | {"statistics": describe(learned)})
+        done = command(photos, tmp_path / f"out{factor}", "--model", folder, "--json")
+        drift = json.loads(done.stdout)["drift"]
+        assert [name for name, one in drift.items() if one["drifted"]] == drifted and len(drift) == 3
+        assert drift["brightness"]["here"] == pytest.approx(here[:, 0].mean(), abs=1e-3)
+    assert "drifted" in (tmp_path / "out2/_batch/summary.html").read_text()
+    write_json(folder / "model.json", about)
+    assert json.loads(command(photos, tmp_path / "older", "--model", folder, "--json").stdout)["drift"] == {}
 
 
 def test_exit_codes(photos: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from celestial_ml.cli.app import app
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.params import Data
 from celestial_ml.data.catalog import image_files, make_catalog, with_split
-from celestial_ml.data.sources import make_data_set
+from celestial_ml.data.sources import make_data_set, production_catalog
 from celestial_ml.flow.pipeline import make_plan
 from celestial_ml.workbench.new_project import new_project
 
@@ -190,6 +190,32 @@ def test_a_run_sees_a_changed_table(tmp_path: Path) -> None:
     assert make_plan(root, "smoke", ["data.source=folder", *settings]).inputs["acquire"]["images"] != before
     with pytest.raises(CelestialError, match="isn't folder"):
         make_data_set(Data(labels="labels.csv"), 7, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["class folders", "table", "loose"])
+def test_a_second_folder_with_and_without_labels(tmp_path: Path, kind: str) -> None:
+    folder = flat(tmp_path / "asked", 4)
+    if kind == "class folders":
+        for n in range(4):
+            (folder / "cat").mkdir(exist_ok=True)
+            (folder / f"{n}.png").rename(folder / f"cat/{n}.png")
+    elif kind == "table":
+        (folder / "metadata.csv").write_text(table(count=4))
+    (folder / ("cat" if kind == "class folders" else "") / "9.png").write_text("no picture")
+    data = Data(source="folder", folder="photos", test_folder="asked")
+    catalog = production_catalog(data, tmp_path)
+    assert set(catalog.label) == {"class folders": {"cat"}, "table": {"cat", "dog"}, "loose": {""}}[kind]
+    assert len(catalog) == (4 if kind == "table" else 5) and catalog.error.notna().sum() == (kind != "table")
+    flat(tmp_path / "photos/cat", 8)
+    flat(tmp_path / "photos/dog", 8)
+    assert not make_data_set(data, 7, tmp_path, tmp_path).path.str.startswith("asked").any(), "none is learned from"
+    root, settings = Path(__file__).resolve().parent.parent, [f"data.folder={json.dumps(str(tmp_path / 'photos'))}"]
+    settings += ["data.source=folder", f"data.test_folder={json.dumps(str(folder))}"]
+    before = make_plan(root, "smoke", settings).inputs["acquire"]["images"]
+    (folder / "new.png").write_bytes(b"one more")
+    assert make_plan(root, "smoke", settings).inputs["acquire"]["images"] != before
+    with pytest.raises(CelestialError, match="test_folder"):
+        make_plan(root, "smoke", [*settings[:-1], "data.test_folder=nowhere-at-all"])
 
 
 def test_the_commands_take_a_table(tmp_path: Path) -> None:

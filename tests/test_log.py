@@ -169,7 +169,7 @@ def test_many_threads_record_each_row_once(url: str, opened: Callable[..., Predi
 def test_invalid_rows_never_raise_and_do_not_block(
     url: str, opened: Callable[..., PredictionLog], caplog: pytest.LogCaptureFixture
 ) -> None:
-    log = opened(url, images="uncertain")
+    log = opened(url, images=ImagePolicy("uncertain", 0.6))
     rubbish: list = [
         None, 7, "row", {}, {"request_id": "x"}, answer(time=float("nan")), answer(time=1e300), answer(time="yesterday"),
         answer(embedding=["a"]), answer(width=10**30), answer(width="wide"), answer(classes=7), answer(label="\ud800"),
@@ -313,7 +313,7 @@ writer.insert_images = lambda *_: (say('inside'), time.sleep(600))  # the predic
 for i in range(9): log.record(answer(1 + i, image=b'x'))
 wait()
 """
-    child = run_child(url, code, images="all")
+    child = run_child(url, code, "from celestial_ml.monitor.retention import ImagePolicy", images=ImagePolicy("all"))
     assert heard(child) == "inside"
     kill(child)
     assert len(rows_of(url)) == 1, "all of a transaction or nothing"
@@ -433,7 +433,7 @@ def test_a_locked_database_is_waited_for(
 
 
 def test_the_buffer_has_bounds(url: str, opened: Callable[..., PredictionLog]) -> None:
-    log = opened(url, images="all", rows=20, image_bytes=1000)
+    log = opened(url, images=ImagePolicy("all"), rows=20, image_bytes=1000)
     with closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         for i in range(30):
@@ -651,7 +651,7 @@ def test_an_old_log_is_brought_up_to_date_and_keeps_its_rows(url: str, opened: C
     with engine.connect() as connection:
         assert not engine.dialect.has_table(connection, "processes")
     engine.dispose()
-    log = opened(url, images="all")
+    log = opened(url, images=ImagePolicy("all"))
     log.record(answer(1, image=b"x"))
     assert log.flush(30) and {row["request_id"] for row in rows_of(url)} == {"before", "r1"}
     log.feedback("before", True)
@@ -768,8 +768,10 @@ def test_images_by_policy_and_until_their_time(url: str, opened: Callable[..., P
         answer(4, confidence=0.99, sha256="00000000" + 56 * "f", image=b"drawn"),
     ]
     for policy, kept in {
-        "none": set(), "all": {b"sure", b"unsure", b"unknown", b"drawn"}, "uncertain:0.5": {b"unsure", b"unknown"},
-    }.items():  # fmt: skip
+        ImagePolicy(): set(),
+        ImagePolicy("all"): {b"sure", b"unsure", b"unknown", b"drawn"},
+        ImagePolicy("uncertain", 0.5): {b"unsure", b"unknown"},
+    }.items():
         log = opened(url, images=policy)
         for row in told:
             log.record(row)
@@ -800,7 +802,7 @@ def test_a_sample_has_the_configured_share(url: str) -> None:
 
 @both
 def test_forgetting_a_picture_that_is_being_written(url: str, opened: Callable[..., PredictionLog]) -> None:
-    log, gone, kept = opened(url, images="all"), 64 * "a", 64 * "b"
+    log, gone, kept = opened(url, images=ImagePolicy("all")), 64 * "a", 64 * "b"
     for i in range(10):
         log.record(answer(i, sha256=(gone, kept)[i % 2], image=(b"mine", b"yours")[i % 2]))
     assert log.flush(30)
@@ -1186,7 +1188,7 @@ def test_the_service_goes_on_while_the_log_cannot(
 def test_the_command(celestial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"sqlite:///{tmp_path}/log.db"
     monkeypatch.setenv("CELESTIAL_LOG_URL", url)
-    log = open_log(images="all")
+    log = open_log(images=ImagePolicy("all"))
     for i in range(5):
         log.record(answer(i, image=b"x"))
     log.close()

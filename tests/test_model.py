@@ -18,9 +18,10 @@ from celestial_ml.core.files import read_json, sha256_of
 from celestial_ml.core.params import load_params
 from celestial_ml.flow.pipeline import Plan
 from celestial_ml.model.robustness import read_stress
-from celestial_ml.package.metrics import read_metrics
+from celestial_ml.package.metrics import Metrics, read_metrics
 from celestial_ml.planets.renderer import render, render_many
 from celestial_ml.registry.evidence import Evidence
+from celestial_ml.reports.advice import not_worth_it
 from celestial_ml.serve.predictor import Predictor
 
 TINY = ["model.width=4", "prepare.size=16", "evaluate.ood_images=4", "stress.corrupted=4", "evaluate.bootstrap=100"]
@@ -126,6 +127,15 @@ def test_simple_classifiers_stand_beside_the_model_on_the_same_images(metrics: d
         margin = metrics["margins"][name]
         assert margin["value"] == pytest.approx(metrics["accuracy"] - accuracy)
         assert margin["low"] <= margin["value"] <= margin["high"]
+
+
+def test_a_run_that_a_simple_classifier_beats_says_so_first(celestial, metrics: dict, smoke: Plan) -> None:
+    warning = not_worth_it(Metrics.of(metrics, "metrics.json"))
+    assert warning and metrics["accuracy"] < metrics["baseline"]["colours"]
+    told = celestial("run", "smoke").stdout
+    assert told.index(warning) < told.index("accuracy 0") and "next:" not in told and "--set train.epochs=40" in told
+    assert warning in Path("output/smoke/report.md").read_text().partition("\n- ")[2].partition("\n")[0]
+    assert warning in Path("output/smoke/model_card.md").read_text()
 
 
 def test_slices_know_how_the_images_were_rendered(metrics: dict) -> None:

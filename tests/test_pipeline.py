@@ -59,6 +59,7 @@ def test_metrics_agree_with_predictions(smoke: Plan) -> None:
 
 def test_model_knows_where_it_comes_from(smoke: Plan) -> None:
     about = read_json("output/smoke/model.json")
+    assert about["background"] == "auto" and about["statistics"]["brightness"]["images"] > 0
     assert about["parity"] < 1e-3 and about["metrics"] == read_json("output/smoke/metrics.json")
     lineage = about["lineage"]
     assert lineage["run"] == "smoke" and lineage["parameters"]["train"]["epochs"] == 2

@@ -92,7 +92,7 @@ def test_the_champion_answers_the_candidates_images(home: Path, run: Run, tmp_pa
     assert "points worse than the champion (celestial/1), of 5 allowed" in verdict.reasons[-1]
     verdict = judge(good, "celestial/1", Register(max_doubt=0.1))
     assert verdict.decision == "promote", verdict.reasons
-    assert "36 answered now, 4 left out because it learned" in verdict.reasons[-1]
+    assert "36 answered now, 4 left out because it was trained" in verdict.reasons[-1]
     assert verdict.comparison and (verdict.comparison.images, verdict.comparison.other) == (36, 1.0)
     poor = register_version(package(tmp_path / "c", np.arange(40) < 30, shas, paths), "celestial", run)
     lax = Register(min_accuracy=0.5, min_macro_f1=0.5)
@@ -103,7 +103,7 @@ def test_the_champion_answers_the_candidates_images(home: Path, run: Run, tmp_pa
         Path(path).unlink()
     gone = judge(good, "celestial/1", Register())
     assert gone.decision == "refuse" and "only 10 images can be compared" in gone.reasons[0]
-    assert "26 left out because their files aren't here" in gone.reasons[0] and "data.test" in gone.reasons[0]
+    assert "26 left out because their files are missing" in gone.reasons[0] and "data.test" in gone.reasons[0]
 
 
 def test_a_package_that_cannot_be_served_is_no_champion(home: Path, run: Run, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_package_that_cannot_be_served_is_no_champion(home: Path, run: Run, tm
 def test_the_gate_judges_again_when_the_champion_has_changed(
     home: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    "Somebody else promotes while the gate is at work: the verdict is about the new champion."
+    "Somebody else promotes while the gate is running: the verdict is about the new champion."
     import celestial_ml.registry.gate as gate
 
     first, second, third = (
@@ -370,7 +370,7 @@ def test_a_decision_killed_at_any_write_is_done_or_not_done(
     fresh = package(tmp_path / "d", 0.965)
     numbered = create_version(fresh, "celestial", run)
     verdict = judge("celestial/3", recover().champion, Register(), by_hand=True)
-    monkeypatch.setattr(gate, "judge", lambda *_: verdict)  # what it asks is on file: no process of its own, no MLflow
+    monkeypatch.setattr(gate, "judge", lambda *_: verdict)  # its evidence is recorded: no process of its own, no MLflow
     monkeypatch.setattr(decisions, "create_version", lambda *_: numbered)
     monkeypatch.setattr(decisions, "sync_aliases", lambda _: None)
     actions: dict[str, Callable[[], object]] = {
@@ -492,7 +492,7 @@ def test_the_commands_from_the_first_version_to_a_retired_one(
 
     refused = models("promote", "celestial/3", "--who", "Bob", "--why", "I like it")
     assert refused.exit_code == 1 and "the gate refuses celestial/3" in refused.stderr
-    assert "accuracy 0.5000 is below 0.9" in refused.stderr and read_log()[-1]["action"] == "refuse"
+    assert "accuracy 0.5000" in refused.stderr and read_log()[-1]["action"] == "refuse"
     promoted = models("promote", "challenger", "--who", "Bob", "--why", "watched it")
     assert promoted.exit_code == 0 and "celestial/4 is champion" in promoted.stdout, promoted.stderr
     assert read_log()[-1]["who"] == "Bob" and read_log()[-1]["evidence"]["by_hand"]

@@ -22,6 +22,7 @@ from .scoring import Answers, Bad
 from ..core.errors import CelestialError
 from ..core.files import atomic, read_json, write_json
 from ..core.folders import PassedOver
+from ..data.drift import FEATURES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -99,7 +100,7 @@ def joined(
 
 def as_table(
     answers: Answers,
-) -> pa.Table:  # path, label, confidence, known, ood_score, probabilities, model_version, sha256, row
+) -> pa.Table:  # path, label, confidence, known, ood_score, probabilities, model_version, sha256, row, `FEATURES`
     "Answers as they are written."
     import pyarrow as pa
 
@@ -116,6 +117,7 @@ def as_table(
         "sha256": _texts(answers.sha256),
         "row": _column(pa.int64(), np.array(answers.rows, np.int64)),
     }
+    columns |= {name: _column(float32, one) for name, one in zip(FEATURES, answers.statistics.T, strict=True)}
     return pa.Table.from_arrays(list(columns.values()), names=list(columns))
 
 # %% ../../nbs/batch/02_parts.ipynb #part
@@ -188,7 +190,7 @@ def _read_footer(path: Path) -> dict[str, Any]:
         raise CelestialError(f"{path} wasn't written by `celestial batch` ({type(e).__name__})", hint) from None
 
 # %% ../../nbs/batch/02_parts.ipynb #job
-COLUMNS = 2  # see `Job`; 2 since answers have a row
+COLUMNS = 3  # see `Job`; 2 since answers have a row, 3 since they have the features that drift is measured on
 
 
 @dataclass(frozen=True)

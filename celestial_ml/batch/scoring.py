@@ -18,6 +18,8 @@ from .inputs import Item, read_items
 from ..core.errors import CelestialError
 from ..core.files import sha256_of
 from ..core.isolated import return_large_blocks
+from ..data.drift import FEATURES
+from ..data.features import image_statistics
 from ..data.images import decode_image
 from ..serve.predictor import Predictor
 
@@ -48,9 +50,13 @@ class Answers:
     known: np.ndarray = field(default_factory=lambda: np.empty(0, bool))  # (n,)
     rows: list[int] = field(default_factory=list)  # places in the input
     bad: list[Bad] = field(default_factory=list)
+    statistics: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # (n, features): `FEATURES`
 
     def __post_init__(self) -> None:
         self.probabilities = np.reshape(self.probabilities, (-1, len(self.classes)))
+        self.statistics = (
+            self.statistics if self.statistics.size else np.full((len(self), len(FEATURES)), np.nan, np.float32)
+        )
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -82,17 +88,19 @@ def score_unit(
     base: str = "",  # the folder that paths are relative to, where it isn't the current one
 ) -> Answers:
     "Read, decode and score some pictures; those without an answer are listed with the reason."
-    scored: list[tuple[Item, str, np.ndarray, np.ndarray]] = []  # and SHA-256, probabilities, score
+    scored: list[
+        tuple[Item, str, list[float], np.ndarray, np.ndarray]
+    ] = []  # SHA-256, statistics, probabilities, score
     waiting: list[tuple[Item, str, np.ndarray]] = []  # and SHA-256, pixels
     bad: list[Bad] = []
 
     def score() -> None:
         outputs = _run(model, [image for _, _, image in waiting])
-        for (item, sha256, _), output in zip(waiting, outputs, strict=True):
+        for (item, sha256, image), output in zip(waiting, outputs, strict=True):
             if isinstance(output, Exception):
                 bad.append(as_bad(item, output, "failed"))
             else:
-                scored.append((item, sha256, *output))
+                scored.append((item, sha256, [*image_statistics(image).values()], *output))
         waiting.clear()
 
     for item, content in zip(unit, read_items(unit, base), strict=True):
@@ -106,7 +114,7 @@ def score_unit(
         if sum(image.size for _, _, image in waiting) > _WAITING:
             score()
     score()
-    items, sha256, probabilities, scores = zip(*scored, strict=True) if scored else ((), (), (), ())
+    items, sha256, seen, probabilities, scores = zip(*scored, strict=True) if scored else ((), (), (), (), ())
     columns = (
         [item.name for item in items],
         list(sha256),
@@ -114,7 +122,8 @@ def score_unit(
         np.array(scores, np.float32),
     )
     known, rows = columns[-1] <= model.ood_threshold, [item.row for item in items]
-    return Answers(model.version, model.classes, *columns, known, rows, sorted(bad, key=lambda one: one.row))
+    bad.sort(key=lambda one: one.row)
+    return Answers(model.version, model.classes, *columns, known, rows, bad, np.array(seen, np.float32))
 
 # %% ../../nbs/batch/01_scoring.ipynb #score
 def as_bad(

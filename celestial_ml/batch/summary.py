@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +19,9 @@ from .inputs import Inputs, read_again, require_parquet
 from .parts import Places, answer_files
 from ..core.errors import CelestialError
 from ..core.files import atomic
+from ..core.many_classes import few_of
 from ..core.page_builder import Page, html_part
+from ..data.drift import FEATURES, Drift
 from ..data.images import Background, decode_image
 from ..data.thumbnails import shrink
 
@@ -60,6 +62,7 @@ class Summary:
     scores: np.ndarray = field(default_factory=lambda: np.zeros(BINS, int))  # all images
     unsure: list[Doubt] = field(default_factory=list)  # known, the lowest confidence first
     strange: list[Doubt] = field(default_factory=list)  # unknown, the nearest to known first
+    drift: Drift = field(default_factory=lambda: Drift({}))  # from the training images
 
     @property
     def rows(self) -> int:
@@ -97,6 +100,7 @@ def _add(summary: Summary, batch: pa.RecordBatch) -> None:
     summary.known.update(label[known].tolist())
     summary.unknown.update(label[~known].tolist())
     summary.bands += np.bincount((confidence[known, None] < np.array(BANDS)).sum(1), minlength=len(BANDS))
+    summary.drift.add(np.column_stack([floats(name) for name in FEATURES]))
     summary.scores += np.histogram(np.nan_to_num(score, nan=edges[-1]).clip(edges[0], edges[-1]), edges)[0]
     summary.unsure = _first(summary.unsure, batch, np.flatnonzero(known), confidence, "confidence")
     summary.strange = _first(summary.strange, batch, np.flatnonzero(~known), score, "ood_score")
@@ -105,11 +109,12 @@ def _add(summary: Summary, batch: pa.RecordBatch) -> None:
 def summarise(
     where: Places,
     threshold: float,  # of the model: a score above it is unknown
+    statistics: Mapping[str, Any] | None = None,  # of its training images, as in its manifest
 ) -> Summary:
     "Count what is in the answers of a job."
-    pq, summary = require_parquet(), Summary(threshold)
+    pq, summary = require_parquet(), Summary(threshold, drift=Drift(statistics or {}))
     for path in answer_files(where):
-        columns = ["known", *Doubt.__dataclass_fields__]
+        columns = ["known", *FEATURES, *Doubt.__dataclass_fields__]
         for batch in pq.ParquetFile(path).iter_batches(2048, columns=columns, use_threads=False):
             _add(summary, batch)
     return summary
@@ -117,8 +122,12 @@ def summarise(
 # %% ../../nbs/batch/03_summary.ipynb #class-chart
 def _class_rows(summary: Summary) -> list[tuple[str, int, int]]:  # name, known, unknown
     "The images of each class, the most first."
-    labels = (summary.known + summary.unknown).most_common()
-    return [(label, summary.known[label], summary.unknown[label]) for label, _ in labels]
+    labels = [label for label, _ in (summary.known + summary.unknown).most_common()]
+    shown = few_of(labels)
+    groups = [(label, [label]) for label in shown]
+    if len(shown) < len(labels):
+        groups.append((f"{len(labels) - len(shown)} more classes", labels[len(shown) :]))
+    return [(name, sum(summary.known[n] for n in some), sum(summary.unknown[n] for n in some)) for name, some in groups]
 
 
 def _band_rows(summary: Summary) -> list[tuple[str, int, int]]:
@@ -201,6 +210,7 @@ def write_page(
         "bad": bad,
         "bad_file": where.bad.name,
         "reasons": reasons,
+        "drift": summary.drift.result(),
         "out": str(where.out),
     }
     with atomic(where.summary) as f:

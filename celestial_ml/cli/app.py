@@ -74,6 +74,7 @@ def run(
     from celestial_ml.core.files import read_json
     from celestial_ml.flow.pipeline import execute, make_plan
     from celestial_ml.package.manifest import read_manifest
+    from celestial_ml.reports.advice import not_worth_it, what_to_try
 
     plan = make_plan(enter_project(), params, set_, name, from_, force, beside=with_ or ())
     if not json_:
@@ -82,17 +83,23 @@ def run(
             print(f"  · {step:<10}{why}")
     execute(plan, executor, quiet=json_)
     folder = Path("output") / plan.run
-    metrics, verdict = read_manifest(folder).metrics, read_json(folder / "register.json")
+    manifest, verdict = read_manifest(folder), read_json(folder / "register.json")
+    metrics = manifest.metrics
     if json_:
         print(
             json.dumps({"run": plan.run, "ran": list(plan.stale), "metrics": metrics.to_json(), "registered": verdict})
         )
         return
     role = "is champion" if verdict["promoted"] else "stays a candidate"
-    print(f"\naccuracy {metrics.accuracy:.4f} on {metrics.images} held-out images ({metrics.split})")
+    warning = not_worth_it(metrics)
+    print(f"\n{warning}\n" if warning else "")
+    print(f"accuracy {metrics.accuracy:.4f} on {metrics.images} held-out images ({metrics.split})")
     print(f"{verdict['model']} {role}: {verdict['reasons'][-1]}")
     print(f"\nlook:  {folder}/report.html")
-    print(f"next:  celestial serve{'' if verdict['promoted'] else f' --model {plan.run}'}")
+    if warning:
+        print("try:  ", "\n       ".join(what_to_try(manifest)))
+    else:
+        print(f"next:  celestial serve{'' if verdict['promoted'] else f' --model {plan.run}'}")
 
 # %% ../../nbs/cli/09_app.ipynb #tune
 @command(app, "tune", "celestial tune guide --trials 40 --workers 2")
@@ -269,10 +276,11 @@ def data_show(
 ) -> None:
     "Write a contact sheet of the images."
     from celestial_ml.data.images import decode_image
-    from celestial_ml.data.sheet import contact_sheet
+    from celestial_ml.data.sheet import contact_sheet, some_of_each
 
     catalog, p = _read_catalog(folder, params)
-    shown = catalog[catalog.error.isna()].groupby("label").head(10)
+    readable = catalog[catalog.error.isna()]
+    shown = readable.iloc[some_of_each(readable.label, each=10, most=500)]
     pictures = [decode_image(project_root() / path, background=p.prepare.background) for path in shown.path]
     with atomic(output) as f:
         contact_sheet(pictures, list(shown.label), columns=10).save(f)

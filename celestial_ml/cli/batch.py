@@ -67,7 +67,7 @@ def _summary(result: "Result", model: "Predictor", images: str, column: str | No
     from celestial_ml.batch.summary import summarise, write_page
     from celestial_ml.core.progress import as_time
 
-    summary = summarise(result.where, model.ood_threshold)
+    summary = summarise(result.where, model.ood_threshold, model.manifest.to_json().get("statistics"))
     if result.rate or not result.where.summary.is_file():
         pace = {"images a second": f"{result.rate:,.0f}", "took": as_time(result.seconds)} if result.rate else {}
         if left := sum(result.passed_over.values()):
@@ -84,7 +84,7 @@ def _print_result(result: "Result", summary: "Summary", as_json: bool) -> None:
     if as_json:
         about: dict[str, Any] = {"out": str(where.out), "pictures": result.items, "answered": result.rows}
         about |= {"bad": result.bad, "passed_over": result.passed_over, "unknown": unknown}
-        about |= {"labels": dict(summary.known), "a_second": round(result.rate, 1)}
+        about |= {"labels": dict(summary.known), "a_second": round(result.rate, 1), "drift": summary.drift.result()}
         print(json.dumps(about | {"summary": str(where.summary), "bad_pictures": str(where.bad)}))
         return
     if result.before == result.items:
@@ -95,6 +95,8 @@ def _print_result(result: "Result", summary: "Summary", as_json: bool) -> None:
     print(f"{result.rows:,} pictures answered{pace}; {unknown:,} are unknown")
     if result.bad:
         print(f"{result.bad:,} can't be read: {where.bad}")
+    if drifted := ", ".join(name for name, one in summary.drift.result().items() if one["drifted"]):
+        print(f"unlike the training images in {drifted}: see the page")
     if left := str(PassedOver(Counter(result.passed_over))):
         print(f"passed over: {left}")
     print(f"\nlook:  {where.summary}\nread:  pandas.read_parquet({str(where.out)!r})")

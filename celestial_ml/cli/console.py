@@ -28,9 +28,7 @@ def drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def print_error(
-    error: CelestialError,
-) -> None:
+def print_error(error: CelestialError) -> None:
     "What went wrong and how to mend it, on standard error."
     print(f"error: {error.message}", file=sys.stderr)
     for line in filter(None, error.hint.splitlines()):
@@ -76,11 +74,7 @@ def command_group(
     )
 
 
-def command(
-    group: typer.Typer,
-    name: str,
-    example: str,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def command(group: typer.Typer, name: str, example: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     "Register a function as a command whose errors end in text."
     return lambda function: group.command(name, epilog=f"Example: {example}")(errors_as_text()(function))
 

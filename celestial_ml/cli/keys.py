@@ -29,13 +29,11 @@ def keys_new(
     print(f"{name}'s key, shown this once:  {key}\n")
     print("for the server's environment; several are separated by commas:")
     print(f"  {PREFIX}API_KEYS={hashed}\n")
-    print(f'try:  curl -H "X-API-Key: {key}" -F image=@saturn.jpg http://127.0.0.1:8000/predict')
+    print(f'try:  curl -H "X-API-Key: {key}" -F image=@picture.jpg http://127.0.0.1:8000/predict')
 
 # %% ../../nbs/cli/03_keys.ipynb #asked-password
 @command(keys_app, "login", "celestial keys login anna < password.txt")
-def keys_login(
-    user: Annotated[str, typer.Argument(help="the name to log in with")],
-) -> None:
+def keys_login(user: Annotated[str, typer.Argument(help="the name to log in with")]) -> None:
     "Ask for a password, and print its hash for the server's settings."
     from celestial_ml.serve.settings import PREFIX, password_hash
 

@@ -56,9 +56,7 @@ def report(
 
 
 @command(report_app, "keep", "celestial keep default guide")
-def keep(
-    runs: Runs = None,
-) -> None:
+def keep(runs: Runs = None) -> None:
     "Copy metrics, predictions and two plots of a run to results/, for git, DVC and `celestial report --base`."
     from celestial_ml.reports.results import keep_run
 

@@ -16,7 +16,8 @@ import pandas as pd
 
 from ..core.params import Prepare
 from ..core.progress import progress
-from .features import image_features
+from .drift import describe
+from .features import image_features, image_statistics
 from .images import decode_image
 
 # %% ../../nbs/data/09_prepare.ipynb #4ca66f9a
@@ -103,13 +104,18 @@ def prepare_images(
     p: Prepare,
     root: Path,  # what the catalog's paths are relative to
 ) -> tuple[np.ndarray, pd.DataFrame]:  # pixels uint8 (n, size, size, channels); path, label, split, sha256, features
-    "The network's input for every readable image, and its features, row by row."
+    "The network's input and the features of every readable image; `attrs['statistics']` describes the training images."
     readable = catalog[catalog.error.isna()].reset_index(drop=True)
     prepare = Preparer(p)
     pixels = np.empty((len(readable), p.size, p.size, prepare.channels), np.uint8)
     features: list[dict[str, Any]] = []
+    seen: list[list[float]] = []
     for i, path in enumerate(progress(readable.path, "preparing images", len(readable))):
         image = decode_image(root / path, background=p.background)
         pixels[i] = prepare(image)
         features.append(image_features(image))
-    return pixels, readable.drop(columns=["error", "format", "bytes"]).join(pd.DataFrame(features))
+        seen.append([*image_statistics(image).values()])
+    table = readable.drop(columns=["error", "format", "bytes"]).join(pd.DataFrame(features))
+    learned = (readable.split == "train").to_numpy()
+    table.attrs["statistics"] = describe(np.array(seen).reshape(len(seen), -1)[learned]) if seen else {}
+    return pixels, table

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['SOURCES', 'Source', 'get_source', 'image_folder', 'labels_path', 'make_data_set']
+__all__ = ['SOURCES', 'Source', 'get_source', 'image_folder', 'labels_path', 'make_data_set', 'production_catalog']
 
 # %% ../../nbs/data/06_sources.ipynb #source
 @dataclass(frozen=True)
@@ -146,3 +146,18 @@ def make_data_set(
     catalog.attrs = dict(ChainMap(*(part.attrs for part in parts)))
     catalog.attrs |= {"passed_over": dict(passed), "split_by": ", ".join(rules)}
     return catalog
+
+# %% ../../nbs/data/06_sources.ipynb #production-catalog
+def production_catalog(
+    data: Data,
+    root: Path,  # the project's
+) -> pd.DataFrame:  # as `any_catalog`; empty where there is no such folder
+    "The images of `data.test_folder`."
+    import pandas as pd
+
+    from celestial_ml.data.catalog import any_catalog
+
+    if data.test_folder is None:
+        return pd.DataFrame({"path": [], "label": [], "sha256": [], "error": []}, dtype=str)
+    catalog = any_catalog(image_folder("data.test_folder", data.test_folder, root), root)
+    return catalog[["path", "label", "sha256", "error"]]

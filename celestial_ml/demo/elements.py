@@ -113,6 +113,13 @@ def _luminance(colour: np.ndarray) -> float:  # 0 … 1
     return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
+def _brand(model: "Predictor | None", domain: Domain) -> str:
+    "The name of a registered model; that of a run says nothing to a visitor."
+    if model is None or domain.on_black:
+        return "celestial"
+    return model.manifest.name if model.manifest.version.isdigit() else ""
+
+
 def hero(model: "Predictor | None") -> str:
     "The head of the page: the question that it answers, with stars where the classes are of the sky."
     domain = model.manifest.domain if model else Domain()
@@ -122,7 +129,7 @@ def hero(model: "Predictor | None") -> str:
     colour = (model.manifest.project.colour if model else None) or ("" if domain.on_black else domain.colour)
     return part(
         "hero", kind="space" if domain.on_black else "plain", style=Markup(_palette(colour)) if colour else "",
-        brand="celestial" if model is None or domain.on_black else model.manifest.name, picture=uri,
+        brand=_brand(model, domain), picture=uri,
         mosaic=[tile_uri(model, name, 200) for name in some], title=domain.title, invitation=domain.invitation,
     )  # fmt: skip
 

@@ -99,6 +99,8 @@ def images_checksum(
     folders = [
         folder for name in params.data.all_sources if (folder := get_source(name).inputs(params.data, root)) is not None
     ]
+    if asked := params.data.test_folder:
+        folders.append(image_folder("data.test_folder", asked, root))
     cache = {} if cache is None else cache
     for folder in folders:
         if folder.is_dir() and folder not in cache:

@@ -27,7 +27,7 @@ class ImageRoom:
         self._in, self._out = 0, 0  # bytes; one changed by `admit`, one by the thread: no lock between them
 
     def admit(self, row: dict[str, Any]) -> dict[str, Any]:
-        "The row, without its image if the policy or the bound is against it."
+        "The row, without its image if the policy or the limit excludes it."
         if row.get("image") is None:
             return row
         if not self.policy.wants(row):

@@ -132,10 +132,7 @@ def _export_day(engine: Engine, day: date, path: Path) -> int:
         answers = connection.execution_options(yield_per=_PIECE).execute(query.order_by(rows.c.time, rows.c.id))
         pieces = answers.partitions()
         if first := next(pieces, None):
-            with (
-                atomic(path) as f,
-                _arrow().parquet.ParquetWriter(f, export_schema(), compression="zstd") as writer,
-            ):
+            with atomic(path) as f, _arrow().parquet.ParquetWriter(f, export_schema(), compression="zstd") as writer:
                 for piece in chain([first], pieces):
                     writer.write_table(_piece(list(piece), names))
                     count += len(piece)

@@ -18,18 +18,10 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 # %% auto #0
-__all__ = ['MOST', 'person_of', 'add_feedback']
+__all__ = ['MOST', 'add_feedback']
 
 # %% ../../nbs/monitor/05_feedback.ipynb #add-feedback
 MOST = 20  # people who judge one answer
-
-
-def person_of(
-    request_id: str,
-    who: str,  # "" for nobody in particular
-) -> str | None:
-    "A fingerprint that recognises a person at this answer, and nowhere else."
-    return hashlib.sha256(f"{request_id}\n{who}".encode("utf-8", "replace")).hexdigest()[:32] if who else None
 
 
 def add_feedback(
@@ -49,25 +41,21 @@ def add_feedback(
     with writing(engine) as connection:
         answers = list(waiting) or [dict(row) for row in connection.execute(query).mappings()]
         if not answers:
-            hint = "It's in the answer's request_id; an answer from before the log began has none here."
+            hint = "Send the request_id of an answer that is in this log."
             raise CelestialError(f"no answered request has the id {request_id[:100]!r}", hint, "unknown_request")
         # A challenger's row is of an answer that nobody saw.
         row = min(answers, key=lambda answer: answer.get("role") == "challenger")
         answer = row.get("label") if row.get("known") else "unknown"
         if correct and label not in (None, answer):
-            message = f"{answer} is correct, and it is {str(label)[:100]}?"
-            raise CelestialError(message, "Choose one of the two.", "contradictory_feedback")
-        values = {
-            "request_id": request_id,
-            "time": time.time(),
-            "correct": bool(correct),
-            "comment": plain_text(comment),
-        }
-        values |= {"label": plain_text(answer if correct else label), "person": person_of(request_id, who)}
+            message = f"the answer was {answer}, so {str(label)[:100]!r} can't be right"
+            raise CelestialError(message, "Leave out the label, or send correct: false.", "contradictory_feedback")
+        values = {"request_id": request_id, "time": time.time(), "correct": bool(correct)}
+        values |= {"label": plain_text(answer if correct else label), "comment": plain_text(comment)}
         of_request = feedback.c.request_id == request_id
-        if who:
+        if who:  # a fingerprint recognises the person at this answer, and nowhere else
+            values["person"] = hashlib.sha256(f"{request_id}\n{who}".encode("utf-8", "replace")).hexdigest()[:32]
             connection.execute(delete(feedback).where(of_request, feedback.c.person == values["person"]))
         if connection.execute(select(func.count()).where(of_request)).scalar_one() >= MOST:
-            message, hint = f"{MOST} people have judged this answer", "Others have said what it is."
+            message, hint = f"{MOST} people have judged this answer", "No more feedback on it is stored."
             raise CelestialError(message, hint, "too_many_judgements")
         connection.execute(insert(feedback).values(values))

@@ -20,7 +20,7 @@ from ..core.files import home
 from .buffer import Buffer, ImageRoom, find_waiting, oldest
 from .counters import Counters, counters_folder, end_process
 from .feedback import add_feedback
-from .retention import ImagePolicy, image_policy, served_policy
+from .retention import NO_IMAGES, ImagePolicy, served_policy
 from .tables import log_database, utc
 from .writer import PATIENCE, Writer
 
@@ -60,14 +60,14 @@ class Health:
 
 # %% ../../nbs/monitor/07_log.ipynb #status-of
 FIGURES = {  # of the status → kind, description
-    "ok": ("gauge", "Whether the prediction log can be written to."),
+    "ok": ("gauge", "Whether the prediction log is being written."),
     "answered": ("counter", "Answers given to the prediction log."),
-    "written": ("gauge", "Of these, rows in the database."),
+    "written": ("gauge", "Of these, rows written to the database."),
     "buffered": ("gauge", "Answers in memory."),
     "behind": ("gauge", "Age in seconds of the oldest answer in memory."),
-    "dropped": ("counter", "Answers left out, by reason."),
-    "images_dropped": ("counter", "Images left out for want of memory."),
-    "lost": ("gauge", "Answers written, and not in the database any more."),
+    "dropped": ("counter", "Answers that were not logged, by reason."),
+    "images_dropped": ("counter", "Images not stored for lack of memory."),
+    "lost": ("gauge", "Answers written that are no longer in the database."),
     "lost_before": ("gauge", "Answers lost with killed processes."),
 }
 
@@ -92,11 +92,8 @@ def figures_of(
     "A status for metrics."
     for name, (kind, description) in FIGURES.items():
         metric = f"celestial_log_{name}{'_seconds' if name == 'behind' else ''}"
-        if name == "dropped":
-            for reason, count in status[name].items():
-                yield kind, metric, description, {"reason": reason}, count
-        else:
-            yield kind, metric, description, {}, float(status[name])
+        for reason, value in (status[name] if name == "dropped" else {"": status[name]}).items():
+            yield kind, metric, description, {"reason": reason} if reason else {}, float(value)
 
 # %% ../../nbs/monitor/07_log.ipynb #worker
 class Worker:
@@ -239,12 +236,9 @@ class PredictionLog:
         self._thread.join(timeout + 2 * PATIENCE)
 
 # %% ../../nbs/monitor/07_log.ipynb #open-log
-_DELAY = 2.0  # seconds after which a server without requests opens its log
-
-
 def open_log(
     url: str | None = None,  # None: CELESTIAL_LOG_URL, else SQLite in the state folder
-    images: ImagePolicy | str = "none",  # which are kept, as `image_policy` takes it
+    images: ImagePolicy = NO_IMAGES,  # which are kept
     rows: int = 50_000,  # in memory while the database is away; about 1.5 kB each
     image_bytes: int = 64_000_000,  # likewise of images
     wait: float = 5.0,  # seconds to wait for the database; it may come later
@@ -255,9 +249,9 @@ def open_log(
     if database.file and database.file.parent == home():
         with contextlib.suppress(OSError):
             home().mkdir(parents=True, exist_ok=True)
-    policy, counters = image_policy(images), Counters(counters_folder(), database.shown)
-    buffer = Buffer(counters, ImageRoom(policy, image_bytes), rows)
-    opened = PredictionLog(Worker(buffer, Writer(database, counters, policy.days), Health()), delay)
+    counters = Counters(counters_folder(), database.shown)
+    buffer = Buffer(counters, ImageRoom(images, image_bytes), rows)
+    opened = PredictionLog(Worker(buffer, Writer(database, counters, images.days), Health()), delay)
     if not delay:
         try:
             await_opening(opened, wait)
@@ -267,10 +261,8 @@ def open_log(
     return opened
 
 
-def service_log(
-    settings: ServeSettings,
-) -> PredictionLog | None:  # None: CELESTIAL_LOG_URL is off
+def service_log(settings: ServeSettings) -> PredictionLog | None:  # None: CELESTIAL_LOG_URL is off
     "The prediction log of a service, open soon."
     if os.environ.get("CELESTIAL_LOG_URL") == "off":
         return None
-    return open_log(images=served_policy(settings), delay=_DELAY)
+    return open_log(images=served_policy(settings), delay=2.0)  # a server without requests opens it then

@@ -33,7 +33,7 @@ def open_records(
     database = log_database(url)
     if database.file and not database.file.is_file():
         message = f"there is no prediction log {database.file}"
-        raise CelestialError(message, "`celestial serve` begins one; or name another: --url")
+        raise CelestialError(message, "`celestial serve` creates one; or name another one with --url")
     with database_errors(database):
         engine = open_database(database, LOG_SCHEMA)
         try:

@@ -5,17 +5,14 @@
 # %% ../../nbs/monitor/03_retention.ipynb #890db694
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from ..core.errors import CelestialError
 
 if TYPE_CHECKING:
     from celestial_ml.serve.settings import ServeSettings
 
 # %% auto #0
-__all__ = ['ImagePolicy', 'image_policy', 'served_policy']
+__all__ = ['NO_IMAGES', 'ImagePolicy', 'served_policy']
 
 # %% ../../nbs/monitor/03_retention.ipynb #imagepolicy
 @dataclass(frozen=True)
@@ -35,21 +32,7 @@ class ImagePolicy:
         return self.keep == "all"
 
 
-def image_policy(
-    text: ImagePolicy | str,  # "uncertain:0.7@14"
-) -> ImagePolicy:
-    "The policy in words; `CelestialError` for other words."
-    if isinstance(text, ImagePolicy):
-        return text
-    policy, _, days = text.partition("@")
-    keep, _, number = policy.partition(":")
-    usual = {"none": 0.0, "all": 0.0, "sample": 0.01, "uncertain": 0.6}
-    with suppress(KeyError, ValueError):
-        parsed = ImagePolicy(keep, float(number or usual[keep]), float(days or 30))
-        if 0 <= parsed.number <= 1 and 0 < parsed.days < 100_000 and (not number or usual[keep]):
-            return parsed
-    allowed = "Allowed: none, all, sample:SHARE, uncertain:CONFIDENCE, each with @DAYS if not 30."
-    raise CelestialError(f"images can't be kept by {text!r}", allowed)
+NO_IMAGES = ImagePolicy()
 
 
 def served_policy(settings: ServeSettings) -> ImagePolicy:

@@ -112,8 +112,6 @@ def utc(
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
-def plain_text(
-    value: object,
-) -> str | None:
+def plain_text(value: object) -> str | None:
     "As text that every database takes: PostgreSQL refuses a zero byte."
     return None if value is None else str(value).replace("\0", "")

@@ -23,27 +23,16 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
 # %% auto #0
-__all__ = ['COLUMNS', 'PATIENCE', 'names_key', 'row_values', 'insert_rows', 'insert_names', 'insert_images', 'Link', 'enrol',
-           'tidy', 'write_batch', 'Writer']
+__all__ = ['COLUMNS', 'PATIENCE', 'names_key', 'row_values', 'insert_rows', 'insert_images', 'Link', 'enrol', 'tidy',
+           'write_batch', 'Writer']
 
 # %% ../../nbs/monitor/06_writer.ipynb #names-key
 _FLOATS = ("brightness", "contrast", "sharpness", "ood_score", "confidence", "latency_ms")
 _TEXTS = ("role", "model_version", "sha256", "format", "label")
 _COUNTS = ("width", "height", "bytes")
 _VECTORS = (("embedding", "<f2"), ("probabilities", "<f4"))
-COLUMNS = (
-    "process",
-    "sequence",
-    "classes",
-    "request_id",
-    "time",
-    *_TEXTS,
-    *_FLOATS,
-    *_COUNTS,
-    "known",
-    "embedding",
-    "probabilities",
-)
+_KEYS = ("process", "sequence", "classes", "request_id", "time")
+COLUMNS = (*_KEYS, *_TEXTS, *_FLOATS, *_COUNTS, "known", *dict(_VECTORS))
 
 
 def names_key(names: Iterable[str]) -> str:
@@ -83,12 +72,6 @@ def insert_rows(
     mark = "?" if connection.dialect.name == "sqlite" else "%s"
     marks = ", ".join([mark] * len(columns))
     connection.exec_driver_sql(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks}) {otherwise}", rows)
-
-
-def insert_names(connection: Connection, lists: Iterable[tuple[str, ...]]) -> None:
-    "Insert lists of classes that may be there."
-    rows: list[tuple[Any, ...]] = [(names_key(names), json.dumps(names)) for names in lists]
-    insert_rows(connection, "classes", ("id", "names"), rows, "ON CONFLICT (id) DO NOTHING")
 
 
 def insert_images(
@@ -149,8 +132,7 @@ class Link:
 
 # %% ../../nbs/monitor/06_writer.ipynb #enrol
 def enrol(
-    engine: Engine,
-    counters: Counters,
+    engine: Engine, counters: Counters
 ) -> tuple[int, int]:  # rows of this process that are written, and the number of the last one
     "What the process's row in the database says; a new process gets one."
     from sqlalchemy import insert, select
@@ -209,8 +191,8 @@ def write_batch(
     facts = (counters.answered, sum(counters.dropped().values()), written + len(batch), batch[-1][0], counters.id)
     with connection.begin():
         insert_rows(connection, "predictions", COLUMNS, values)
-        if names_missing := keys.keys() - stored:
-            insert_names(connection, names_missing)
+        if missing := [(key, json.dumps(names)) for names, key in keys.items() if names not in stored]:
+            insert_rows(connection, "classes", ("id", "names"), missing, "ON CONFLICT (id) DO NOTHING")
         if images:
             insert_images(connection, images, days)
         connection.exec_driver_sql(move.format(mark), facts)
@@ -264,6 +246,6 @@ class Writer:
                 self.write(batch[: len(batch) // 2])
                 return self.write(batch[len(batch) // 2 :])
             if not self.counters.slots[INVALID]:
-                _log.warning("an answer can't be written down, and is counted as invalid: %.200s", e)
+                _log.warning("an answer can't be stored, and is counted as invalid: %.200s", e)
             self.counters.slots[INVALID] += 1
         self.last = batch[-1][0]

@@ -51,7 +51,8 @@ class Statistic(Document):
 
     mean: float
     deviation: float
-    quantiles: list[float] = Field([])
+    quantiles: list[float] = Field([])  # at 0, 5, … 100 %
+    images: int = 0
 
 # %% ../../nbs/package/02_manifest.ipynb #manifest-project
 class Project(Document):

@@ -168,6 +168,25 @@ class Photographs(Document):
     unknown: Counted
     others_unknown: Counted  # of photographs of no class
 
+# %% ../../nbs/package/01_metrics.ipynb #metrics-production
+class Share(Interval):
+    "A share of some images, and its interval."
+
+    images: int
+
+
+class Production(Document):
+    "The figures of a second folder; None where its labels don't give any."
+
+    images: int
+    unreadable: int = 0
+    unknown: Share
+    accuracy: Share | None = None  # of the images of a class
+    known_right: Share | None = None  # of those: right, and not called unknown
+    per_class: dict[str, Share] = {}  # accuracy
+    others_unknown: Share | None = None  # of images with another label: called unknown
+    drift: dict[str, dict[str, Any]] = {}  # of `data.drift`
+
 # %% ../../nbs/package/01_metrics.ipynb #metrics
 GOOD = 0.95  # accuracy above which a tie with a simple classifier is no shame
 
@@ -192,6 +211,7 @@ class Metrics(Document):
     fairness: Fairness | None = None
     unknown: Unknown = Unknown()
     robustness: Robustness = Robustness()
+    production: Production | None = None
     behaviour: dict[str, dict[str, BehaviouralTest]] = {}
     photos: Photographs | None = None
 

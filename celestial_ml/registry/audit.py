@@ -27,7 +27,7 @@ def locked(
 ) -> AbstractContextManager[None]:
     "Hold a lock of the registry; the same process may take it again."
     busy = f"the registry in {home()} has been busy for {timeout:g} s ({name}.lock)"
-    return hold(home() / f"{name}.lock", busy, "Another command is at work: try again later.", timeout, again=True)
+    return hold(home() / f"{name}.lock", busy, "Another command is running: try again later.", timeout, again=True)
 
 # %% ../../nbs/registry/03_audit.ipynb #whoami
 FIRST = "0" * 64  # the previous entry of the first one
@@ -72,7 +72,7 @@ def _write(line: bytes) -> None:
         if torn:  # its writer was killed: the decision was never made
             os.ftruncate(fd, os.fstat(fd).st_size - torn)
         if os.write(fd, line) != len(line):
-            raise OSError(f"{audit_file()} took only a part of an entry: the disk may be full")
+            raise OSError(f"{audit_file()} took only part of an entry: the disk may be full")
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -126,7 +126,7 @@ def _problem(line: bytes, n: int, previous: str) -> str | None:
     if own != _checksum(entry):
         return f"entry {n} was changed: its content doesn't have its SHA-256"
     if before != previous or number != n:
-        return f"entry {n} doesn't follow the one before it: something was removed, put in or moved"
+        return f"entry {n} doesn't follow the previous one: an entry was removed, inserted or moved"
     return None
 
 
@@ -143,7 +143,7 @@ def verify() -> Audit:
     with suppress(DamagedFile):  # a damaged pointer is rewritten from the log
         pointer = read_pointer("champion")
     if pointer and pointer.entry and pointer.entry not in {entry["sha256"] for entry in entries}:
-        return Audit(entries, ["the entry that champion.json rests on isn't there: the end was cut off"], torn)
+        return Audit(entries, ["the entry that champion.json refers to is missing: the end was cut off"], torn)
     return Audit(entries, [], torn)
 
 
@@ -153,7 +153,7 @@ def read_log() -> list[dict[str, Any]]:
     if audit.problems:
         raise CelestialError(
             f"{audit_file()} doesn't verify: {audit.problems[0]}",
-            "Nothing is decided on a log that was tampered with. Restore it from a copy, or begin a new one with the\n"
-            "champion as it is, which keeps the damaged one beside it: celestial models audit --restart",
+            "No decision is made on a log that was changed. Restore it from a copy, or begin a new one with the present\n"
+            "champion, which keeps the damaged log: celestial models audit --restart",
         )
     return audit.entries

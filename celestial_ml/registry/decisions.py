@@ -109,16 +109,14 @@ def rollback(
     "Make the champion before this one champion again."
     with locked():
         state = recover()
+        hint = "Promote another version: celestial models promote MODEL"
         if state.champion is None:
-            raise CelestialError("there is no champion to go back from", "Promote one: celestial models promote MODEL")
+            raise CelestialError("there is no champion to go back from", hint)
         if state.previous is None:
-            raise CelestialError(
-                f"there is no champion before {state.champion}", "Promote another one: celestial models promote MODEL"
-            )
+            raise CelestialError(f"there is no champion before {state.champion}", hint)
         if broken := damage(published(state.previous)):
             raise CelestialError(
-                f"{state.previous} can't be served: {'; '.join(broken)}",
-                "Restore its folder from a copy, or promote another one: celestial models promote MODEL",
+                f"{state.previous} can't be served: {'; '.join(broken)}", f"{hint}, or restore its files."
             )
         append("rollback", state.previous, "champion again", {"from": state.champion, "why": why}, who)
         recover()
@@ -134,6 +132,7 @@ def retirement_checklist(
     held = state.aliases(model)
     others = set(versions()) - {*state.retired, model}
     fit = successor in others and not damage(published(str(successor)))
+    able = "yes" if fit else f"{successor or 'none'} is not another version that can be"
     broken = damage(published(model))
     mend = {
         "champion": "promote or roll back to another",
@@ -144,11 +143,7 @@ def retirement_checklist(
     return [
         ("it has no alias", not held, "; ".join(f"it's {a}: {mend[a]}" for a in held) or "none"),
         ("a successor is named", successor is not None, successor or "name it with --successor MODEL"),
-        (
-            "the successor can be served",
-            fit,
-            "yes" if fit else f"{successor or 'none'} is not another version that can be",
-        ),
+        ("the successor can be served", fit, able),
         ("its files are whole, to be archived", not broken, "; ".join(broken) or "yes"),
     ]
 

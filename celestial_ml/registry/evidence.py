@@ -67,9 +67,7 @@ class Evidence:
         )
 
 
-def short(
-    sha256: Iterable[str],
-) -> np.ndarray:  # uint64 (n,)
+def short(sha256: Iterable[str]) -> np.ndarray:  # uint64 (n,)
     "The first 16 digits of each checksum."
     return np.array([int(digits[:16], 16) for digits in sha256], np.uint64)
 
@@ -157,8 +155,8 @@ class Shared:
         parts = {
             "on file": self.on_file,
             "answered now": self.answered_now,
-            "left out because it learned from them": self.learned,
-            "left out because their files aren't here": self.missing,
+            "left out because it was trained on them": self.learned,
+            "left out because their files are missing": self.missing,
         }
         return ", ".join(f"{n} {what}" for what, n in parts.items() if n)
 

@@ -157,10 +157,7 @@ def _against(name: str, correct: np.ndarray, baseline: np.ndarray, p: Register) 
     )
 
 
-def baseline_rules(
-    evidence: Evidence | None,
-    p: Register,
-) -> list[Rule]:
+def baseline_rules(evidence: Evidence | None, p: Register) -> list[Rule]:
     "The baselines that it must beat."
     rules, answers = [], dict[str, np.ndarray]()
     if evidence is not None:
@@ -343,9 +340,7 @@ def judge(
     return Verdict(model, decision, decision in ("promote", "keep"), reasons, tuple(rules), champion, paired)
 
 
-def rules_table(
-    verdict: Verdict,
-) -> Styler:  # a row a rule, red where it isn't met
+def rules_table(verdict: Verdict) -> Styler:  # a row a rule, red where it isn't met
     "The rules of a verdict as a table."
     import pandas as pd
 

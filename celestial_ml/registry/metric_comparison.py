@@ -54,10 +54,7 @@ class Difference:
         return "better" if (self.difference > 0) == self.more_is_better else "worse"
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #interval-of-difference
-def interval_of_difference(
-    first: Interval,
-    second: Interval,
-) -> tuple[float, float]:  # low, high of first - second
+def interval_of_difference(first: Interval, second: Interval) -> tuple[float, float]:  # low, high of first - second
     "The interval of a difference, from the intervals of both. Source: Newcombe 1998, method 10."
     apart = first.value - second.value
     below = hypot(max(0, first.value - first.low), max(0, second.high - second.value))
@@ -73,8 +70,7 @@ def _from_intervals(base: Difference, first: Interval, second: Interval) -> Diff
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #table
 def same_images(
-    first: Evidence,
-    second: Evidence,
+    first: Evidence, second: Evidence
 ) -> tuple[np.ndarray, np.ndarray]:  # int (n,) each: the positions of the same images in both
     "The images that both were measured on and neither learned from."
     place = {sha256: i for i, sha256 in enumerate(second.sha256.tolist())}
@@ -141,10 +137,8 @@ def _untested(first: Metrics, second: Metrics) -> list[Difference]:
 
 def _fits(answers: Evidence, classes: list[str]) -> bool:
     "Whether the probabilities belong to these classes."
-    return answers.probabilities.shape[1] == len(classes) and {
-        *answers.label.tolist(),
-        *answers.predicted.tolist(),
-    } <= {*classes}
+    named = {*answers.label.tolist(), *answers.predicted.tolist()}
+    return answers.probabilities.shape[1] == len(classes) and named <= {*classes}
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #differences
 def differences(
@@ -179,15 +173,13 @@ def differences(
     if paired is not None and paired.images >= least:
         rows["accuracy"] = replace(rows["accuracy"], ours=paired.accuracy, theirs=paired.other, low=paired.low,
                                    high=paired.high, how="paired", p=paired.p, sure=paired.p < alpha)  # fmt: skip
-    shares, others_shares = _shares(first), _shares(second)
+    shares, seconds = _shares(first), _shares(second)
     counted = [
         _from_intervals(
-            Difference(name, None, None, more_is_better=name == "unknowns recognised"),
-            shares[name],
-            others_shares[name],
+            Difference(name, None, None, more_is_better=name == "unknowns recognised"), share, seconds[name]
         )
-        for name in shares
-        if name in others_shares
+        for name, share in shares.items()
+        if name in seconds
     ]
     return [*rows.values(), *counted, *_untested(first, second)]
 

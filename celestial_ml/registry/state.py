@@ -143,7 +143,7 @@ def restart_log(
     "Move a log that doesn't verify aside, and begin a new one with the champion, unless that is damaged, too."
     with locked():
         if not (problems := verify().problems):
-            raise CelestialError("the audit log is whole: there is no reason to begin a new one")
+            raise CelestialError("the audit log verifies: there is no reason to begin a new one")
         damaged = audit_file().with_name(f"audit.{datetime.now(UTC):%Y%m%dT%H%M%S}.jsonl")
         audit_file().touch()
         audit_file().rename(damaged)
@@ -171,20 +171,7 @@ def _aliases_in_mlflow(state: State, name: str) -> dict[str, str]:  # alias → 
     return {alias: number for alias, (of, _, number) in parts.items() if of == name}
 
 
-def _tag_retired(client: MlflowClient, model: str, evidence: dict[str, Any]) -> None:
-    "Mark a retired version in MLflow."
-    from mlflow.exceptions import MlflowException
-
-    name, _, number = model.partition("/")
-    try:
-        client.set_model_version_tag(name, number, "retired_for", evidence["successor"])
-    except MlflowException:
-        return
-
-
-def sync_aliases(
-    client: MlflowClient,
-) -> None:
+def sync_aliases(client: MlflowClient) -> None:
     "Set MLflow's aliases to the state; versions that MLflow doesn't know are left out."
     from mlflow.exceptions import MlflowException
 
@@ -197,12 +184,12 @@ def sync_aliases(
             for alias in models[0].aliases.keys() & set(ALIASES) - aliases.keys():
                 client.delete_registered_model_alias(name, alias)
             for alias, number in aliases.items():
-                try:
+                with suppress(MlflowException):  # a new database: the published version still serves
                     client.set_registered_model_alias(name, alias, number)
-                except MlflowException:  # a new database: the published version still serves
-                    continue
         for model, evidence in state.retired.items():
-            _tag_retired(client, model, evidence)
+            name, _, number = model.partition("/")
+            with suppress(MlflowException):
+                client.set_model_version_tag(name, number, "retired_for", evidence["successor"])
         write_json(_aliases_file(), {"n": state.n})
 
 # %% ../../nbs/registry/08_state.ipynb #champion
@@ -218,7 +205,7 @@ def resolve(
     elif model in ALIASES and getattr(state, model):
         return str(getattr(state, model))
     if model in ALIASES:
-        raise CelestialError(f"there is no {model}", "See what there is: celestial models list")
+        raise CelestialError(f"there is no {model}", "See all versions: celestial models list")
     if versions() and model not in versions():
         raise unknown("version", model, [*versions(), *ALIASES])
     read_version(model)

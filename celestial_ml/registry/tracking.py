@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 __all__ = ['tracking_uri', 'mlflow_client', 'open_experiment', 'Run', 'open_run', 'start_run', 'resume_run']
 
 # %% ../../nbs/registry/01_tracking.ipynb #tracking-uri
-def tracking_uri(
-    track: Track,
-) -> str:
+def tracking_uri(track: Track) -> str:
     "Where runs are recorded: the configured URI, else `mlflow.db` in the state folder."
     return track.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
 
@@ -83,9 +81,7 @@ def mend_places(
             print(f"{database.parent} was at {before} before: its artifacts are looked for here now", file=sys.stderr)
 
 # %% ../../nbs/registry/01_tracking.ipynb #mlflow-client
-def mlflow_client(
-    track: Track,
-) -> MlflowClient:
+def mlflow_client(track: Track) -> MlflowClient:
     "A client of MLflow, without its telemetry. The embedded database is created and repaired first."
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     for name in ("alembic", "mlflow.store.db"):
@@ -105,10 +101,7 @@ def mlflow_client(
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def open_experiment(
-    client: MlflowClient,
-    track: Track,
-) -> str:
+def open_experiment(client: MlflowClient, track: Track) -> str:
     "The id of the experiment, created if it's new; the artifacts of a local database lie beside it."
     from mlflow.exceptions import MlflowException
 
@@ -183,9 +176,6 @@ def start_run(
     run.end()
 
 
-def resume_run(
-    track: Track,
-    run_id: str,
-) -> Run:
+def resume_run(track: Track, run_id: str) -> Run:
     "An earlier run, to add to it."
     return Run(mlflow_client(track), run_id)

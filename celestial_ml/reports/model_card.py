@@ -15,6 +15,7 @@ from ..core.page_builder import Page, share
 from ..package.manifest import Manifest
 from ..package.metrics import Metrics
 from ..registry.metric_comparison import flat
+from .advice import baseline_rows, not_worth_it
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -104,6 +105,8 @@ def make_card(
     data = _figure_tables(metrics) | {
         "about": manifest,
         "metrics": metrics,
+        "baselines": baseline_rows(metrics),
+        "warning": not_worth_it(metrics),
         "verdict": verdict,
         "verdict_words": verdict_words(verdict),
         "rules": [(r["name"], r["kind"], "✓" if r["passed"] else "✗", r["why"]) for r in verdict["rules"]],

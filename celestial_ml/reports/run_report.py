@@ -20,6 +20,7 @@ from ..package.published import published
 from ..registry.evidence import Evidence, Paired
 from ..registry.metric_comparison import Comparison, Difference, flat, make_comparison
 from ..registry.versions import read_version
+from .advice import baseline_rows, not_worth_it, what_to_try
 from .model_card import count_table, verdict_words, weak_spots
 
 if TYPE_CHECKING:
@@ -156,6 +157,8 @@ def in_short(
             f"ones it calls {alarms} unknown by mistake."
         )
     sentences.append(_changed_words(comparison) if comparison else "There is no other version to compare it with.")
+    if warning := not_worth_it(metrics):
+        sentences = [f"{warning} What to try: {'; '.join(what_to_try(manifest))}.", *sentences]
     return [*sentences, verdict_words(verdict)]
 
 # %% ../../nbs/reports/01_run_report.ipynb #example-blocks
@@ -237,6 +240,7 @@ def make_report(
         "samples": [(read(str(row.path)), row.label, "") for row in _samples(catalog).itertuples()],
         "checks": len(checks),
         "failed_checks": [f"{check['check']}: {check['saw']}" for check in checks if check["status"] != "pass"],
+        "baselines": baseline_rows(metrics),
         "confused": [f"{c.label} for {c.predicted} ({c.images})" for c in metrics.confused[:3]],
         "classes": [
             (name, round(row.recall * row.images), row.images, row.recall, row.precision)

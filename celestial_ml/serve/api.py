@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'TheService', 'TheModel', 'api', 'NO_MODEL', 'NO_KEY', 'BUSY', 'FORM', 'BAD_FORM', 'BAD_IMAGE', 'FOR_PICTURES',
-           'Log', 'Service', 'score_silently', 'metrics', 'build_app']
+           'Log', 'Service', 'score_silently', 'build_app']
 
 # %% ../../nbs/serve/20_api.ipynb #979f28ab
 import asyncio
@@ -13,6 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -22,9 +23,6 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse, Response
 from fastapi.staticfiles import StaticFiles
-from limits import parse
-from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
 from pydantic import BaseModel, ConfigDict, Field
 from starlette._utils import get_route_path
 from starlette.concurrency import run_in_threadpool
@@ -35,11 +33,12 @@ from .. import __version__
 from ..core.errors import CelestialError
 from ..core.files import without_folders
 from ..data.images import Limits
+from ..package.examples import Neighbour
 from .error_responses import HANDLERS, errors, refuse
 from .forms import read_form
-from .guard import Door, Guard, Proxies
+from .guard import Door, Guard, Proxies, RateLimit
 from .live_models import Models
-from .predictor import Predictor, Seen
+from .predictor import Prediction, Predictor, Saliency, Seen
 from .scorer import Scored, Scorer, busy
 from .service_metrics import ServiceMetrics
 from .settings import ServeSettings
@@ -57,57 +56,32 @@ EXAMPLE: dict[str, Any] = {
 }
 
 
-class Answer(BaseModel):
+@dataclass(frozen=True)
+class Answer(Prediction):
     "A prediction."
 
-    model_config = ConfigDict(json_schema_extra={"example": EXAMPLE})
+    __pydantic_config__ = ConfigDict(json_schema_extra={"example": EXAMPLE})
 
-    label: str  # the most probable class
-    confidence: float  # its probability
-    known: bool  # False: unlike everything that the model was trained on
-    ood_score: float  # distance from the training data
-    probabilities: dict[str, float]
-    model_version: str
-    sha256: str  # of the picture's file
     request_id: str
 
-
-class SaliencyMap(BaseModel):
-    "How much each part of the picture matters for the prediction."
-
-    rows: int
-    columns: int
-    values: list[list[float]]  # row by row from the upper left, each 0 … 1
-    where: str  # in words; "" where nothing stands out
-
-
-class LooksLike(BaseModel):
-    "A similar training picture."
-
-    label: str  # its class
-    similarity: float  # the cosine of the two embeddings, 1: the same direction
-    thumbnail: str  # a data URI
-
 # %% ../../nbs/serve/20_api.ipynb #explained
+IMAGE = "data:image/webp;base64,UklGRg=="
+REASONS = {
+    "saliency": {"rows": 2, "columns": 2, "values": [[0.1, 0.2], [0.4, 1.0]], "where": "the lower right"},
+    "overlay": IMAGE,
+    "looks_like": [{"label": "Saturn", "similarity": 0.97, "thumbnail": IMAGE}],
+}
+
+
+@dataclass(frozen=True)
 class Explained(Answer):
     "A prediction and its explanation."
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "example": EXAMPLE
-            | {
-                "saliency": {"rows": 2, "columns": 2, "values": [[0.1, 0.2], [0.4, 1.0]], "where": "the lower right"},
-                "overlay": "data:image/webp;base64,UklGRg==",
-                "looks_like": [
-                    {"label": "Saturn", "similarity": 0.97, "thumbnail": "data:image/webp;base64,UklGRg=="},
-                ],
-            }
-        }
-    )
+    __pydantic_config__ = ConfigDict(json_schema_extra={"example": EXAMPLE | REASONS})
 
-    saliency: SaliencyMap
+    saliency: Saliency
     overlay: str  # a data URI: the picture in gray, bright where it matters
-    looks_like: list[LooksLike]  # the most similar first; empty where the package has no examples
+    looks_like: list[Neighbour]  # the most similar first; empty where the package has no examples
 
 
 class BatchAnswer(BaseModel):
@@ -208,7 +182,7 @@ class Service:
         s = settings
         limits = Limits(s.max_pixels, s.decode_seconds, s.decode_mb)
         self.scorer = Scorer(self.metrics, s.threads, s.waiting, s.patience, s.batch, limits, s.costly)
-        self.feedback_rate, self.limiter = parse(settings.feedback_limit), MovingWindowRateLimiter(MemoryStorage())
+        self.feedback_limit = RateLimit(settings.feedback_limit, "judgements")
         self.explaining = 0  # pictures that are being explained
         self.shadows: set[asyncio.Task[None]] = set()  # references, or the garbage collector would end them
         if log is not None:
@@ -320,7 +294,7 @@ async def read_files(
         await read_form(request.headers.get("content-type", ""), chunks, open_part, most + 32)
         if not files:
             message = f"the request has no file in its form field '{field}'"
-            raise CelestialError(message, f"Send one: curl -F {field}=@saturn.jpg {request.url}", "no_image")
+            raise CelestialError(message, f"Send one: curl -F {field}=@picture.jpg {request.url}", "no_image")
     except CelestialError:
         async for _ in chunks:  # or a client that is still sending would not get the answer
             pass
@@ -328,29 +302,29 @@ async def read_files(
     return [(name, file.getvalue()) for name, file in files]
 
 # %% ../../nbs/serve/20_api.ipynb #the-service
-async def the_service(request: Request) -> Service:
+async def _the_service(request: Request) -> Service:
     "The state of the app."
     service: Service = request.app.state.service
     return service
 
 
-async def the_model(request: Request) -> Predictor:
+async def _the_model(request: Request) -> Predictor:
     "The champion; 503 while there is none."
     service: Service = request.app.state.service
     return service.models.current
 
-# %% ../../nbs/serve/20_api.ipynb #a-form
-TheService = Annotated[Service, Depends(the_service)]
-TheModel = Annotated[Predictor, Depends(the_model)]
+
+TheService = Annotated[Service, Depends(_the_service)]
+TheModel = Annotated[Predictor, Depends(_the_model)]
 
 api = APIRouter(tags=["celestial"])
 
 NO_MODEL = errors(no_model="there is no model yet")
 NO_KEY = errors(no_key="this needs an API key", too_many_requests="more than 600 requests a minute")
-BUSY = errors(no_model="there is no model yet", busy="the server has as much to do as it can")
+BUSY = errors(no_model="there is no model yet", busy="the server is busy")
 FORM = {
     "bad_request": "the form is broken",
-    "too_slow": "the request took longer than 30 s to come in",
+    "too_slow": "the request took longer than 30 s to arrive",
     "too_many_bytes": "the request has more than the 20 MB that are allowed",
     "too_many_parts": "the form has more than 33 parts",
     "no_image": "the request has no file in its form field 'image'",
@@ -363,18 +337,15 @@ BAD_IMAGE = errors(
     animated="the image is animated, with 2 frames",
     too_small="the image has 1 × 1 pixels",
     too_narrow="the image has 30000 × 500 pixels, more than 50 to 1",
-    too_costly="the image takes more than 4 s or 500 MB to decode",
+    too_costly="the image takes more than 4 s or 160 MB to decode",
     too_large="the image has 20000 × 20000 pixels, of 50 million allowed",
-    not_an_image="the image is no JPEG, PNG or WebP image",
+    not_an_image="the image is not a JPEG, PNG or WebP image",
     polyglot="the image is an archive as well",
 )
 FOR_PICTURES = BAD_IMAGE | BUSY | NO_KEY
 
 # %% ../../nbs/serve/20_api.ipynb #a-form-x
-def a_form(
-    field: str,
-    several: bool = False,
-) -> dict[str, Any]:  # for FastAPI's `openapi_extra`
+def a_form(field: str, several: bool = False) -> dict[str, Any]:  # for FastAPI's `openapi_extra`
     "Describes a form with a picture, for OpenAPI."
     one = {"type": "string", "format": "binary", "description": "A JPEG, PNG or WebP image."}
     value = {"type": "array", "items": one, "minItems": 1} if several else one
@@ -392,7 +363,7 @@ def as_json(content: dict[str, Any]) -> Response:
 
 @api.post("/predict", response_model=Answer, responses=FOR_PICTURES, openapi_extra=a_form("image"))
 async def predict(request: Request) -> Response:
-    "What is in this picture? Send a JPEG, PNG or WebP image."
+    "Classify a picture: a JPEG, PNG or WebP image."
     service: Service = request.app.state.service
     service.models.current
     [(_, content)] = await read_files(request, "image", 1)
@@ -406,7 +377,7 @@ async def predict(request: Request) -> Response:
     openapi_extra=a_form("images", several=True),
 )
 async def predict_batch(request: Request, service: TheService, model: TheModel) -> Response:
-    "What is in these pictures? A bad one gets its error, and the others their answers."
+    "Classify several pictures; a bad one gets an error, the others their answers."
     files = await read_files(request, "images", service.settings.max_files)
     if service.scorer.under_way + len(files) > max(service.settings.waiting, len(files)):
         raise busy()
@@ -416,7 +387,7 @@ async def predict_batch(request: Request, service: TheService, model: TheModel) 
     )
     return as_json({"request_id": number, "answers": answers})
 
-# %% ../../nbs/serve/20_api.ipynb #one-of-several
+
 async def _one_of_several(service: Service, request: Request, number: str, file: str, content: bytes) -> dict[str, Any]:
     "The answer for one picture, or its error."
     try:
@@ -430,7 +401,7 @@ async def _one_of_several(service: Service, request: Request, number: str, file:
 # %% ../../nbs/serve/20_api.ipynb #explain
 @api.post("/explain", response_model=Explained, responses=FOR_PICTURES, openapi_extra=a_form("image"))
 async def explain(request: Request, service: TheService, model: TheModel) -> Response:
-    "Why this answer? The answer of /predict, what in the picture it rests on, and the training pictures it looks like."
+    "The answer of /predict, a map of the parts of the picture that matter for it, and the most similar training pictures."
     [(_, content)] = await read_files(request, "image", 1)
     if service.explaining >= service.settings.explaining:
         raise busy()
@@ -447,12 +418,12 @@ async def explain(request: Request, service: TheService, model: TheModel) -> Res
 NO_LOG = errors(no_log="this service keeps no prediction log", log_unavailable="the log can't be reached")
 BAD_FEEDBACK = errors(
     bad_request="the body is not JSON",
-    too_slow="the request took longer than 30 s to come in",
+    too_slow="the request took longer than 30 s to arrive",
     too_many_bytes="the request has more than the 16 kB that are allowed",
-    unknown_request="no request of that id was answered",
-    unknown_label="the model knows no 'Satrun'",
+    unknown_request="no answered request has the id 0f8fad5b",
+    unknown_label="the model has no class 'Satrun'",
     invalid_request="body request_id: Field required",
-    too_many_judgements="20 people have judged this answer, and no more count",
+    too_many_judgements="20 people have judged this answer",
     contradictory_feedback="the answer was Mars, so 'Saturn' can't be right",
 )
 
@@ -468,11 +439,8 @@ async def store_judgement(
     predictor = service.models.champion.predictor
     if judgement.label is not None and predictor and judgement.label not in (*predictor.classes, "unknown"):
         hint = f"Allowed: {', '.join(predictor.classes)} and unknown."
-        raise CelestialError(f"the model knows no {judgement.label!r}", hint, "unknown_label")
-    if not service.limiter.hit(service.feedback_rate, who):
-        wait = max(1, round(service.limiter.get_window_stats(service.feedback_rate, who).reset_time - time.time()))
-        message = f"more than {service.feedback_rate.amount} judgements a {service.feedback_rate.GRANULARITY.name}"
-        raise CelestialError(message, f"Wait {wait} s.", "too_many_requests", headers={"Retry-After": str(wait)})
+        raise CelestialError(f"the model has no class {judgement.label!r}", hint, "unknown_label")
+    service.feedback_limit.count(who)
     try:
         fields = (judgement.request_id, judgement.correct, judgement.label, judgement.comment)
         await run_in_threadpool(service.log.feedback, *fields, who)
@@ -486,19 +454,19 @@ async def store_judgement(
 
 @api.post("/feedback", responses=BAD_FEEDBACK | NO_LOG | NO_KEY)
 async def feedback(request: Request, judgement: Feedback, service: TheService) -> Thanks:
-    "Was the answer right? Name it by its request_id and, where it was wrong, say what it should have been."
+    "Judge an answer by its request_id: whether it was right and, if not, the correct label."
     return await store_judgement(service, judgement, request.scope.get("state", {}).get("who", ""))
 
 
 @api.get("/health")
 async def health() -> Status:
-    "Is the process alive?"
+    "Whether the process is alive."
     return Status(status="alive")
 
 
 @api.get("/ready", responses=NO_MODEL, response_model_exclude_none=True)
 async def ready(service: TheService, model: TheModel) -> Status:
-    "Is a model loaded, which one, and was another one refused?"
+    "Whether a model is loaded, which one, and whether another one was refused."
     tried = service.models.challenger.predictor
     refused = service.models.champion.reason or service.models.challenger.reason
     return Status(
@@ -508,33 +476,33 @@ async def ready(service: TheService, model: TheModel) -> Status:
 # %% ../../nbs/serve/20_api.ipynb #model-info
 @api.get("/model", responses=NO_MODEL | NO_KEY)
 async def model_info(model: TheModel) -> ModelInfo:
-    "Which model answers, what it knows, how good it is and where it came from."
+    "The model that answers: its classes, metrics and lineage."
     card = "/model/card" if (model.folder / "model_card.html").is_file() else None
     content = model.manifest.to_json()
     lineage = without_folders(content.get("lineage", {}))  # paths on the training machine are private
     return ModelInfo(**content | {"lineage": lineage, "card": card})
 
 
-NO_CARD = errors(no_card="this model came without a card")
+NO_CARD = errors(no_card="this model has no card")
 
 
 @api.get("/model/card", response_class=HTMLResponse, responses=NO_CARD | NO_MODEL | NO_KEY)
 async def model_card(model: TheModel) -> Response:
-    "The model card: what it is for, how well it does where, and where it fails."
+    "The model card, as HTML."
     card = model.folder / "model_card.html"
     if not card.is_file():
-        raise CelestialError("this model came without a card", "Package and register it again.", "no_card")
+        raise CelestialError("this model has no card", "Package and register it again.", "no_card")
     # No scripts and nothing from other sites: the card contains its pictures and styles.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; frame-ancestors 'self'"
     return FileResponse(card, media_type="text/html", headers={"Content-Security-Policy": policy})
 
-# %% ../../nbs/serve/20_api.ipynb #metrics
+
 @api.get("/metrics", responses=NO_KEY, response_class=Response)
 async def metrics(service: TheService) -> Response:
     "The metrics, for Prometheus."
     return Response(service.metrics.page(), media_type="text/plain; version=0.0.4")
 
-# %% ../../nbs/serve/20_api.ipynb #add-docs
+
 def add_docs(app: FastAPI) -> None:
     "Serve `/docs` without the internet."
     app.mount("/docs/static", StaticFiles(directory=str(files("fastapi_offline") / "static")), "docs")
@@ -587,7 +555,7 @@ def build_app(
     app = App(
         title="celestial",
         version=__version__,
-        description="Says what a picture shows, of the classes that the model knows, and says so where it is none of them.",
+        description="Classifies pictures, and answers unknown to a picture that is unlike all training images.",
         docs_url=None,
         redoc_url=None,
         exception_handlers=HANDLERS,
@@ -595,7 +563,7 @@ def build_app(
     service = app.state.service = Service(folder, settings, log)
     # One door for both ways in, or a key could ask twice as often as it may.
     metrics, door, app.state.proxies = service.metrics, Door(settings), Proxies(settings)
-    words = "Bytes of the requests that are in memory"
+    words = "Bytes of request bodies in memory"
     metrics.collect(lambda: [("gauge", "celestial_body_bytes", words, {}, door.bodies.used)])
     app.state.short = None if settings.cors_origins else Guard(predict_directly, settings, metrics, door)
     if settings.cors_origins:

@@ -80,7 +80,7 @@ class _Measured(HttpToolsProtocol):
         super().on_url(url)
         self.size += len(url)
         if len(self.url) > URL:
-            self.stop(f"the address has more than {URL} bytes", "Send what it holds as a body.", "url_too_long")
+            self.stop(f"the URL has more than {URL} bytes", "Send what it holds as a body.", "url_too_long")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         "A header, of the head or after the body."
@@ -201,7 +201,7 @@ class _Refusals:
 CROWDED = CelestialError(
     "too many connections are open", "Try again in a second.", "too_many_connections", headers={"Retry-After": "1"}
 )
-SLOW = CelestialError("the request's head took too long to come in", "Send it at once.", "head_too_slow")
+SLOW = CelestialError("the request's head took too long to arrive", "Send it at once.", "head_too_slow")
 
 # %% ../../nbs/serve/19_connections.ipynb #connections
 class Connections:

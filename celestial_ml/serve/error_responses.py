@@ -21,9 +21,6 @@ from starlette.types import Receive, Scope, Send
 
 from ..core.errors import STATUS, CelestialError
 
-# %% ../../nbs/serve/03_error_responses.ipynb #problems-log
-log = logging.getLogger(__name__)
-
 # %% ../../nbs/serve/03_error_responses.ipynb #problem
 class Problem(BaseModel):
     "What went wrong."
@@ -31,6 +28,9 @@ class Problem(BaseModel):
     code: str  # a word for programs
     message: str  # a sentence for people
     hint: str  # how to mend it
+
+
+log = logging.getLogger(__name__)
 
 # %% ../../nbs/serve/03_error_responses.ipynb #errorform
 class ErrorForm(BaseModel):
@@ -102,18 +102,18 @@ async def refuse_demo(request: Request, e: Exception) -> JSONResponse:
     return our_mistake(number)
 
 # %% ../../nbs/serve/03_error_responses.ipynb #refuse-form
-async def refuse_form(request: Request, e: Exception) -> JSONResponse:
+async def _refuse_form(request: Request, e: Exception) -> JSONResponse:
     "The answer to a request whose parts are missing or wrong."
     assert isinstance(e, RequestValidationError)
     where = [str(part) for part in e.errors()[0]["loc"]]
     message = f"{' '.join(where)}: {e.errors()[0]['msg']}"
     return ErrorResponse(CelestialError(message, "GET /docs shows what is expected.", "invalid_request"))
 
-# %% ../../nbs/serve/03_error_responses.ipynb #adf852d6
+
 HANDLERS: dict[int | type[Exception], Callable[..., Any]] = {
     CelestialError: refuse,
     StarletteHTTPException: refuse_http,
-    RequestValidationError: refuse_form,
+    RequestValidationError: _refuse_form,
 }
 
 # %% ../../nbs/serve/03_error_responses.ipynb #errors

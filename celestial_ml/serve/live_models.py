@@ -182,17 +182,12 @@ class Repeat(threading.Thread):
         self.join()
 
 # %% ../../nbs/serve/07_live_models.ipynb #no-model
-def no_model() -> CelestialError:
-    "The error while there is no champion."
-    return CelestialError("there is no model yet", "Train one with `celestial run`; it's taken up then.", "no_model")
-
-
 def role_figures(role: Role) -> Iterable[Figure]:
     "The loaded model of a role, for the metrics."
     if model := role.predictor:
         labels = {"role": role.name, "version": model.version, "sha256": model.manifest.sha256}
         yield "gauge", "celestial_model", "Models that are loaded", labels, 1
-    words = "1 where the version that the registry means was refused, and another one answers"
+    words = "1 where the version that the registry names was refused, and another one answers"
     yield "gauge", "celestial_model_refused", words, {"role": role.name}, float(role.refused is not None)
 
 # %% ../../nbs/serve/07_live_models.ipynb #models
@@ -237,7 +232,7 @@ class Models:
     def current(self) -> Predictor:
         "The champion; `CelestialError` with 503 while there is none."
         if self.champion.predictor is None:
-            raise no_model()
+            raise CelestialError("there is no model yet", "Train one: celestial run", "no_model")
         return self.champion.predictor
 
     def choose(self, request_id: str) -> tuple[Predictor, str, Predictor | None]:

@@ -21,7 +21,7 @@ from ..package.graph import Graph
 from .explanation import normalised, occlusion_grid, overlay, where
 
 # %% auto #0
-__all__ = ['OVERLAY', 'Prediction', 'Saliency', 'Explanation', 'Seen', 'Predictor', 'as_prediction']
+__all__ = ['OVERLAY', 'Prediction', 'Saliency', 'Explanation', 'Seen', 'as_prediction', 'Predictor']
 
 # %% ../../nbs/serve/01_predictor.ipynb #prediction
 @dataclass(frozen=True)
@@ -77,6 +77,25 @@ class Seen:
     picture: np.ndarray  # uint8 (height, width, 3), `OVERLAY` pixels along the longer edge at most
     embedding: np.ndarray | None  # float32 (d,); None where the graph doesn't give it
 
+
+def as_prediction(
+    model: Predictor,
+    outputs: dict[str, np.ndarray],  # of its `run`
+    content: bytes,  # of the picture's file
+) -> Prediction:
+    "The answer that the outputs of the graph mean."
+    probabilities = outputs["probabilities"].astype(float)
+    best = int(probabilities.argmax())
+    return Prediction(
+        label=model.classes[best],
+        confidence=float(probabilities[best]),
+        known=bool(outputs["ood_score"] <= model.ood_threshold),
+        ood_score=float(outputs["ood_score"]),
+        probabilities=dict(zip(model.classes, probabilities.tolist(), strict=True)),
+        model_version=model.version,
+        sha256=sha256_of(content),
+    )
+
 # %% ../../nbs/serve/01_predictor.ipynb #predictor
 class Predictor(Graph):
     "Answers for pictures, by a packaged model."
@@ -127,22 +146,3 @@ class Predictor(Graph):
         from celestial_ml.package.self_test import self_test
 
         return self_test(self)[0]
-
-# %% ../../nbs/serve/01_predictor.ipynb #as-prediction
-def as_prediction(
-    model: Predictor,
-    outputs: dict[str, np.ndarray],  # of its `run`
-    content: bytes,  # of the picture's file
-) -> Prediction:
-    "The answer that the outputs of the graph mean."
-    probabilities = outputs["probabilities"].astype(float)
-    best = int(probabilities.argmax())
-    return Prediction(
-        label=model.classes[best],
-        confidence=float(probabilities[best]),
-        known=bool(outputs["ood_score"] <= model.ood_threshold),
-        ood_score=float(outputs["ood_score"]),
-        probabilities=dict(zip(model.classes, probabilities.tolist(), strict=True)),
-        model_version=model.version,
-        sha256=sha256_of(content),
-    )

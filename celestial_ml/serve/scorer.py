@@ -9,7 +9,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,7 +48,7 @@ class Scored:
     statistics: dict[str, float]  # of `image_statistics`
     picture: np.ndarray | None = None  # uint8 (height, width, 3), of at most `OVERLAY` pixels a side; on request
 
-# %% ../../nbs/serve/08_scorer.ipynb #job
+
 @dataclass(eq=False)
 class _Job:
     "A waiting picture."
@@ -75,7 +75,7 @@ class _Job:
 # %% ../../nbs/serve/08_scorer.ipynb #busy
 def busy(seconds: int = 1) -> CelestialError:
     "The error for one picture too many."
-    message, hint = "the server has as much to do as it can", f"Try again in {seconds} s."
+    message, hint = "the server is busy", f"Try again in {seconds} s."
     return CelestialError(message, hint, "busy", headers={"Retry-After": str(seconds)})
 
 # %% ../../nbs/serve/08_scorer.ipynb #lane
@@ -140,7 +140,7 @@ class Scorer:
         self.metrics, self.waiting, self.patience = metrics, waiting, patience
         self.limits, self.costly = limits, costly
         self.small = Lane(lambda jobs: _answer(self, jobs), threads, batch)
-        self.large = Lane(lambda jobs: _answer_costly(self, jobs), 1, 1)  # these hold up nobody but each other
+        self.large = Lane(lambda jobs: _score(self, *_attempt(jobs, lambda job: _read(job, limits))), 1, 1)
         self.under_way = 0  # pictures that were accepted and not answered yet; used by the event loop alone
         metrics.collect(
             lambda: [("gauge", "celestial_waiting", "Pictures accepted and not answered", {}, self.under_way)]
@@ -199,11 +199,6 @@ def _portions(jobs: list[_Job]) -> Iterator[list[_Job]]:
         yield some
 
 
-def _answer_costly(scorer: Scorer, jobs: list[_Job]) -> None:
-    "Read costly pictures and score them."
-    _score(scorer, *_attempt(jobs, lambda job: _read(job, scorer.limits)))
-
-
 def _score(scorer: Scorer, jobs: list[_Job], errors: dict[_Job, BaseException]) -> None:
     "Score pictures and deliver the results to the event loop."
     if jobs:
@@ -213,8 +208,7 @@ def _score(scorer: Scorer, jobs: list[_Job], errors: dict[_Job, BaseException]) 
 
 # %% ../../nbs/serve/08_scorer.ipynb #opened
 def _attempt(
-    jobs: list[_Job],
-    step: Callable[[_Job], None],
+    jobs: list[_Job], step: Callable[[_Job], None]
 ) -> tuple[list[_Job], dict[_Job, BaseException]]:  # those that passed; the errors of the others
     "Apply a step to each job that somebody still waits for."
     good: list[_Job] = []
@@ -253,32 +247,24 @@ def _read(job: _Job, limits: Limits) -> None:
     except CelestialError as e:
         raise busy() if e.code == "busy" else e from None
 
-
-def _batches(jobs: Sequence[_Job]) -> list[list[_Job]]:
-    "Groups of jobs for one call of a network: the same model, pictures of the same size."
-    groups: dict[tuple[int, tuple[int, ...]], list[_Job]] = {}
-    for job in jobs:
-        assert job.decoded is not None
-        groups.setdefault((id(job.model), job.decoded.pixels.shape), []).append(job)
-    return list(groups.values())
-
 # %% ../../nbs/serve/08_scorer.ipynb #scored-x
 def _scored(jobs: list[_Job]) -> list[tuple[_Job, Scored | BaseException]]:
-    "Score decoded pictures; an error for each of a batch that failed."
+    "Score decoded pictures, those of one model and one size in one call; an error for each of a batch that failed."
     results: list[tuple[_Job, Scored | BaseException]] = []
-    for group in _batches(jobs):
+    groups: dict[tuple[int, tuple[int, ...]], list[tuple[_Job, np.ndarray]]] = {}
+    for job in jobs:
+        assert job.decoded is not None
+        pixels = job.decoded.pixels
+        groups.setdefault((id(job.model), pixels.shape), []).append((job, pixels))
+    for group in groups.values():
+        some, images = zip(*group, strict=True)
         try:
-            results += _answered(group)
+            answers = some[0].model.run_batch(images[0][None] if len(images) == 1 else np.stack(images))
+            for i, job in enumerate(some):
+                results.append((job, _as_scored(job, {name: value[i] for name, value in answers.items()})))
         except Exception as e:
-            results += [(job, e) for job in group]
+            results += [(job, e) for job in some]
     return results
-
-
-def _answered(jobs: list[_Job]) -> list[tuple[_Job, Scored | BaseException]]:
-    "Score a batch in one call of the network."
-    images = [job.decoded.pixels for job in jobs if job.decoded is not None]
-    answers = jobs[0].model.run_batch(images[0][None] if len(images) == 1 else np.stack(images))
-    return [(job, _as_scored(job, {name: value[i] for name, value in answers.items()})) for i, job in enumerate(jobs)]
 
 
 def _as_scored(job: _Job, answer: dict[str, np.ndarray]) -> Scored:

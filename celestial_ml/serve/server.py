@@ -72,7 +72,7 @@ def greeting(
     lines = [f"Serving model {version}. Ctrl-C ends it.", ""]
     lines += [f"  {url}  the demo: drop a picture"] if demo else []
     key = '-H "X-API-Key: …" ' if keys else ""
-    lines += [f"  {url}/docs  the API", "", f"  curl {key}-F image=@saturn.jpg {url}/predict"]
+    lines += [f"  {url}/docs  the API", "", f"  curl {key}-F image=@picture.jpg {url}/predict"]
     if not is_loopback(host) and not keys:
         lines += [
             "",
@@ -99,7 +99,7 @@ def start_logging(
     logging.getLogger("celestial_ml").setLevel(logging.INFO if not person else logging.WARNING)
     logging.getLogger("celestial_ml.access").setLevel(logging.INFO if requests and not person else logging.WARNING)
 
-# %% ../../nbs/serve/21_server.ipynb #server
+
 class Server(uvicorn.Server):
     "Uvicorn's server, whose shutdown waits for answers but not for open pages."
 

@@ -35,11 +35,11 @@ class _Collector:
         return families.values()
 
 # %% ../../nbs/serve/05_service_metrics.ipynb #metrics
-SECONDS = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.5, 1, 2.5, 5, 10)
-PICTURES = (1, 2, 4, 8, 16, 32)
-ROUTES = ("/predict", "/predict/batch", "/explain", "/feedback", "/health", "/ready", "/model", "/metrics", "/docs")
+_SECONDS = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.5, 1, 2.5, 5, 10)
+_PICTURES = (1, 2, 4, 8, 16, 32)
+_ROUTES = ("/predict", "/predict/batch", "/explain", "/feedback", "/health", "/ready", "/model", "/metrics", "/docs")
 
-# %% ../../nbs/serve/05_service_metrics.ipynb #metrics-x
+
 class ServiceMetrics:
     "The metrics of one service."
 
@@ -48,14 +48,14 @@ class ServiceMetrics:
         self.requests = self.counter("requests", "Requests answered", "route", "status")
         self.refusals = self.counter("refusals", "Requests refused, by error code", "code")
         self.answers = self.counter("answers", "Pictures answered", "label", "known", "role", "model_version")
-        self.reloads = self.counter("model_reloads", "Models that took over, or were refused", "role", "result")
-        shadow = "Pictures that a challenger scored silently, by whether it agreed with the champion"
+        self.reloads = self.counter("model_reloads", "Models loaded and refused, by role", "role", "result")
+        shadow = "Pictures that a challenger scored silently, by agreement with the champion"
         self.shadow = self.counter("shadow_answers", shadow, "agrees")
-        self.seconds = self.histogram("request_seconds", "From a request's head to its answer's end", SECONDS, "route")
-        self.batch = self.histogram("batch_pictures", "Pictures scored together", PICTURES)
+        self.seconds = self.histogram("request_seconds", "From a request's head to its answer's end", _SECONDS, "route")
+        self.batch = self.histogram("batch_pictures", "Pictures scored together", _PICTURES)
         self.answering = 0  # requests of the API that are being answered; of the event loop alone
         self.collect(lambda: [("gauge", "celestial_in_flight", "Requests that are being answered", {}, self.answering)])
-        self.collect(lambda: [("gauge", "celestial_process_id", "Of the process that answers", {}, os.getpid())])
+        self.collect(lambda: [("gauge", "celestial_process_id", "ID of the process that answers", {}, os.getpid())])
         ProcessCollector(registry=self.registry)
 
     def counter(self, name: str, words: str, *labels: str) -> Counter:
@@ -68,7 +68,7 @@ class ServiceMetrics:
 
     def route(self, path: str) -> str:
         "The route that a path is counted as; the demo's many paths count as one."
-        return path if path in ROUTES else "demo"
+        return path if path in _ROUTES else "demo"
 
     def page(self) -> bytes:
         "All metrics in Prometheus' text format."

@@ -72,9 +72,7 @@ class _DemoSettings(BaseSettings):
     "How the demo behaves."
 
     login_hours: float = Field(12, gt=0, description="hours after which a login to the demo ends")
-    login_guesses: str = Field(
-        "10/minute", pattern=_RATE, description="wrong passwords of an address; and ten times as many for a name"
-    )
+    login_guesses: str = Field("10/minute", pattern=_RATE, description="wrong passwords; ten times as many for a name")
     open_demo: bool = Field(False, description="whether the demo may be open without a login where others can reach it")
     upload_bytes: int = Field(500_000_000, ge=1, description="bytes that all uploads to the demo may take on disk")
     upload_minutes: float = Field(10, gt=0, description="minutes after which an abandoned upload is deleted")
@@ -92,19 +90,17 @@ class ServeSettings(_DemoSettings):
     body_memory: int = Field(48_000_000, ge=1, description="bytes of all bodies under way; more are answered 503")
     head_bytes: int = Field(65_536, ge=1024, description="bytes of a request's head; more are refused")
     head_lines: int = Field(100, ge=8, description="headers of a request; more are refused")
-    head_seconds: float = Field(10, gt=0, description="a head that takes longer to come in is refused")
-    idle_seconds: float = Field(10, gt=0, description="until an idle connection is closed")
-    read_seconds: float = Field(30, gt=0, description="until a client that doesn't read its answer is cut off")
-    connections: int = Field(1000, ge=8, description="open at once; fewer where the system allows fewer descriptors")
-    address_connections: int = Field(200, ge=4, description="open at once of an address, or of an IPv6 network /64")
-    body_seconds: float = Field(30, gt=0, description="a request that takes longer to come in is refused")
-    threads: int = Field(1, ge=1, description="that score pictures; as many as there are cores for it")
+    head_seconds: float = Field(10, gt=0, description="seconds for a request's head to arrive")
+    idle_seconds: float = Field(10, gt=0, description="seconds until an idle connection is closed")
+    read_seconds: float = Field(30, gt=0, description="seconds until a client that doesn't read is disconnected")
+    connections: int = Field(1000, ge=8, description="connections; fewer where the system allows fewer descriptors")
+    address_connections: int = Field(200, ge=4, description="connections of an address, or of an IPv6 network /64")
+    body_seconds: float = Field(30, gt=0, description="seconds for a request to arrive")
+    threads: int = Field(1, ge=1, description="threads that score pictures; one for each core of the service")
     waiting: int = Field(64, ge=1, description="pictures that may wait to be scored; more are answered 503")
     patience: float = Field(5, gt=0, description="seconds that a picture may wait; then it's answered 503")
     costly: int = Field(32, ge=1, description="large or costly pictures among them; more are answered 503")
-    decode_seconds: float = Field(
-        4, gt=0, description="to decode a large or costly picture; then it's refused with 413"
-    )
+    decode_seconds: float = Field(4, gt=0, description="seconds to decode a large or costly picture; then 413")
     decode_mb: int = Field(160, ge=50, description="megabytes of memory to decode a large or costly picture")
     batch: int = Field(8, ge=1, description="waiting pictures that are scored together")
     explaining: int = Field(2, ge=1, description="pictures that may be explained at once; more are answered 503")
@@ -148,18 +144,18 @@ def serve_settings(**overrides: Any) -> ServeSettings:  # by name; they win over
         raise CelestialError(f"{PREFIX}{field.upper()}: {first['msg']}", f"It means: {hint}.") from None
 
 # %% ../../nbs/serve/04_settings.ipynb #key-hash
-def key_hash(key: str) -> str:  # 64 hexadecimal digits
+def _key_hash(key: str) -> str:  # 64 hexadecimal digits
     "The hash that the server stores of an API key."
     return hashlib.sha256(key.encode()).hexdigest()
 
-# %% ../../nbs/serve/04_settings.ipynb #new-key
+
 def new_key(
     name: str,  # of its owner; appears in logs and counts for the rate limit
 ) -> tuple[str, str]:  # the key, which is shown only once, and NAME:HASH for the environment
     "Generate an API key."
     check_name("key", name)
     key = f"ck_{secrets.token_urlsafe(32)}"
-    return key, f"{name}:{key_hash(key)}"
+    return key, f"{name}:{_key_hash(key)}"
 
 
 def key_owner(
@@ -167,7 +163,7 @@ def key_owner(
     keys: Mapping[str, str],  # name → hash
 ) -> str | None:
     "The owner of a key; None for an unknown key."
-    presented = key_hash(key)
+    presented = _key_hash(key)
     return next((name for name, stored in keys.items() if hmac.compare_digest(stored, presented)), None)
 
 # %% ../../nbs/serve/04_settings.ipynb #password-hash
