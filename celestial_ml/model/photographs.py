@@ -6,7 +6,7 @@
 __all__ = ['read_photographs', 'photograph_answers', 'photograph_metrics']
 
 # %% ../../nbs/model/16_photographs.ipynb #photo-imports
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,6 @@ import pandas as pd
 
 from ..core.errors import CelestialError
 from ..core.intervals import share_interval
-from ..core.params import Prepare
-from ..data.catalog import catalog_checksum, make_catalog
-from ..data.prepare import prepare_images
-
-# %% ../../nbs/model/16_photographs.ipynb #photo-imports
-from collections.abc import Collection
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pandas as pd
-
-from ..core.errors import CelestialError
-from ..core.intervals import share_interval
-from ..core.params import Prepare
 from ..data.catalog import catalog_checksum, make_catalog
 from ..data.images import Background, decode_image
 
@@ -37,25 +22,7 @@ from ..data.images import Background, decode_image
 def read_photographs(
     folder: Path,  # of folders of images, named after classes or not
     classes: Collection[str],
-    p: Prepare,
-    learned: Collection[str] = (),  # SHA-256 of the training images
-    background: Background = "auto",  # of the model
-) -> tuple[pd.DataFrame, np.ndarray]:  # the catalog's rows; pixels, the network's input
-    "The readable photographs of a folder; `CelestialError` where none shows a class."
-    catalog = make_catalog(folder)
-    catalog = catalog[catalog.error.isna() & ~catalog.sha256.isin(list(learned))].reset_index(drop=True)
-    if not catalog.label.isin(list(classes)).any():
-        raise CelestialError(
-            f"evaluate.photos: {folder} holds no picture of a class that the model wasn't trained on",
-            f"Put photographs into folders named after the classes: {', '.join(sorted(classes)[:10])}.",
-        )
-    return catalog, prepare_images(catalog, p, Path())[0]
-
-# %% ../../nbs/model/16_photographs.ipynb #read-photographs
-def read_photographs(
-    folder: Path,  # of folders of images, named after classes or not
-    classes: Collection[str],
-    p: Prepare,
+    prepare: Callable[[np.ndarray], np.ndarray],  # a `Preparer`
     learned: Collection[str] = (),  # SHA-256 of the training images
     background: Background = "auto",  # of the model
 ) -> tuple[pd.DataFrame, np.ndarray]:  # the catalog's rows; pixels, the network's input
