@@ -663,7 +663,7 @@ def surface_map(
         colours = mix(colours, code, np.array(float(share)))
     return np.clip(colours, 0, 1)
 
-
+# %% ../../nbs/planets/01_surfaces.ipynb #sample-map
 def sample_map(
     texture: np.ndarray,  # (rows, columns, channels), a whole map
     lon: np.ndarray,  # radians, a flat array
