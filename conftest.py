@@ -1,4 +1,4 @@
-"How the suite runs fast: more processes than cores, and kernels of notebooks that are forked from one process."
+"How the suite runs fast: more processes than cores, and kernels and services that are forked from one process each."
 
 import atexit
 import json
@@ -33,27 +33,35 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_configure_node(node: WorkerController) -> None:
-    "All processes of the tests fork their kernels from one."
-    node.workerinput["kernel_server"] = kernel_server()
+    "All processes of the tests fork their kernels from one, and their services from another."
+    if sys.platform == "linux":
+        node.workerinput["fork_servers"] = {kind: fork_server(kind) for kind in ("kernel", "service")}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if servers := getattr(config, "workerinput", {}).get("fork_servers"):
+        os.environ["TESTS_FORK_SERVER"] = servers["service"]  # for tests/serving.py; alone, a test forks nothing
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     "Where there are many notebooks, their kernels are forked."
     notebooks = {item.path for item in items if item.path.suffix == ".ipynb"}
     if len(notebooks) > FEW and sys.platform == "linux" and not config.getoption("--fresh-kernels"):
-        ForkedKernel.server = getattr(config, "workerinput", {}).get("kernel_server") or kernel_server()
+        servers = getattr(config, "workerinput", {}).get("fork_servers")
+        ForkedKernel.server = servers["kernel"] if servers else fork_server("kernel")
         nbval.plugin.RunningKernel = ForkedKernel
         ask(ForkedKernel.server)  # it imports the libraries while tests run
 
 
 @cache
-def kernel_server() -> str:
-    "The socket of the process that kernels are forked from; it ends with this one."
+def fork_server(kind: str) -> str:
+    "The socket of the process that kernels or services are forked from; it ends with this one."
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
-    # What a kernel of Jupyter's has in its environment before matplotlib reads it.
-    env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tests/kernel_server.py"), f"{folder.name}/socket"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    if kind == "kernel":  # what one of Jupyter's has in its environment before matplotlib reads it
+        env["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+    command = [sys.executable, str(ROOT / "tests/fork_server.py"), kind, f"{folder.name}/socket"]
     server = subprocess.Popen(command, env=env, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert server.stdout and server.stdout.readline(), "it listens"
     atexit.register(server.communicate)
@@ -61,7 +69,7 @@ def kernel_server() -> str:
 
 
 def ask(server: str, **kernel: str) -> str:
-    "Ask the kernel server for a kernel, or, without one, to get ready; its answer."
+    "Ask a fork server for a kernel, or, without one, to get ready; its answer."
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(server)
         connection.sendall(json.dumps(kernel).encode() + b"\n")

@@ -1,8 +1,11 @@
 """What the tests of the service share: a tiny model, a real server, pictures good and bad."""
 
 import io
+import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,9 +13,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
+from programs import is_running
 
 from celestial_ml.core.files import sha256_of
 from celestial_ml.core.testing import colour_model
@@ -72,9 +77,34 @@ finally:
 """
 
 
+class Forked:
+    "A program that the suite's fork server has started: what `running` needs of `subprocess.Popen`."
+
+    def __init__(self, server: str, code: str, env: dict[str, str], err: IO[str]):
+        out, end = os.pipe()
+        with socket.socket(socket.AF_UNIX) as connection, os.fdopen(end, "w"):
+            connection.connect(server)
+            about = {"code": code, "env": env, "folder": str(Path.cwd())}
+            socket.send_fds(connection, [json.dumps(about).encode() + b"\n"], [end, err.fileno()])
+            self.pid = int(connection.makefile().readline())
+        self.stdout = os.fdopen(out)
+
+    def terminate(self) -> None:
+        if is_running(self.pid):
+            os.kill(self.pid, signal.SIGTERM)
+
+    def wait(self, timeout: float) -> None:
+        until(lambda: not is_running(self.pid), timeout)
+
+
 @contextmanager
 def running(
-    model: Path | None, log: Path, demo: bool = True, serve: str | None = None, **settings: object
+    model: Path | None,
+    log: Path,
+    demo: bool = True,
+    serve: str | None = None,
+    fresh: bool = False,  # as from a shell, also where a suite forks its servers
+    **settings: object,
 ) -> Iterator[str]:
     "A real server in a process of its own, with settings from its environment; yields its URL."
     # With a model through `serve`, as a person starts it; without one, which `serve` refuses, the same by hand.
@@ -93,7 +123,13 @@ def running(
         for name, value in settings.items()
     }
     with log.open("w") as out:
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=out, text=True, env=env)
+        process: Forked | subprocess.Popen[str]
+        server = os.environ.get("TESTS_FORK_SERVER")
+        if server and not fresh:
+            process = Forked(server, code, env, out)
+        else:
+            command = [sys.executable, "-c", code]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=out, text=True, env=env)
         try:
             assert process.stdout
             found = None

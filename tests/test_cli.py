@@ -143,7 +143,7 @@ def test_unusual_but_good_images_are_answered(celestial, model: Path, tmp_path: 
     assert all(answers[name]["label"] == "Mars" for name in ("cmyk", "alpha", "turned")) and len(answers) == 5
 
 
-def test_wrong_requests(celestial, model: Path, tmp_path: Path, pictures: Path) -> None:
+def test_wrong_requests(celestial_here, model: Path, tmp_path: Path, pictures: Path) -> None:
     (tmp_path / "empty").mkdir()
     for arguments, words in [
         (["predict", tmp_path / "empty", "--model", model], "there is no image in"),
@@ -155,7 +155,7 @@ def test_wrong_requests(celestial, model: Path, tmp_path: Path, pictures: Path) 
         (["data", "check", tmp_path / "empty"], "holds no class folder with images"),
         (["data", "check", tmp_path / "nowhere"], "is not a folder"),
     ]:
-        result = celestial(*arguments)
+        result = celestial_here(*arguments)
         assert result.returncode == 2 and words in result.stderr, (arguments, result.stderr)
         assert "Traceback" not in result.stderr
 

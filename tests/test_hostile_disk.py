@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from celestial_ml.core.errors import CelestialError, refused_by_machine
 from celestial_ml.core.files import atomic, hold, write_json
@@ -249,9 +250,11 @@ def test_commands_report_a_full_disk(project: Path, celestial: Callable, small_d
 
 def test_commands_report_a_name_that_is_too_long(project: Path, celestial: Callable) -> None:
     (project / "file").write_text("")
+    (project / "images/Mars").mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 32), "red").save(project / "images/Mars/1.png")
     for arguments in (
         ["run", "smoke", "--run", "n" * 300],
-        ["data", "show", "--params", "smoke", "--out", "file/sheet.png"],
+        ["data", "show", "images", "--output", "file/sheet.png"],
         ["new", "n" * 300],
         ["sweep", "smoke", "--run", "n" * 300, "--grid", "seed=1"],
         ["report", "n" * 300],
@@ -269,14 +272,18 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("latin-1", "cp12
 
 @pytest.mark.parametrize("encoding", ["ascii", *SLOW])
 def test_every_terminal_encoding_shows_every_character(project: Path, celestial: Callable, encoding: str) -> None:
+    images = project / "images"
+    for name in ("Ångström", "Mars"):  # of each a picture: too few
+        (images / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), "red").save(images / name / "✓.png")
     code = "from celestial_ml.cli.app import _in_utf8; _in_utf8(); print(chr(10003), chr(215), chr(0xdce9)); import os;"
     code += "open(os.devnull, 'w').write(chr(10003))"
     for extra in ({"PYTHONIOENCODING": encoding}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
         process = python(code, project / ".celestial", encoding, **extra)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 0 and "Traceback" not in err, err
-        shown = celestial("data", "check", "--params", "smoke", "--json", **extra)
-        assert shown.returncode in (0, 1) and isinstance(json.loads(shown.stdout), list), shown.stderr
+        shown = celestial("data", "check", images, "--json", **extra)
+        assert shown.returncode == 1 and "Ångström" in str(json.loads(shown.stdout)), shown.stderr
 
 
 def test_an_output_that_is_closed_or_full_ends_without_a_traceback(project: Path) -> None:

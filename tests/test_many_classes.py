@@ -11,7 +11,9 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
+from typer.testing import CliRunner
 
+from celestial_ml.cli.app import app
 from celestial_ml.core.many_classes import FEW, MANY, PAIRS
 from celestial_ml.data.sheet import contact_sheet, save_sheet, some_of_each
 from celestial_ml.demo.performance import confusion_table, pairs_table
@@ -231,3 +233,13 @@ def test_a_run_of_300_classes_of_6_images(tmp_path: Path, project: Path, celesti
     for name in ("metrics.json", "model.json", "performance.json"):
         assert (out / name).stat().st_size <= 1_000_000, name
     assert "20 of 300 are shown" in (out / "report.html").read_text()
+
+
+def test_the_sheet_of_the_command_has_500_pictures_at_most(tmp_path: Path) -> None:
+    for name in names(260):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (16, 16)).save(tmp_path / "photos" / name / f"{i}.png")
+    command = ["data", "show", str(tmp_path / "photos"), "--output", str(tmp_path / "sheet.png")]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert Image.open(tmp_path / "sheet.png").height < 3100, "26 rows, of one picture a class"

@@ -27,7 +27,7 @@ def test_a_run_prints_only_its_own_lines(smoke_run: Path) -> None:
 
 def test_serve_greets_first_and_logs_no_page_files(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with running(tiny_model(tmp_path / "model"), log) as url, httpx.Client(base_url=url) as client:
+    with running(tiny_model(tmp_path / "model"), log, fresh=True) as url, httpx.Client(base_url=url) as client:
         assert "Serving" not in log.read_text() and "champion is" not in log.read_text(), "nothing before the greeting"
         page = client.get("/").text
         files = re.findall(r'(?:href|src)="\.?(/?(?:assets|theme)[^"]*\.(?:css|js)[^"]*)"', page)

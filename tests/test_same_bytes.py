@@ -37,8 +37,9 @@ MACHINES = {
     "this one": {},
     "without wide instructions": {"NPY_DISABLE_CPU_FEATURES": " ".join(features()), "OPENBLAS_CORETYPE": "Prescott"},
     "without the widest": {"NPY_DISABLE_CPU_FEATURES": " ".join(f for f in features() if "512" in f or f == "X86_V4")},
-    "a simple JPEG encoder": {"JSIMD_FORCENONE": "1"},
-    "one core": {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+    "one core and a simple JPEG encoder": dict.fromkeys(
+        ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "JSIMD_FORCENONE"), "1"
+    ),
 }
 
 

@@ -19,6 +19,7 @@ from .inputs import Inputs, read_again, require_parquet
 from .parts import Places, answer_files
 from ..core.errors import CelestialError
 from ..core.files import atomic
+from ..core.many_classes import few_of
 from ..core.page_builder import Page, html_part
 from ..data.drift import FEATURES, Drift
 from ..data.images import Background, decode_image
@@ -121,8 +122,12 @@ def summarise(
 # %% ../../nbs/batch/03_summary.ipynb #class-chart
 def _class_rows(summary: Summary) -> list[tuple[str, int, int]]:  # name, known, unknown
     "The images of each class, the most first."
-    labels = (summary.known + summary.unknown).most_common()
-    return [(label, summary.known[label], summary.unknown[label]) for label, _ in labels]
+    labels = [label for label, _ in (summary.known + summary.unknown).most_common()]
+    shown = few_of(labels)
+    groups = [(label, [label]) for label in shown]
+    if len(shown) < len(labels):
+        groups.append((f"{len(labels) - len(shown)} more classes", labels[len(shown) :]))
+    return [(name, sum(summary.known[n] for n in some), sum(summary.unknown[n] for n in some)) for name, some in groups]
 
 
 def _band_rows(summary: Summary) -> list[tuple[str, int, int]]:

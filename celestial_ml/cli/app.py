@@ -276,10 +276,11 @@ def data_show(
 ) -> None:
     "Write a contact sheet of the images."
     from celestial_ml.data.images import decode_image
-    from celestial_ml.data.sheet import contact_sheet
+    from celestial_ml.data.sheet import contact_sheet, some_of_each
 
     catalog, p = _read_catalog(folder, params)
-    shown = catalog[catalog.error.isna()].groupby("label").head(10)
+    readable = catalog[catalog.error.isna()]
+    shown = readable.iloc[some_of_each(readable.label, each=10, most=500)]
     pictures = [decode_image(project_root() / path, background=p.prepare.background) for path in shown.path]
     with atomic(output) as f:
         contact_sheet(pictures, list(shown.label), columns=10).save(f)
