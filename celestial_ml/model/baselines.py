@@ -61,7 +61,7 @@ def _scaled(features: np.ndarray) -> np.ndarray:
 
 def _linear(features: np.ndarray, images: int) -> Pipeline:
     "Logistic regression; so many images are there to learn from."
-    components = PCA(min(64, features.shape[1], images), random_state=0)
+    components = PCA(min(256, features.shape[1], images), random_state=0)
     return make_pipeline(components, LogisticRegression(C=0.1, tol=1e-3, max_iter=200))
 
 

@@ -64,9 +64,10 @@ def suspected_label_errors(
 ) -> pd.DataFrame:  # row, given, suggested, p_given, p_suggested: a row a suspect, the clearest first
     """The images whose label is probably wrong, and what they probably are.
 
-    Where an answer differs from the label and is nine tenths as sure as the mean of that class; in the order of the
-    margin. Source: Northcutt et al. 2021, arXiv:1911.00068, equation 1, whose bar is the mean itself: of good
-    classifiers that is nearly 1, and a fifth of the wrong labels stay below. A classifier that agrees with fewer than
+    Where an answer differs from the label, is nine tenths as sure as the mean of that class, and 20 times as probable
+    as the label, for few labels are wrong, say one in 20, and the evidence must outweigh that; in the order of the margin.
+    Source: Northcutt et al. 2021, arXiv:1911.00068, equation 1, whose bar is the mean itself: of good classifiers that is
+    nearly 1, and a fifth of the wrong labels stay below. A classifier that agrees with fewer than
     `USEFUL` of the labels is not heard: it contradicts one in five, and sets with more than a few wrong labels in a
     hundred are rare, so that hardly any of its suspects would be one. A suspect is to be looked at, not to be relabelled
     unseen.
@@ -77,7 +78,8 @@ def suspected_label_errors(
     count = np.bincount(labels[sure], minlength=probabilities.shape[1])
     bar = 0.9 * np.bincount(labels[sure], weights=own[sure], minlength=len(count)) / np.maximum(count, 1)
     best = probabilities[np.arange(len(labels)), suggested]
-    rows = np.flatnonzero(sure & (suggested != labels) & (count[suggested] > 0) & (best >= bar[suggested]))
+    contradicts = (suggested != labels) & (best >= bar[suggested]) & (best >= 20 * own)
+    rows = np.flatnonzero(sure & (count[suggested] > 0) & contradicts)
     rows = rows[np.argsort(own[rows] - best[rows], kind="stable")]
     columns = {"given": labels, "suggested": suggested, "p_given": own, "p_suggested": best}
     return pd.DataFrame({"row": rows} | {name: values[rows] for name, values in columns.items()})

@@ -56,7 +56,8 @@ def what_to_try(
     "What may make a better model, as a person types it."
     metrics, used, ideas = manifest.metrics, flat(manifest.lineage.parameters), []
     chosen = [key for key in ("model.network", "train.augment") if used.get(key) != "auto"]
-    if chosen and "auto" in known_keys()["train.augment"].get("enum", []):
+    tried = manifest.lineage.to_json().get("tried")  # candidates, where the images have decided
+    if chosen and not tried and "auto" in known_keys()["train.augment"].get("enum", []):
         ideas.append(f"let the images decide: {' '.join(f'--set {key}=auto' for key in chosen)}")
     if used.get("train.epochs", 40) < 40:
         ideas.append("a longer training: --set train.epochs=40")
