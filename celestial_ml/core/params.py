@@ -53,6 +53,7 @@ class Data(Section):
     test_folder: str | None = Field(None, description="a second folder, as in production; it gets figures of its own")
     per_class: int = Field(150, ge=1, le=1_000_000, description="for source render: images of each class")
     image_px: int = Field(128, ge=16, le=1024, description="for source render: side of an image, in pixels")
+    maps: str | None = Field(None, description="for source render: a folder of maps of the bodies, as Mars.jpg")
     split: Literal["auto", "folders", "stratified", "guide"] = Field(
         "auto",
         description="auto: folders where there are train, val and test, else stratified; folders: as those are; "
