@@ -59,7 +59,7 @@ def photograph_answers(
         of_class=of_class,
         right=predictions.predicted == predictions.label,
         unknown=unknown,
-        predicted=predictions.predicted.where(~unknown, "unknown, like " + predictions.predicted),
+        predicted=predictions.predicted.where(~unknown, "unknown"),
         correct=(predictions.correct & ~unknown) | (~of_class & unknown),
     )
 
