@@ -129,7 +129,9 @@ def prepare_images(
         pixels[i] = prepare(image)
         features.append(image_features(image))
         seen.append([*image_statistics(image).values()])
-    table = readable.drop(columns=["error", "format", "bytes"]).join(pd.DataFrame(features))
+    about, measured = readable.drop(columns=["error", "format", "bytes"]), pd.DataFrame(features)
+    # A person's metadata.csv may have a column of the same name as a feature: both are kept.
+    table = about.rename(columns={name: f"{name}_given" for name in set(about) & set(measured)}).join(measured)
     learned = (readable.split == "train").to_numpy()
     table.attrs["statistics"] = describe(np.array(seen).reshape(len(seen), -1)[learned]) if seen else {}
     return pixels, table
