@@ -92,10 +92,10 @@ def test_decimal_numbers_of_every_form_are_read(folder: Path, text: str, value: 
 
 @pytest.mark.parametrize("text", ["yes", "no", "on", "off", "True", "FALSE", "'true'", "1", "y"])
 def test_booleans_are_true_or_false(folder: Path, text: str) -> None:
-    assert "true or false" in refusal(folder, f"train: {{augment: {text}}}").hint
+    assert "true or false" in refusal(folder, f"prepare: {{grayscale: {text}}}").hint
     with pytest.raises(ParamsError):
-        load_params("default", [f"train.augment={text}"], folder)
-    assert load_params("default", ["train.augment=false"], folder).train.augment is False
+        load_params("default", [f"prepare.grayscale={text}"], folder)
+    assert load_params("default", ["prepare.grayscale=false"], folder).prepare.grayscale is False
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ from celestial_ml.flow.tuning import Search, do_trials, join_study, tune_run
 from celestial_ml.model.tune import open_storage, open_study, study_database, suggest, trials_left
 
 SPACE = "{train.lr: {low: 0.001, high: 0.05, log: true}, model.width: [4, 8]}"
-QUICK = ["--set", "tune.tune_epochs=2", "--set", "train.augment=false", "--set", f"tune.space={SPACE}"]
-ENDLESS = ["--set", "tune.tune_epochs=1000", "--set", "train.augment=false", "--set", f"tune.space={SPACE}"]
+QUICK = ["--set", "tune.tune_epochs=2", "--set", "train.augment=none", "--set", f"tune.space={SPACE}"]
+ENDLESS = ["--set", "tune.tune_epochs=1000", "--set", "train.augment=none", "--set", f"tune.space={SPACE}"]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_best_trial_becomes_a_params_file(tuned: dict, at_home: Path) -> None:
     best = tuned["best"]["values"]
     assert (params.train.lr, params.model.width) == (best["train.lr"], best["model.width"])
     assert params.data == smoke.data and params.prepare == smoke.prepare and params.train.epochs == smoke.train.epochs
-    assert params.train.augment is False, "what --set said is part of the run"
+    assert params.train.augment == "none", "what --set said is part of the run"
     plan = make_plan(at_home, "tuned", run="after-tuning")
     assert plan.params == params and list(plan.stale) == list(plan.tasks)
 
@@ -148,7 +148,7 @@ def test_again_is_nothing_to_do_and_more_goes_on(
 @pytest.mark.slow
 def test_notebook_on_its_own_does_the_trials_itself(tuned: dict, at_home: Path) -> None:
     space = {"train.lr": [0.01, 0.03], "model.width": [4, 8]}
-    told = {"run": "smoke", "study": "alone", "trials": 2, "tune_epochs": 1, "augment": False, "space": space}
+    told = {"run": "smoke", "study": "alone", "trials": 2, "tune_epochs": 1, "augment": "none", "space": space}
     told |= {"width": 8, "embedding": 16, "batch_size": 16}
     papermill.execute_notebook("nbs/steps/tune.ipynb", str(at_home / "alone.ipynb"), told, progress_bar=False)
     assert states("alone") == ["COMPLETE"] * 2 and read_json("output/smoke/tune.json")["study"] == "alone"
@@ -234,7 +234,7 @@ def test_a_killed_workers_trial_blocks_nobody(tuned: dict, at_home: Path) -> Non
 )
 def test_a_mistake_is_reported_before_any_trial(tuned: dict, at_home: Path, settings: list[str], words: str) -> None:
     before = dict(os.environ), len(study("tune").trials)
-    usual = ["tune.tune_epochs=2", "train.augment=false", f"tune.space={SPACE}", "tune.trials=99"]
+    usual = ["tune.tune_epochs=2", "train.augment=none", f"tune.space={SPACE}", "tune.trials=99"]
     with pytest.raises(CelestialError) as error:
         tune_run(at_home, "smoke", usual + settings, quiet=True)
     assert words in error.value.message and "secret" not in str(error.value)

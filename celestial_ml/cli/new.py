@@ -25,7 +25,7 @@ def new(
     data: Annotated[
         Path | None, typer.Option(help="a folder with a folder of images for each class, or a table of labels")
     ] = None,
-    size: Annotated[int, typer.Option(help="side of the network's input in pixels")] = 64,
+    size: Annotated[int | None, typer.Option(help="side of the network's input in pixels")] = None,
     json_: AsJson = False,
 ) -> None:
     "Start a new image-classification project: notebooks, parameters, tests and README."

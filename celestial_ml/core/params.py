@@ -53,6 +53,7 @@ class Data(Section):
     test_folder: str | None = Field(None, description="a second folder, as in production; it gets figures of its own")
     per_class: int = Field(150, ge=1, le=1_000_000, description="for source render: images of each class")
     image_px: int = Field(128, ge=16, le=1024, description="for source render: side of an image, in pixels")
+    maps: str | None = Field(None, description="for source render: a folder of maps of the bodies, as Mars.jpg")
     split: Literal["auto", "folders", "stratified", "guide"] = Field(
         "auto",
         description="auto: folders where there are train, val and test, else stratified; folders: as those are; "
@@ -88,7 +89,12 @@ class Check(Section):
 class Prepare(Section):
     "From a picture of any size to the network's input."
 
-    size: int = Field(64, ge=16, le=512, description="side of the network's input, in pixels")
+    size: int | None = Field(
+        None,
+        ge=16,
+        le=512,
+        description="side of the network's input, in pixels; null: 64 to 224, as large as the pictures are",
+    )
     grayscale: bool = Field(False, description="drop the colours")
     antialias: bool = Field(True, description="low-pass filter before making smaller")
     background: Literal["auto", "black", "white"] = Field(
@@ -99,7 +105,10 @@ class Prepare(Section):
 class Model(Section):
     "The network."
 
-    network: str = Field("compact", description="compact, residual, guide, or your own")
+    network: str = Field(
+        "auto", description="auto, compact, residual, guide, efficientnet_lite0 (pretrained), or your own"
+    )
+    pool: int = Field(1, ge=1, le=8, description="side of the square of pixels that are averaged to one, to be quicker")
     width: int = Field(32, ge=4, le=512, description="filters of the first convolution")
     embedding: int = Field(64, ge=4, le=2048, description="size of the layer below the logits")
     dropout: Fraction = Field(0.2, description="share of the embedding that is dropped while training")
@@ -112,12 +121,20 @@ class Train(Section):
     batch_size: int = Field(16, ge=1, le=4096, description="images a step of the optimiser")
     lr: float = Field(3e-3, gt=0, le=1, description="learning rate of Adam, at its peak")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="course of the learning rate")
-    augment: bool = Field(True, description="show every image differently each time: roll, zoom, colour, noise")
+    augment: Literal["auto", "none", "upright", "photo", "sky"] = Field(
+        "auto",
+        description="how differently an image is shown each time; upright: shift, zoom, colour, blur; photo: mirrored, "
+        "too; sky: rolled to any angle, at any phase, among stars; auto: what the validation images favour",
+    )
+    views: int = Field(3, ge=0, le=50, description="views of each image behind the head of a pretrained network")
     label_smoothing: Fraction = Field(0.05, description="share of certainty that is taken from the label")
-    class_weights: Literal["none", "balanced"] = Field("none", description="balanced: rare classes count for more")
+    class_weights: Literal["auto", "none", "balanced"] = Field(
+        "auto",
+        description="balanced: rare classes count for more; auto: where one class is half as large again as another",
+    )
     patience: int = Field(0, ge=0, description="epochs without a lower val_loss before it stops; 0: it never does")
 
-
+# %% ../../nbs/core/04_params.ipynb #params-evaluate
 class Evaluate(Section):
     "What the model is measured on."
 
@@ -125,6 +142,9 @@ class Evaluate(Section):
     false_alarms: float = Field(0.01, gt=0, lt=0.5, description="share of known pictures that may be called unknown")
     bootstrap: int = Field(1000, ge=100, le=100_000, description="resamples behind each 95 % interval")
     min_slice: int = Field(15, ge=1, description="images that a slice needs to be judged")
+    strangers: str | None = Field(
+        None, description="a folder of pictures that show none of the classes; null: drawn ones alone"
+    )
     ood_images: int = Field(60, ge=4, le=10_000, description="pictures of each kind of thing that is not a known class")
     photos: str | None = Field(
         None, description="a folder of photographs from elsewhere, a folder a class; other folders should be unknown"
@@ -136,7 +156,7 @@ class Evaluate(Section):
         None, description="the kinds of picture that are judged apart; null: those of the domain"
     )
 
-
+# %% ../../nbs/core/04_params.ipynb #params-stress
 class Stress(Section):
     "What the step `stress` tries on a trained model, beside the chain."
 
@@ -152,8 +172,8 @@ class Explain(Section):
     "What of the model's reasons is shown."
 
     per_class: int = Field(1, ge=1, le=20, description="images of each class to explain")
-    patch: int = Field(12, ge=2, le=128, description="side of the square that is covered, in input pixels")
-    stride: int = Field(4, ge=1, le=64, description="step between two covers, in input pixels")
+    patch: int = Field(12, ge=2, le=128, description="side of the square that is covered, in 64ths of the picture's")
+    stride: int = Field(4, ge=1, le=64, description="step between two covers, in 64ths of the picture's side")
 
 
 class Package(Section):

@@ -26,7 +26,9 @@ from sklearn.metrics import roc_auc_score
 
 from ..core.domains import Pictures, domain_of
 from ..core.errors import CelestialError
-from .images import decode_image
+from ..core.params import Prepare
+from .images import decode_image, find_pictures
+from .prepare import Preparer
 
 # %% ../../nbs/data/14_ood_images.ipynb #draw-all
 Draw = Callable[[int, int, np.random.Generator], np.ndarray]  # (index, size, generator) → uint8 (size, size, 3)
@@ -189,12 +191,32 @@ def _draw_photograph(i: int, size: int, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(picture)[:, :: int(rng.choice([-1, 1]))]
 
 # %% ../../nbs/data/14_ood_images.ipynb #kinds-of-strangers
+def _pictures_in(folder: str | Path) -> Pictures:
+    "The pictures of a folder, squared; even and odd seeds share none of them. `CelestialError` for fewer than two."
+    paths = sorted(find_pictures(Path(folder))) if Path(folder).is_dir() else []
+    if len(paths) < 2:
+        raise CelestialError(
+            f"{folder} is not a folder with two pictures or more",
+            "Set evaluate.strangers to a folder of pictures that show none of the classes, or to null.",
+        )
+
+    def draw(n: int, size: int, seed: int) -> np.ndarray:
+        half, prepare = paths[seed % 2 :: 2], Preparer(Prepare(size=size))
+        return np.stack([prepare(decode_image(path)) for path in half[:n]])
+
+    return draw
+
+
 def ood_kinds(
     classes: Collection[str],  # of the model
     domain: str = "auto",  # as `domain_of` has it
+    own: str | Path | None = None,  # a folder of pictures that show none of the classes
 ) -> dict[str, Pictures]:  # the hardest first
-    "The kinds of OOD pictures for these classes: those of their domain, and the general ones."
-    return domain_of(classes, domain).ood_kinds() | OOD_KINDS
+    "The kinds of OOD pictures for these classes: those of their domain, the general ones, and one's own."
+    of_domain = domain_of(classes, domain)
+    # Photographs from the ground may show a project's own classes: cats, flowers.
+    general = {name: draw for name, draw in OOD_KINDS.items() if of_domain.on_black or name != "photographs"}
+    return of_domain.ood_kinds() | general | ({"own": _pictures_in(own)} if own else {})
 
 # %% ../../nbs/data/14_ood_images.ipynb #strangers-table
 def by_subject(

@@ -120,7 +120,7 @@ def _packed(
     name, weights = constant.name, numpy_helper.to_array(constant)
     if weights.size < smallest or weights.dtype != np.float32:
         return [constant], []
-    if name == "answer/whitening" and abs(weights).max() < np.finfo(np.float16).max:
+    if name in ("answer/whitening", "answer/background_whitening") and abs(weights).max() < np.finfo(np.float16).max:
         half = numpy_helper.from_array(weights.astype(np.float16), f"{name}/float16")
         return [half], [helper.make_node("Cast", [half.name], [name], to=onnx.TensorProto.FLOAT)]
     if name not in axes:
@@ -187,17 +187,22 @@ def _static(graph: onnx.ModelProto, images: Sequence[np.ndarray], nodes: list[st
     with tempfile.TemporaryDirectory() as folder:
         source, target = (str(Path(folder) / name) for name in ("float.onnx", "int8.onnx"))
         onnx.save(graph, source)
-        quantize_static(
-            source,
-            target,
-            _Calibration(images),
-            quant_format=QuantFormat.QDQ,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-            reduce_range=True,
-            nodes_to_quantize=nodes,
-        )
+        level = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # a line for every scale that is rounded
+        try:
+            quantize_static(
+                source,
+                target,
+                _Calibration(images),
+                quant_format=QuantFormat.QDQ,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                per_channel=True,
+                reduce_range=True,
+                nodes_to_quantize=nodes,
+            )
+        finally:
+            logging.disable(level)
         return onnx.load(target)
 
 

@@ -125,7 +125,7 @@ def leave_one_out(
 BASELINE = (
     Prepare(size=32, grayscale=True, antialias=False),
     Model(network="guide", width=32, embedding=64, dropout=0.0),
-    Train(epochs=5, lr=1e-4, schedule="constant", augment=False, label_smoothing=0.0),
+    Train(epochs=5, lr=1e-4, schedule="constant", augment="none", label_smoothing=0.0),
 )
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['softmax', 'predictions_table', 'compute_metrics', 'with_embedding', 'logits_and_embeddings', 'is_frozen']
+__all__ = ['softmax', 'predictions_table', 'compute_metrics', 'with_embedding', 'logits_and_embeddings']
 
 # %% ../../nbs/model/03_evaluate.ipynb #softmax
 def softmax(
@@ -76,19 +76,10 @@ def with_embedding(
 def logits_and_embeddings(
     both: keras.Model,  # of `with_embedding`
     pixels: np.ndarray,  # uint8 (n, size, size, channels)
-    batch_size: int = 256,
+    batch_size: int = 64,
 ) -> tuple[np.ndarray, np.ndarray]:  # float32 (n, classes) and (n, embedding)
     "What the network answers for each image, and what it answers from."
     # A call, not `predict`, which would trace the network anew for each network and size of a batch.
     parts = [both(pixels[i : i + batch_size], training=False) for i in range(0, len(pixels), batch_size)]
     logits, embeddings = (np.concatenate([np.asarray(part) for part in arrays]) for arrays in zip(*parts, strict=True))
     return logits, embeddings
-
-
-def is_frozen(
-    both: keras.Model,  # of `with_embedding`
-) -> bool:
-    "Whether nothing below the embedding was trained, so that it was made without the labels."
-    import keras
-
-    return not keras.Model(both.input, both.outputs[1]).trainable_weights

@@ -40,8 +40,9 @@ def occlusion_map(
 ) -> np.ndarray:  # float32 (size, size), how much the answer rests on each pixel; negative: it spoke against
     "What covering each part of a picture takes from an answer. Source: Zeiler and Fergus 2014, arXiv:1311.2901."
     size = len(pixels)
-    starts = range(-p.patch // 2, size - p.patch // 2, p.stride)
-    squares = [(max(r, 0), r + p.patch, max(c, 0), c + p.patch) for r in starts for c in starts]
+    patch, stride = (max(1, round(share * size / 64)) for share in (p.patch, p.stride))
+    starts = range(-patch // 2, size - patch // 2, stride)
+    squares = [(max(r, 0), r + patch, max(c, 0), c + patch) for r in starts for c in starts]
     covered = np.repeat(pixels[None], len(squares), axis=0)
     for image, (top, bottom, left, right) in zip(covered, squares, strict=True):
         image[top:bottom, left:right] = 0

@@ -15,7 +15,7 @@ from onnx import compose, numpy_helper, version_converter
 
 from ..core.params import Prepare
 from ..data.prepare import OPSET, prepare_graph
-from .unknown import Distance
+from .unknown import OodScore
 
 if TYPE_CHECKING:
     import keras
@@ -56,19 +56,36 @@ answer (float[n, k] logits, float[n, d] embedding) => (float[n, k] probabilities
   offsets = Sub (spread, means)
   squares = ReduceSumSquare <keepdims = 0> (offsets, two)
   nearest = ReduceMin <keepdims = 0> (squares, one)
-  ood_score = Sqrt (nearest)
+  centred_all = Sub (embedding, background_centre)
+  white_all = MatMul (centred_all, background_whitening)
+  offsets_all = Sub (white_all, background_means)
+  background = ReduceSumSquare <keepdims = 0> (offsets_all, one)
+  difference = Sub (nearest, background)
+  factor = Constant <value = float {factor}> ()
+  offset = Constant <value = float {offset}> ()
+  scaled_difference = Mul (difference, factor)
+  far = Add (scaled_difference, offset)
+  bias = Constant <value = float {bias}> ()
+  exposed = MatMul (embedding, exposure)
+  strange = Add (exposed, bias)
+  zero = Constant <value = float {{0}}> ()
+  ood_score = Max (far, strange, zero)
 }}
 """
 
 
 def answer_graph(
-    distance: Distance,
+    ood: OodScore,
     temperature: float = 1.0,  # that the logits are divided by
 ) -> onnx.ModelProto:  # logits, embedding → probabilities float32 (n, classes), ood_score float32 (n,)
-    "The distance and the calibrated probabilities, as ONNX."
-    model = onnx.parser.parse_model(_ANSWER.format(opset=OPSET, sharpness=f"{{{1 / temperature:.9g}}}"))
-    for name in ("centre", "whitening", "means"):
-        model.graph.initializer.append(numpy_helper.from_array(getattr(distance, name), name))
+    "The out-of-distribution score and the calibrated probabilities, as ONNX."
+    numbers = {"sharpness": 1 / temperature, "factor": ood.far[0], "offset": ood.far[1], "bias": ood.bias}
+    model = onnx.parser.parse_model(
+        _ANSWER.format(opset=OPSET, **{name: f"{{{value:.9g}}}" for name, value in numbers.items()})
+    )
+    for name, array in ood.arrays().items():
+        if name != "scale":
+            model.graph.initializer.append(numpy_helper.from_array(array, name))
     onnx.checker.check_model(model, full_check=True)
     return model
 
@@ -76,14 +93,14 @@ def answer_graph(
 def serving_graph(
     model: keras.Model,  # of `build_network`
     p: Prepare,  # as its training images were prepared
-    distance: Distance,  # of its training images' embeddings
+    ood: OodScore,  # of its embeddings
     temperature: float = 1.0,  # that the logits are divided by
 ) -> onnx.ModelProto:  # image uint8 (n, h, w, 3) → logits, embedding, probabilities, ood_score
     "The file that is served: pictures of any size in, answers out."
     parts = {
         "prepare/": prepare_graph(p),
         "network/": network_graph(model),
-        "answer/": answer_graph(distance, temperature),
+        "answer/": answer_graph(ood, temperature),
     }
     merged = None
     for prefix, graph in parts.items():

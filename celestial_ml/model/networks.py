@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import CelestialError, unknown
 from ..core.params import Model
 from ..core.plugins import find_plugin
+from .pretrained import efficientnet_lite0
 
 if TYPE_CHECKING:
     import keras
@@ -33,6 +34,8 @@ def get_network(
     name: str,  # as in the parameter model.network
 ) -> Layers:
     "The registered network of that name, or the project's own; `CelestialError` where there is none."
+    if name == "auto":  # until the evidence is in
+        return compact
     if own := find_plugin("network (model.network)", name):
         return own
     if name not in NETWORKS:
@@ -106,6 +109,9 @@ def residual(x: Any, p: Model) -> Any:
         stages.append(x)
     return _embedding(stages[0], stages[1], p)
 
+
+network(efficientnet_lite0)
+
 # %% ../../nbs/model/00_networks.ipynb #build-network
 def build_network(
     p: Model,
@@ -118,6 +124,8 @@ def build_network(
 
     pixels = keras.Input(input_shape, dtype="uint8", name="pixels")
     scaled = keras.layers.Rescaling(1 / 255)(pixels)
+    if p.pool > 1:
+        scaled = keras.layers.AveragePooling2D(p.pool, name="pool")(scaled)
     logits = keras.layers.Dense(classes, name="logits")(layers(scaled, p))
     model = keras.Model(pixels, logits, name=p.network.rpartition(".")[2])
     if not any(layer.name == "embedding" for layer in model.layers):  # what knows the unknown reads it

@@ -20,12 +20,13 @@ from ..core.files import atomic, sha256_of
 from ..core.params import Train
 from ..core.progress import say
 from .augment import augment
+from .pretrained import frozen_head, is_frozen
 
 if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['epoch_batches', 'learning_rate', 'class_weights', 'fit']
+__all__ = ['UNBALANCED', 'epoch_batches', 'learning_rate', 'class_weights', 'fit']
 
 # %% ../../nbs/model/02_train.ipynb #epoch-batches
 def epoch_batches(
@@ -53,15 +54,18 @@ def learning_rate(
     )
 
 # %% ../../nbs/model/02_train.ipynb #class-weights
+UNBALANCED = 1.5  # largest class over smallest, from which `auto` weighs them
+
+
 def class_weights(
     labels: np.ndarray,  # int (n,)
     classes: int,  # how many
-    rule: str,  # none or balanced
+    rule: str,  # auto, none or balanced
 ) -> np.ndarray | None:  # float32 (classes,), with a mean of one over the images; None: all alike
     "What an image of each class counts. Source: King and Zeng 2001; scikit-learn's `class_weight='balanced'`."
-    if rule == "none":
-        return None
     counts = np.bincount(labels, minlength=classes)
+    if rule == "none" or (rule == "auto" and counts.max() <= UNBALANCED * counts[counts > 0].min()):
+        return None
     return (len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))).astype(np.float32)
 
 # %% ../../nbs/model/02_train.ipynb #compile-model
@@ -174,9 +178,10 @@ def epochs_since_best(
 def rough_share(
     epoch: int,  # from 0
     epochs: int,
+    level: str = "sky",  # of the augmentation: on the ground pictures are less often that bad
 ) -> float:
     "The share of roughly changed pictures: less at the end. Source: He et al. 2019, arXiv:1909.09148."
-    return 0.75 if epoch < 0.8 * epochs else 0.4
+    return (0.75 if epoch < 0.8 * epochs else 0.4) * (1 if level == "sky" else 0.5)
 
 # %% ../../nbs/model/02_train.ipynb #epoch-function
 def epoch_function(
@@ -200,7 +205,11 @@ def epoch_function(
     def run(epoch: int) -> dict[str, float]:
         def change(batch: np.ndarray, step: int) -> Any:
             at = tf.constant([seed % 2**31, epoch * steps + step])
-            return compiled(batch, at, rough_share(epoch, p.epochs)) if p.augment else batch
+            return (
+                compiled(batch, at, rough_share(epoch, p.epochs, p.augment), p.augment)
+                if p.augment != "none"
+                else batch
+            )
 
         batches = epoch_batches(len(pixels), p.batch_size, seed, epoch)
         logs = train_epoch(model, pixels, targets, batches, change, weights)
@@ -220,8 +229,11 @@ def fit(
     seed: int,
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,  # (epoch from 1, its metrics)
     checkpoint: Path | None = None,  # a .npz to go on from, and to write after every epoch
+    strangers: np.ndarray | None = None,  # uint8 pixels of no class, for the embedding of a frozen network
 ) -> pd.DataFrame:  # a row an epoch: epoch, accuracy, loss, val_accuracy, val_loss
     "Train the network; on one machine, the same arguments give the same weights, interrupted or not."
+    if is_frozen(model):
+        model, train, val, p = frozen_head(model, train, val, p, seed, strangers)
     if p.patience and not len(val[0]):
         raise CelestialError("train.patience needs validation images", "Set data.val above 0, or train.patience to 0.")
     run = epoch_function(model, train, val, p, seed)

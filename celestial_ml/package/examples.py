@@ -126,7 +126,7 @@ _SHOWN = 320  # pixels along the longer edge
 
 def write_held_out(
     path: Path | str,  # held_out.npz
-    predictions: "pd.DataFrame",  # path, label, correct and ood_score of images that weren't learned from
+    predictions: "pd.DataFrame",  # path, label, correct, confidence and ood_score of images that weren't learned from
     classes: Sequence[str],
     read: Callable[[str], np.ndarray],  # path → uint8 (height, width, 3)
     answer: Callable[[bytes], Any],  # of an image file: label, known
@@ -135,7 +135,7 @@ def write_held_out(
     others: Mapping[str, bytes | None] = MappingProxyType({}),  # name → image file, of nothing that is a class
 ) -> list[str]:  # the names of the pictures, in order
     "Write pictures to try the model with: typical ones that it knows and names right, and others that it doesn't know."
-    right = predictions[predictions.correct].sort_values("ood_score", kind="stable")
+    right = predictions[predictions.correct].sort_values(["ood_score", "confidence"], ascending=[True, False])
     places = np.unique(np.linspace(0, len(classes) - 1, min(most, len(classes))).astype(int))
     each = max(1, min(2, most // len(classes)))
     labels: list[str] = []

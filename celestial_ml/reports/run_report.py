@@ -235,6 +235,10 @@ def make_report(
         "verdict_words": verdict_words(verdict),
         "in_short": in_short(manifest, verdict, comparison),
         "recognised": (metrics.unknown.detected, metrics.unknown.pictures) if metrics.unknown.kinds else None,
+        "tried": [
+            (c["network"], c["augment"], c["val"], c["cameras"], f"{c['seconds']:.0f}", "chosen" if c["chosen"] else "")
+            for c in manifest.lineage.tried
+        ],
         "counts": table,
         "images": sum(row[-1] for row in table["rows"]),
         "samples": [(read(str(row.path)), row.label, "") for row in _samples(catalog).itertuples()],

@@ -116,12 +116,13 @@ def new_project(
     path: Path,  # the project's folder; must not exist
     classes: Sequence[str] | None = None,  # None: the folders in data
     data: Path | None = None,  # as `classes_of`; None: data/images in the project, still empty
-    size: int = 64,  # side of the network's input, in pixels
+    size: int | None = None,  # side of the network's input, in pixels; None: as by default
 ) -> list[str]:  # its classes
     "Make a project; `CelestialError`, and nothing is written, for whatever is wrong."
     path = path.absolute()
     package = package_name(path.name)
-    Prepare.of(size=size)
+    if size is not None:
+        Prepare.of(size=size)
     for folder in filter(None, (path, data)):
         check_path(folder)
     if path.exists() or path.is_symlink():

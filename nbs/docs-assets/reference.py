@@ -146,7 +146,7 @@ def _parameter_rows(keys: dict[str, Any], defaults: dict[str, Any], allowed: Any
         row = (
             f'<code id="{key}">{key}</code>',
             code(_at(defaults, key)),
-            bar(allowed(field)),
+            bar(allowed(field)).replace("][", "]\\["),  # a pattern is not a reference
             bar(field.get("description", "")),
         )
         rows.append("| " + " | ".join(row) + " |")
