@@ -124,7 +124,7 @@ class Train(Section):
     augment: Literal["auto", "none", "upright", "photo", "sky"] = Field(
         "auto",
         description="how differently an image is shown each time; upright: shift, zoom, colour, blur; photo: mirrored, "
-        "too; sky: rolled to any angle, at any phase, among stars; auto: what the validation images favour",
+        "too; sky: turned to any angle, half dark, with specks of light; auto: what the validation images favour",
     )
     views: int = Field(3, ge=0, le=50, description="views of each image behind the head of a pretrained network")
     label_smoothing: Fraction = Field(0.05, description="share of certainty that is taken from the label")
