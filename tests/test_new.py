@@ -106,11 +106,12 @@ def test_parameters_are_valid_and_complete(pets: Path) -> None:
 
 
 def test_it_knows_nothing_of_planets(pets: Path) -> None:
+    ours = re.compile(r"share_on_body|upright.*photo.*sky")  # a statistic, and the levels of augmentation
     assert not {
         (name, line.strip())
         for name, text in files_in(pets).items()
         for line in text.replace(str(ROOT), "").splitlines()
-        if re.search(WORLDS, line, re.I) and "share_on_body" not in line
+        if re.search(WORLDS, line, re.I) and not ours.search(line)
     }
 
 

@@ -132,3 +132,12 @@ def test_training_sees_the_same_ground(tmp_path: Path, background: str) -> None:
     pixels, _ = prepare_images(pd.DataFrame([row]), p, tmp_path)
     assert (pixels[0] == Preparer(p)(decode_image(content, background=background))).all()
     assert pixels[0][0, 0, 0] == (0 if background == "black" else 255)
+
+
+def test_every_step_that_knows_the_ground_decodes_with_it() -> None:
+    "The first step has no parameters of the preparation; its contact sheet is `auto`."
+    for path in (Path(__file__).resolve().parent.parent / "nbs/steps").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        lines = [line for cell in cells if cell["cell_type"] == "code" for line in "".join(cell["source"]).splitlines()]
+        bare = [line for line in lines if "decode_image(" in line and "background=" not in line]
+        assert not bare or path.stem == "01_acquire", path.name

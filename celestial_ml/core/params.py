@@ -53,6 +53,7 @@ class Data(Section):
     test_folder: str | None = Field(None, description="a second folder, as in production; it gets figures of its own")
     per_class: int = Field(150, ge=1, le=1_000_000, description="for source render: images of each class")
     image_px: int = Field(128, ge=16, le=1024, description="for source render: side of an image, in pixels")
+    maps: str | None = Field(None, description="for source render: a folder of maps of the bodies, as Mars.jpg")
     split: Literal["auto", "folders", "stratified", "guide"] = Field(
         "auto",
         description="auto: folders where there are train, val and test, else stratified; folders: as those are; "
@@ -123,7 +124,7 @@ class Train(Section):
     augment: Literal["auto", "none", "upright", "photo", "sky"] = Field(
         "auto",
         description="how differently an image is shown each time; upright: shift, zoom, colour, blur; photo: mirrored, "
-        "too; sky: rolled to any angle, at any phase, among stars; auto: what the validation images favour",
+        "too; sky: turned to any angle, half dark, with specks of light; auto: what the validation images favour",
     )
     views: int = Field(3, ge=0, le=50, description="views of each image behind the head of a pretrained network")
     label_smoothing: Fraction = Field(0.05, description="share of certainty that is taken from the label")

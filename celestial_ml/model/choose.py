@@ -68,7 +68,7 @@ def choose(
     model: Model,
     train: Train,
     seed: int,
-    preferred: str | None = None,  # the level that is known to fit these classes
+    on_black: bool = False,  # whether a picture shows a lit thing on black, so that the level is sky
 ) -> tuple[
     Model, Train, pd.DataFrame
 ]:  # without auto; a row a candidate: network, augment, val, cameras, score, seconds, chosen
@@ -76,7 +76,7 @@ def choose(
     if model.network != "auto" and train.augment != "auto":
         return model, train, pd.DataFrame()
     networks = ("efficientnet_lite0", "compact") if model.network == "auto" else (model.network,)
-    levels: list[str] = [preferred] if preferred else list(PREFERRED)
+    levels = ["sky"] if on_black else list(PREFERRED)
     levels = [train.augment] if train.augment != "auto" else levels
     rows: list[dict[str, Any]] = []
     found: list[tuple[Model, Train]] = []

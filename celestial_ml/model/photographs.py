@@ -19,6 +19,12 @@ from ..data.catalog import catalog_checksum, make_catalog
 from ..data.images import Background, decode_image
 
 # %% ../../nbs/model/16_photographs.ipynb #read-photographs
+def _label(path: Path, label: str, classes: Collection[str]) -> str:
+    "The innermost folder that is named after a class, else the innermost one: collections may have class folders each."
+    names = path.parts[-2::-1]
+    return next((name for name in names if name in classes), names[0] if names else label)
+
+
 def read_photographs(
     folder: Path,  # of folders of images, named after classes or not
     classes: Collection[str],
@@ -28,6 +34,10 @@ def read_photographs(
 ) -> tuple[pd.DataFrame, np.ndarray]:  # the catalog's rows; pixels, the network's input
     "The readable photographs of a folder; `CelestialError` where none shows a class."
     catalog = make_catalog(folder)
+    named = zip(catalog.path, catalog.label, strict=True)
+    catalog["label"] = [
+        label if label in classes else _label(Path(path).relative_to(folder), label, classes) for path, label in named
+    ]
     catalog = catalog[catalog.error.isna() & ~catalog.sha256.isin(list(learned))].reset_index(drop=True)
     if not catalog.label.isin(list(classes)).any():
         raise CelestialError(
@@ -49,7 +59,7 @@ def photograph_answers(
         of_class=of_class,
         right=predictions.predicted == predictions.label,
         unknown=unknown,
-        predicted=predictions.predicted.where(~unknown, "unknown, like " + predictions.predicted),
+        predicted=predictions.predicted.where(~unknown, "unknown"),
         correct=(predictions.correct & ~unknown) | (~of_class & unknown),
     )
 

@@ -49,7 +49,7 @@ class Body:
     minnaert_k: float = 0.5  # limb darkening; read by Minnaert's law alone
     atmosphere: Atmosphere | None = None
     rings: tuple[Ring, ...] | None = None
-    weather: bool = False  # whether two images of it differ by more than the view
+    maps: int = 1  # that it is painted in: its weather, and how instruments show it
 
     @property
     def oblateness(self) -> float:
@@ -75,23 +75,23 @@ SATURN_RINGS = (
 # %% ../../nbs/planets/00_bodies.ipynb #325c9a0b
 _SEA_AIR = Atmosphere((0.45, 0.68, 1.0), height=0.012, twilight=0.06)
 _VENUS_AIR = Atmosphere((1.0, 0.88, 0.62), height=0.008, twilight=0.09)
-_MARS_AIR = Atmosphere((0.86, 0.66, 0.52), height=0.005, twilight=0.03)
+_MARS_AIR = Atmosphere((0.72, 0.74, 0.84), height=0.005, twilight=0.03)
 _PLUTO_AIR = Atmosphere((0.55, 0.68, 0.85), height=0.006, twilight=0.02)
 
 
 BODIES: dict[str, Body] = {
     body.name: body
     for body in (
-        Body("Earth", 6378.137, 6356.752, 23.44, "minnaert", 0.72, _SEA_AIR, weather=True),
-        Body("Jupiter", 71_492, 66_854, 3.13, "minnaert", 0.92, weather=True),
-        Body("Mars", 3396.19, 3376.20, 25.19, "minnaert", 0.68, _MARS_AIR),
+        Body("Earth", 6378.137, 6356.752, 23.44, "minnaert", 0.72, _SEA_AIR, maps=5),
+        Body("Jupiter", 71_492, 66_854, 3.13, "minnaert", 0.92, maps=5),
+        Body("Mars", 3396.19, 3376.20, 25.19, "minnaert", 0.68, _MARS_AIR, maps=4),
         Body("Mercury", 2440.53, 2438.26, 0.034, "lommel-seeliger"),
-        Body("Moon", 1737.4, 1737.4, 6.68, "lommel-seeliger"),
-        Body("Neptune", 24_764, 24_341, 28.32, "minnaert", 0.85, weather=True),
-        Body("Pluto", 1188.3, 1188.3, 119.51, "minnaert", 0.56, _PLUTO_AIR),
-        Body("Saturn", 60_268, 54_364, 26.73, "minnaert", 0.90, rings=SATURN_RINGS, weather=True),
-        Body("Uranus", 25_559, 24_973, 97.77, "minnaert", 0.82, weather=True),
-        Body("Venus", 6051.8, 6051.8, 177.36, "minnaert", 0.80, _VENUS_AIR, weather=True),
+        Body("Moon", 1737.4, 1737.4, 6.68, "lommel-seeliger", maps=2),
+        Body("Neptune", 24_764, 24_341, 28.32, "minnaert", 0.85, maps=5),
+        Body("Pluto", 1188.3, 1188.3, 119.51, "minnaert", 0.56, _PLUTO_AIR, maps=4),
+        Body("Saturn", 60_268, 54_364, 26.73, "minnaert", 0.90, rings=SATURN_RINGS, maps=4),
+        Body("Uranus", 25_559, 24_973, 97.77, "minnaert", 0.82, maps=4),
+        Body("Venus", 6051.8, 6051.8, 177.36, "minnaert", 0.80, _VENUS_AIR, maps=6),
     )
 }
 

@@ -8,11 +8,13 @@ __all__ = ['View', 'image_plane', 'body_frame', 'meet_spheroid', 'linear', 'enco
            'render_many']
 
 # %% ../../nbs/planets/02_renderer.ipynb #80f7dab8
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 
 import numpy as np
+from PIL import Image, ImageFilter
 
 from .bodies import BODIES, Body, get_body
 from .surfaces import relief, sample_map, slopes, surface_map
@@ -20,7 +22,8 @@ from .surfaces import relief, sample_map, slopes, surface_map
 # %% ../../nbs/planets/02_renderer.ipynb #view
 _RANGES: dict[str, tuple[float, float]] = {
     **{"latitude_deg": (-90, 90), "phase_deg": (0, 180), "radius": (0.02, 5), "exposure": (0, 10)},
-    **{"fov_deg": (0, 150), "limb_darkening": (0, 1), "warmth": (-0.5, 0.5)},
+    **{"fov_deg": (0, 150), "limb_darkening": (0, 1), "warmth": (-0.5, 0.5), "tint": (-0.3, 0.3)},
+    **{"albedo_contrast": (0, 5), "haze": (0, 5), "saturation": (0, 5), "gamma": (0.2, 5), "blur": (0, 0.1)},
 }
 
 
@@ -39,6 +42,12 @@ class View:
     fov_deg: float = 0.0  # full angle of view of the frame; 0 is orthographic
     limb_darkening: float = 1.0  # strength of the limb darkening: 0 is a mosaic's flat disc
     warmth: float = 0.0  # white balance: positive is redder, negative bluer
+    tint: float = 0.0  # white balance: positive is more magenta, negative greener
+    albedo_contrast: float = 1.0  # of the colours of the surface, about their mean
+    haze: float = 1.0  # factor on the air at the limb
+    saturation: float = 1.0  # factor on the distance of a colour from grey
+    gamma: float = 1.0  # of the display: more than 1 is darker, with more contrast
+    blur: float = 0.0  # radius of the Gaussian that the picture is blurred by, as a fraction of the frame
 
     def __post_init__(self) -> None:
         angles = (self.longitude_deg, self.roll_deg, self.light_angle_deg, *self.centre)
@@ -105,9 +114,9 @@ def linear(colour: np.ndarray | Sequence[float]) -> np.ndarray:
     return np.asarray(colour, float) ** 2.2
 
 
-def encode(light: np.ndarray) -> np.ndarray:  # uint8
+def encode(light: np.ndarray, gamma: float = 1.0) -> np.ndarray:  # uint8
     "Light to display colour."
-    return (np.clip(light, 0, 1) ** (1 / 2.2) * 255 + 0.5).astype(np.uint8)
+    return (np.clip(light, 0, 1) ** (gamma / 2.2) * 255 + 0.5).astype(np.uint8)
 
 # %% ../../nbs/planets/02_renderer.ipynb #reflectance
 def reflectance(
@@ -124,18 +133,17 @@ def reflectance(
     return np.minimum(mu0**k * mu ** (k - 1), 1.06)
 
 # %% ../../nbs/planets/02_renderer.ipynb #texture
-_WEATHERS = 6  # maps per body with weather
 _RELIEF = {"Mercury": 0.75, "Moon": 0.75, "Mars": 0.4, "Pluto": 0.5}  # exaggeration of the slopes, by eye
 
 
-@lru_cache(maxsize=24)
+@lru_cache(maxsize=24)  # a body after the other: no data set needs more at a time
 def texture(
     body: str,
-    weather: int,  # 0 to 5
+    number: int,  # of the body's map, from 0
     width: int,
 ) -> np.ndarray:  # float (width // 2, width, 3 or 5)
     "The map that the renderer reads; the first call paints it."
-    colours = linear(surface_map(body, weather, width))
+    colours = linear(surface_map(body, number, width))
     if body not in _RELIEF:
         return colours
     return np.concatenate([colours, _RELIEF[body] * slopes(relief(body, width)[0])], axis=-1)
@@ -203,7 +211,13 @@ def _shade_globe(
     twilight = scene.body.atmosphere.twilight if scene.body.atmosphere else 0
     lit = reflectance(scene.body, (mu0 + twilight) / (1 + twilight), mu, scene.view.limb_darkening)
     lit = lit * _ring_shadow(scene, p)
-    return values[:, :3] * lit[:, None] + _haze(scene, mu0, mu), t
+    colours = values[:, :3]
+    if scene.view.albedo_contrast != 1:
+        mean = colours[::16].mean(axis=0).round(4)  # rounded: the last digits of a sum depend on the processor
+        colours = colours * scene.view.albedo_contrast
+        colours += (1 - scene.view.albedo_contrast) * mean
+        np.maximum(colours, 0, out=colours)
+    return colours * lit[:, None] + _haze(scene, mu0, mu), t
 
 
 def _tilt(
@@ -227,7 +241,7 @@ def _haze(scene: Scene, mu0: np.ndarray, mu: np.ndarray) -> np.ndarray:  # light
     if air is None:
         return np.zeros(3)
     path = (1 - np.clip(mu, 0, 1)) ** 4 * np.clip(mu0 * 1.5 + air.twilight, 0, 1)
-    return (22 * air.height * path)[:, None] * linear(air.colour)
+    return (22 * scene.view.haze * air.height * path)[:, None] * linear(air.colour)
 
 
 def _glow(
@@ -242,7 +256,7 @@ def _glow(
     mu0 = (scene.x * scene.light[0] + scene.y * scene.light[1]) / r
     sunlit = np.clip((mu0 + air.twilight) / (0.3 + air.twilight), 0, 1)
     amount = np.exp(-np.clip(outside / air.height, 0, 30)) * sunlit
-    return (0.55 * amount)[..., None] * linear(air.colour)
+    return (0.55 * min(scene.view.haze, 1.5) * amount)[..., None] * linear(air.colour)
 
 # %% ../../nbs/planets/02_renderer.ipynb #ring-table
 @lru_cache(maxsize=4)
@@ -354,6 +368,18 @@ def trace(
     return light.reshape(n, n, 3)
 
 # %% ../../nbs/planets/02_renderer.ipynb #render
+def _develop(light: np.ndarray, view: View) -> np.ndarray:  # uint8
+    "A picture from its light: white balance, exposure, saturation, gamma and sharpness."
+    light = light * np.array([1 + view.warmth, 1 - view.tint, 1 - view.warmth]) * view.exposure
+    if view.saturation != 1:
+        grey = 0.3 * light[..., :1] + 0.6 * light[..., 1:2] + 0.1 * light[..., 2:]
+        light = grey + view.saturation * (light - grey)
+    pixels = encode(light, view.gamma)
+    if not view.blur:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(view.blur * len(pixels))))
+
+
 def picture(
     body: Body,
     skin: np.ndarray,  # `texture`
@@ -363,54 +389,82 @@ def picture(
     "What the camera makes of a body: the light, averaged over four rays a pixel, exposed and encoded."
     light = trace(make_scene(body, view, 2 * size), skin)
     small = (light[::2, ::2] + light[1::2, ::2] + light[::2, 1::2] + light[1::2, 1::2]) / 4
-    return encode(small * np.array([1 + view.warmth, 1, 1 - view.warmth]) * view.exposure)
+    return _develop(small, view)
 
 
 def render(
     name: str,  # one of the ten
     view: View = View(),
     size: int = 128,  # pixels along an edge
-    seed: int = 0,  # the weather, for bodies that have any
+    seed: int = 0,  # the map, for bodies that have several
     width: int | None = None,  # of the body's map; None: as fine as the size needs
 ) -> np.ndarray:  # uint8 (size, size, 3), RGB on black
     "The portrait of a body."
     if size < 8:
         raise ValueError(f"size is {size}, allowed are 8 and more pixels")
     body = get_body(name)
-    skin = texture(name, seed % _WEATHERS if body.weather else 0, width or (512 if size <= 160 else 1024))
+    skin = texture(name, seed % body.maps, width or (512 if size <= 160 else 1024))
     return picture(body, skin, view, size)
+
+# %% ../../nbs/planets/02_renderer.ipynb #sample-look
+# How far the white balance is off, typically; contrast of the surface and exposure of published pictures, least and most.
+_LOOKS = {
+    "Jupiter": (0.16, (0.35, 1.2), (0.75, 1.3)), "Mars": (0.04, (0.5, 1.25), (0.75, 1.3)),
+    "Mercury": (0.06, (0.7, 1.6), (0.65, 1.1)), "Moon": (0.09, (0.35, 1.05), (0.85, 1.4)),
+    "Pluto": (0.04, (0.7, 1.7), (0.75, 1.3)), "Saturn": (0.07, (0.6, 1.4), (0.75, 1.3)),
+    "Venus": (0.07, (0.4, 1.3), (0.75, 1.3)),
+}  # fmt: skip
+
+
+def _sample_look(body: str, rng: np.random.Generator) -> dict[str, float]:
+    "How a photograph is graded, at random: domain randomisation (Tobin et al. 2017, arXiv:1703.06907)."
+    cast, contrast, exposure = _LOOKS.get(body, (0.04, (0.6, 1.4), (0.75, 1.3)))
+    coarse = body == "Pluto" and rng.random() < 0.4  # most of its pictures were taken from the Earth
+    vivid, pale = rng.random() < (0.25 if body == "Jupiter" else 0.1), 0.85 if body in ("Mars", "Venus") else 0.6
+    return {
+        "exposure": rng.uniform(*exposure),
+        "warmth": np.clip(rng.normal(0, cast), -0.35, 0.35),
+        "tint": np.clip(rng.normal(0, 0.5 * cast), -0.15, 0.15),
+        "albedo_contrast": rng.uniform(*contrast),
+        "haze": rng.uniform(0, 2.5),
+        "saturation": rng.uniform(1.3, 2) if vivid else rng.uniform(pale, 1.3),
+        "gamma": rng.uniform(0.85, 1.25),
+        "blur": rng.uniform(0.01, 0.04) if coarse else max(rng.uniform(-0.024, 0.008), 0),
+    }
 
 # %% ../../nbs/planets/02_renderer.ipynb #sample-view
 def sample_view(body: str, rng: np.random.Generator) -> View:
     "A random view from the default data set's distribution."
     subject = get_body(body)
     season = min(subject.obliquity_deg, 180 - subject.obliquity_deg)  # how far from the equator the Sun gets
-    roll = rng.normal(0, 14) if rng.random() < 0.8 else rng.uniform(-180, 180)
+    roll = rng.normal(0, 14) if rng.random() < (0.5 if subject.rings else 0.8) else rng.uniform(-180, 180)
     phase = min(abs(rng.normal(0, 38)), 75) if rng.random() < 0.93 else rng.uniform(75, 110)
-    radius = rng.uniform(0.30, 0.42) if subject.rings else rng.uniform(0.55, 0.9)
+    if body in ("Moon", "Mercury") and rng.random() < 0.3:  # half and crescent
+        phase = rng.uniform(60, 130)
+    radius = rng.uniform(0.30, 0.42) if subject.rings else rng.uniform(*rng.choice([(0.55, 0.9), (0.85, 1)]))
     spare = max(1 - radius * subject.outer_radius, 0.02)
     # The Moon always shows us the same side; its far side is seen from spacecraft only.
-    near_side = body == "Moon" and rng.random() < 0.8
+    near_side = body == "Moon" and rng.random() < 0.6
     return View(
-        longitude_deg=float(np.clip(rng.normal(0, 40), -180, 180)) if near_side else rng.uniform(-180, 180),
+        longitude_deg=float(np.clip(rng.normal(0, 20), -180, 180)) if near_side else rng.uniform(-180, 180),
         latitude_deg=rng.uniform(-45, 45),
         roll_deg=roll,
         phase_deg=phase,
         light_angle_deg=roll + rng.choice([0, 180]) + rng.uniform(-1, 1) * max(season, 15),
         radius=radius,
         centre=(rng.uniform(-0.5, 0.5) * spare, rng.uniform(-0.5, 0.5) * spare),
-        exposure=rng.uniform(0.75, 1.15),
         fov_deg=rng.choice([0.0, rng.uniform(5, 45)]),
         limb_darkening=round(rng.uniform(0, 1) ** 0.7, 9),
-        warmth=np.clip(rng.normal(0, 0.03), -0.1, 0.1),
+        **_sample_look(body, rng),
     )
 
-
+# %% ../../nbs/planets/02_renderer.ipynb #render-many
 def render_many(
     per_class: int,  # images of each body
     size: int = 128,
     seed: int = 0,
     bodies: Sequence[str] | None = None,  # all ten by default
+    maps: Mapping[str, Sequence[np.ndarray]] = MappingProxyType({}),  # more maps of bodies, in linear light
 ) -> Iterator[tuple[str, int, View, np.ndarray]]:  # body, index, view, image
     "A data set, body by body. Image i of a body depends on (seed, body, i) alone."
     chosen = list(BODIES) if bodies is None else [get_body(name).name for name in bodies]
@@ -420,4 +474,8 @@ def render_many(
         for i in range(per_class):
             rng = np.random.default_rng([seed, list(BODIES).index(name), i])
             view = sample_view(name, rng)
-            yield name, i, view, render(name, view, size, int(rng.integers(2**31)))
+            number, own = int(rng.integers(2**31)), maps.get(name)
+            if own and rng.random() < 0.5:  # half of the images, whatever else is drawn
+                yield name, i, view, picture(get_body(name), own[number % len(own)], view, size)
+            else:
+                yield name, i, view, render(name, view, size, number)

@@ -251,8 +251,8 @@ _MERCURY_RAYS = [
 def paint_mercury(xyz: np.ndarray, seed: int) -> np.ndarray:
     "Grey-brown, evenly cratered, with a few rayed craters."
     height, bright = relief("Mercury", xyz.shape[1])
-    tone = 0.49 + 0.03 * noise(xyz, 21, 0.6) + 0.045 * noise(xyz, 22, 3.0)
-    tone += 0.13 * bright + 0.11 * np.clip(height, -0.5, 0.3) + 0.13 * mosaic_shading(height)
+    tone = 0.47 + 0.03 * noise(xyz, 21, 0.6) + 0.02 * noise(xyz, 22, 3) + 0.03 * noise(xyz, 23, 10)
+    tone += 0.24 * bright + 0.11 * np.clip(height, -0.5, 0.3) + 0.13 * mosaic_shading(height)
     for i, (lon, lat) in enumerate(_MERCURY_RAYS):
         tone += 0.17 * rays(xyz, lon, lat, 8 + 3 * (i % 3), i)
     return ramp(tone, "0 050404  0.45 797674  0.7 b8b4b0  1 f2eeea")
@@ -274,13 +274,16 @@ _MOON_RAYS = [
 
 
 def paint_moon(xyz: np.ndarray, seed: int) -> np.ndarray:
-    "Light cratered highlands, dark smooth maria, Tycho's rays."
+    "Light cratered highlands, dark smooth maria, Tycho's rays; softer on the other map, as from the Earth."
+    sharp = 1 if seed % 2 == 0 else 0.4
     height, bright = relief("Moon", xyz.shape[1])
     edge = spots(warp(xyz, 31, 0.045, 0.9), _MARIA, sharpness=2.5) + 0.05 * noise(xyz, 32, 3)
-    maria = smoothstep(0.30, 0.62, edge) * (0.85 + 0.14 * noise(xyz, 33, 0.9)).clip(0.5, 1)
+    maria = smoothstep(0.36 - 0.08 / sharp, 0.52 + 0.08 / sharp, edge + 0.07 * noise(xyz, 36, 1.5)) * (
+        0.82 + 0.16 * noise(xyz, 33, 0.9)
+    ).clip(0.4, 1)
     basin = 0.45 * spots(xyz, [(-170, -53, 26, 20)])  # South Pole-Aitken
-    rough = 0.10 * bright + 0.20 * np.clip(height, -0.5, 0.3) + 0.03 * noise(xyz, 34, 3)
-    rough += 0.18 * mosaic_shading(height)
+    rough = 0.16 * bright + 0.22 * np.clip(height, -0.5, 0.3) + 0.04 * noise(xyz, 34, 8)
+    rough = sharp * (rough + 0.18 * mosaic_shading(height))
     tone = 0.66 + 0.025 * noise(xyz, 35, 0.5) + rough * (1 - 0.6 * maria) - 0.30 * np.maximum(maria, basin)
     for i, (lon, lat, length) in enumerate(_MOON_RAYS):
         tone += 0.20 * rays(xyz, lon, lat, length, i + 50)
@@ -302,15 +305,31 @@ def _heart(
     return -np.sign(value) * np.abs(value) ** (1 / 3)
 
 
+def _pluto_from_afar(xyz: np.ndarray, seed: int) -> np.ndarray:
+    "What a telescope near the Earth sees: blurred patches of white, ochre and charcoal."
+    bent, lat = warp(xyz, seed + 170, 0.15, 0.3), lon_lat(xyz)[1]
+    tone = 0.58 + 0.12 * noise(bent, seed + 171, 0.5) + 0.10 * noise(bent, seed + 172, 1.3)
+    tone += 0.15 * smoothstep(35, 75, np.abs(lat)) - 0.35 * spots(bent, _PLUTO_DARK, 1.6)
+    colour = ramp(tone, "0.1 1c130e  0.3 553a26  0.5 9c7348  0.7 cbb191  0.9 f4ecde")
+    return mix(colour, "b5713a", 0.4 * smoothstep(0, 1.6, noise(bent, seed + 173, 0.8)))
+
+
 def paint_pluto(xyz: np.ndarray, seed: int) -> np.ndarray:
-    "Tan and ochre, a dark equator, and the bright heart."
+    "Tan and ochre, a dark equator, and the bright heart; every other map is the coarse one of old."
+    if seed % 2:
+        return _pluto_from_afar(xyz, seed)
     height, bright = relief("Pluto", xyz.shape[1])
     lat = lon_lat(xyz)[1]
     rough, fine = noise(xyz, 61, 0.9), noise(xyz, 62, 3)
-    tone = 0.60 + 0.07 * rough + 0.05 * fine + 0.12 * np.clip(height, -0.6, 0.4) + 0.05 * bright
+    tone = (
+        0.64 + 0.09 * rough + 0.05 * fine + 0.02 * noise(xyz, 65, 9) + 0.12 * np.clip(height, -0.6, 0.4) + 0.05 * bright
+    )
     tone += 0.10 * smoothstep(25, 70, lat) + 0.08 * smoothstep(-20, -55, lat) + 0.12 * mosaic_shading(height)
-    dark = smoothstep(0.22, 0.62, spots(warp(xyz, 63, 0.09, 0.8), _PLUTO_DARK, 2.2) + 0.09 * rough + 0.06 * fine)
-    colour = ramp(tone, "0 20130e  0.4 7d6658  0.62 bfae9e  0.8 dfd6cb  1 f8f4ee")
+    spread = 0.14 if seed % 4 == 2 else 0  # on the strongly graded map, where the frost is white
+    dark = spots(warp(xyz, 63, 0.09, 0.8), _PLUTO_DARK, 2.2) + 0.09 * rough + 0.06 * fine
+    dark = smoothstep(0.22 - spread, 0.62 - spread, dark)
+    tone += 1.3 * spread * smoothstep(-20, 40, lat) - spread * smoothstep(-15, -60, lat)
+    colour = ramp(tone, "0 20130e  0.4 77625a  0.62 bdb0a8  0.8 e2dcd8  1 faf8f6")
     colour = mix(colour, ramp(fine, "-2 1d0f0b  2 4d2e24"), 0.95 * dark)
     east, north = spot_frame(warp(xyz, 64, 0.022, 1.6), 184, 9)
     tilt, size = np.radians(14), 27.0
@@ -337,25 +356,45 @@ _MARS_PALE: list[Spot] = [
 _MARINERIS: list[Spot] = [(277, -7, 7, 1.1), (288, -9, 9, 1.6), (300, -12, 8, 1.6), (312, -14, 6, 1.4)]
 _VOLCANOES = [(226.2, 18.6, 5), (255.5, 11.8, 3.2), (247, 0.8, 3.2), (239.5, -8.5, 3.4), (147, 25, 3.2)]
 
+# %% ../../nbs/planets/01_surfaces.ipynb #mars-seasons
+@lru_cache(maxsize=2)
+def _mars_places(width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # 0 to 1 each
+    "What all seasons have in common: the dark regions, the pale ones, and the canyon."
+    xyz = grid_directions(width)
+    bent = warp(xyz, 73, 0.06, 0.9)
+    return spots(bent, _MARS_DARK, 1.8), spots(bent, _MARS_PALE), spots(xyz, _MARINERIS)
+
+
+# Where a region begins to be dark, how dark it is, its colours, and the latitudes that the caps reach.
+_MARS_SEASONS = (
+    *((0.18, 0.88, "-2 2c1c18  2 5d3a2a", 77, 80), (0.12, 0.80, "-2 353028  2 5a5040", 66, 78)),
+    *((0.06, 0.92, "-2 25222e  2 50445a", 80, 70), (0.16, 0.45, "-2 4c3426  2 77523a", 74, 80)),
+)
+
 
 def paint_mars(xyz: np.ndarray, seed: int) -> np.ndarray:
-    "Rust deserts, dark regions, canyon, volcanoes and caps."
+    "Rust deserts, dark regions, canyon, volcanoes and caps; the season follows the seed."
+    dark_from, contrast, dark_colours, north_cap, south_cap = _MARS_SEASONS[seed % 4]
     height, _ = relief("Mars", xyz.shape[1])
     lat = lon_lat(xyz)[1]
-    rough, fine = noise(xyz, 71, 0.9), noise(xyz, 72, 3)
-    bent = warp(xyz, 73, 0.06, 0.9)
-    dark = smoothstep(0.18, 0.75, spots(bent, _MARS_DARK, 1.8) + 0.07 * rough + 0.06 * fine)
-    tone = 0.54 + 0.04 * rough + 0.03 * fine + 0.14 * spots(bent, _MARS_PALE) + 0.12 * mosaic_shading(height)
+    rough, fine, grain = noise(xyz, 71, 0.9), noise(xyz, 72, 3), noise(xyz, 75, 9)
+    dark_places, pale_places, canyon = _mars_places(xyz.shape[1])
+    dark = smoothstep(dark_from, dark_from + 0.57, dark_places + 0.10 * rough + 0.07 * fine + 0.04 * grain)
+    tone = 0.54 + 0.04 * rough + 0.03 * fine + 0.03 * grain + 0.12 * pale_places + 0.12 * mosaic_shading(height)
     colour = ramp(tone, "0 2a120b  0.4 8d4626  0.58 b9653a  0.75 d68f5e  1 f0c79c")
-    colour = mix(colour, ramp(fine, "-2 2c1c18  2 5d3a2a"), 0.88 * dark)
-    colour = mix(colour, "4a2418", 0.75 * smoothstep(0.35, 0.75, spots(xyz, _MARINERIS) + 0.07 * fine))
+    colour = mix(colour, ramp(fine, dark_colours), contrast * dark)
+    colour = mix(colour, "4a2418", 0.75 * smoothstep(0.35, 0.75, canyon + 0.07 * fine))
     for lon, north, size in _VOLCANOES:
         r = np.hypot(*spot_frame(xyz, lon, north)) / size
         colour = mix(colour, "e0a878", 0.5 * np.exp(-8 * (r - 0.9) ** 2)) * (1 - 0.45 * np.exp(-30 * r**2))[..., None]
     ragged = lat + 2.5 * rough + 1.2 * fine
     colour = mix(colour, "33201b", 0.6 * smoothstep(62, 70, ragged) * smoothstep(84, 76, ragged))
-    caps = smoothstep(77, 80, ragged) + smoothstep(-80, -84, ragged + 2)
-    return mix(colour, "f4efe8", np.clip(caps, 0, 1))
+    caps = smoothstep(north_cap, north_cap + 3, ragged) + smoothstep(-south_cap, -south_cap - 4, ragged + 2)
+    colour = mix(colour, "f4efe8", np.clip(caps, 0, 1))
+    if not seed % 4:
+        return colour
+    clouds = smoothstep(0.2, 1.6, 0.5 * noise(xyz, seed + 74, 0.8) + 0.03 * np.abs(lat) - 0.8)
+    return mix(colour, "dfe3ea", 0.6 * clouds)
 
 # %% ../../nbs/planets/01_surfaces.ipynb #land-mask
 @lru_cache(maxsize=4)
@@ -402,7 +441,10 @@ def paint_land(
     dry = smoothstep(0.15, 0.75, spots(bent, _DESERTS) + 0.06 * rough)
     colour = mix(colour, ramp(rough, "-2 a5814e  0 c8a66d  2 e2c792"), dry)
     heights = spots(bent, [(88, 33, 13, 4), (-72, -14, 3, 8), (-69, -28, 3, 10), (-112, 45, 6, 10), (75, 36, 6, 3)])
-    return mix(colour, "9c8b70", 0.6 * heights) * (1 + 0.06 * rough + 0.06 * noise(xyz, 85, 3))[..., None]
+    return (
+        mix(colour, "9c8b70", 0.6 * heights)
+        * (1 + 0.06 * rough + 0.06 * noise(xyz, 85, 3) + 0.06 * noise(xyz, 86, 9))[..., None]
+    )
 
 # %% ../../nbs/planets/01_surfaces.ipynb #paint-earth
 def paint_earth(xyz: np.ndarray, seed: int) -> np.ndarray:
@@ -433,6 +475,9 @@ def swirl(
     return xyz * cos + np.cross(k, xyz) * sin + k * along[..., None] * (1 - cos)
 
 
+_CLOUDINESS = (0, 0.25, -0.3, 0.45, -0.1)  # of the maps
+
+
 def paint_clouds(
     ground: np.ndarray,  # the colours below
     xyz: np.ndarray,  # unit vectors
@@ -450,8 +495,9 @@ def paint_clouds(
         [-90, -75, -55, -25, -10, 4, 12, 25, 50, 70, 90],
         [0.1, 0.1, 0.75, -0.3, 0.1, 0.5, 0.1, -0.45, 0.4, 0.3, 0.1],
     )
-    cover = 0.75 * noise(bent, seed + 91, 0.7, stretch=1.7) + 0.35 * noise(bent, seed + 92, 2.6) + 0.5 * wet
-    return mix(ground, "ffffff", 0.92 * smoothstep(0.5, 1.85, cover))
+    cover = 0.7 * noise(bent, seed + 91, 0.7, stretch=1.7) + 0.4 * noise(bent, seed + 92, 2.6) + 0.5 * wet
+    cover += 0.45 * noise(bent, seed + 93, 7)
+    return mix(ground, "ffffff", 0.92 * smoothstep(0.35, 2.0, cover + _CLOUDINESS[seed % 5]))
 
 # %% ../../nbs/planets/01_surfaces.ipynb #paint-venus
 def shear(
@@ -462,14 +508,37 @@ def shear(
     cos, sin, (x, y, z) = np.cos(angle), np.sin(angle), np.moveaxis(xyz, -1, 0)
     return np.stack([x * cos - y * sin, x * sin + y * cos, z], axis=-1)
 
+# %% ../../nbs/planets/01_surfaces.ipynb #venus-faces
+_VENUS_HIGHLANDS: list[Spot] = [
+    (0, 66, 30, 9), (85, -5, 26, 11), (120, -8, 26, 10), (160, -12, 26, 9), (200, 5, 14, 9), (283, 28, 9, 14),
+    (280, -20, 12, 12), (30, 25, 14, 8), (310, -35, 16, 9),
+]  # fmt: skip
+
+
+def _venus_by_radar(xyz: np.ndarray, seed: int) -> np.ndarray:
+    "The ground: lava plains in brown and orange, bright knotted highlands, pits."
+    bent = warp(xyz, seed + 180, 0.05, 1.5)
+    rough, fine = noise(bent, seed + 181, 0.8), noise(xyz, seed + 182, 8)
+    high = spots(bent, _VENUS_HIGHLANDS, 1.6) + 0.12 * rough
+    threads = np.maximum(*(np.exp(-((noise(bent, seed + 183 + i, 0.8 + i) / 0.16) ** 2)) for i in range(2)))
+    threads = threads * smoothstep(-1.2, 0.8, noise(bent, seed + 186, 0.7))
+    tone = 0.42 + 0.06 * rough + 0.05 * fine + 0.12 * high + threads * (0.2 + 0.4 * np.clip(high, 0, 1))
+    pits = crater_list(16, seed + 185, 1.2, 5)
+    tone -= 0.16 * spots(bent, [(lon, lat, size, size) for lon, lat, size, _ in pits], 3)
+    return ramp(tone, "0 1c0d04  0.25 653209  0.45 a9611a  0.65 d8953a  0.85 f5d67e  1 fff2c4")
+
 
 def paint_venus(xyz: np.ndarray, seed: int) -> np.ndarray:
-    "Streaked cream and ochre clouds."
+    "Streaked cream and ochre clouds; every third map shows them in ultraviolet, and the one after it the ground."
+    if seed % 3 == 2:
+        return _venus_by_radar(xyz, seed)
     bent = shear(xyz, 2.2 * np.abs(xyz[..., 2]) + 0.12 * noise(xyz, seed + 101, 0.7))
     bent = bent + 0.035 * noise(xyz, seed + 102, 0.7)[..., None]
     streaks = 0.9 * noise(bent, seed + 103, 0.4, stretch=3.2) + 0.3 * noise(bent, seed + 104, 1.1, stretch=4)
-    tone = 0.56 + 0.15 * streaks + 0.08 * smoothstep(0.7, 0.95, np.abs(xyz[..., 2]))
-    return ramp(tone, "0 9a6a35  0.3 cf9a55  0.55 e9bf7c  0.8 f8dca4  1 fff1cf")
+    poles = smoothstep(0.7, 0.95, np.abs(xyz[..., 2]))
+    if seed % 3 == 0:
+        return ramp(0.56 + 0.15 * streaks + 0.08 * poles, "0 9a6a35  0.3 cf9a55  0.55 e9bf7c  0.8 f8dca4  1 fff1cf")
+    return ramp(0.5 + 0.17 * streaks + 0.2 * poles, "0 6a4526  0.3 a87442  0.55 d9a866  0.8 f3dfba  1 fffaf0")
 
 # %% ../../nbs/planets/01_surfaces.ipynb #paint-jupiter
 _JUPITER_BELTS = (
@@ -487,9 +556,10 @@ def paint_jupiter(xyz: np.ndarray, seed: int) -> np.ndarray:
     bent = shear(xyz, 0.25 * noise(xyz, seed + 111, 0.8, stretch=4))
     curl = noise(bent, seed + 112, 1.1, stretch=2.2)
     fade = smoothstep(75, 40, np.abs(lat))
-    colour = ramp(lat + (0.4 + 0.7 * fade) * curl + 0.5 * noise(bent, seed + 113, 3, stretch=2), _JUPITER_BELTS)
-    threads = noise(bent, seed + 114, 0.8, stretch=7)
-    colour = colour * (1 + 0.045 * threads * (0.4 + fade))[..., None]
+    colour = ramp(lat + (0.4 + 0.7 * fade) * curl + 0.6 * noise(bent, seed + 113, 4, stretch=2), _JUPITER_BELTS)
+    threads = noise(bent, seed + 114, 0.8, stretch=7) + 0.7 * noise(bent, seed + 117, 1.6, stretch=9)
+    narrow = np.interp(lat + 0.5 * curl, np.arange(-92, 93, 2.5), rng.normal(0, 1, 74))
+    colour = colour * (1 + (0.05 * threads + 0.045 * narrow) * (0.4 + fade))[..., None]
     ovals = [(float(a), -33.5 + rng.normal(0, 0.5), 2.6, 1.8) for a in np.arange(0, 240, 32) + rng.uniform(-9, 9, 8)]
     colour = mix(colour, "f3ecde", 0.75 * spots(xyz, ovals))
     barges = [(float(a), 15.5, 3.0, 1.1) for a in rng.uniform(-180, 180, 6)]
@@ -526,7 +596,8 @@ def paint_saturn(xyz: np.ndarray, seed: int) -> np.ndarray:
     lat = lon_lat(xyz)[1]
     bent = shear(xyz, 0.2 * noise(xyz, seed + 121, 0.6, stretch=5))
     colour = ramp(lat + 0.5 * noise(bent, seed + 122, 0.9, stretch=3), _SATURN_BELTS)
-    return colour * (1 + 0.018 * noise(bent, seed + 123, 0.5, stretch=14))[..., None]
+    narrow = np.interp(lat, np.arange(-92, 93, 2.5), np.random.default_rng([seed, 43]).normal(0, 1, 74))
+    return colour * (1 + 0.018 * noise(bent, seed + 123, 0.5, stretch=14) + 0.02 * narrow)[..., None]
 
 # %% ../../nbs/planets/01_surfaces.ipynb #paint-uranus
 def paint_uranus(xyz: np.ndarray, seed: int) -> np.ndarray:
@@ -567,18 +638,32 @@ _PAINTERS = {
 }
 
 
+# The colours that published pictures of a body have, map by map, and how much of each is mixed in.
+_TINTS = {
+    "Jupiter": ("", "c0703a 0.3", "d9cfc0 0.35", "8a5630 0.3", "cfa592 0.3"),
+    "Mars": ("", "d08a4a 0.35", "b0562c 0.2", "d9a070 0.35"),
+    "Neptune": ("", "74a6e2 0.45", "2747b8 0.4", "90b6da 0.55", "3a86e8 0.4"),
+    "Saturn": ("", "e6cf52 0.45", "a3937a 0.4", "f0e2c0 0.4"),
+    "Uranus": ("", "7e9aa4 0.7", "82d6e8 0.6", "a8d4cc 0.6"),
+}
+
+
 def surface_map(
     body: str,  # one of the ten
-    seed: int = 0,  # the weather; bodies without weather have one map
+    seed: int = 0,  # the weather, and the instrument; bodies of one map have none
     width: int = 512,  # columns, even; half as many rows
 ) -> np.ndarray:  # float (width // 2, width, 3), display colours 0 to 1
     "The equirectangular colour map of a body, north up, longitude -180 at the left."
     get_body(body)
     if width < 16 or width % 2:
         raise ValueError(f"width {width} is not an even number from 16 up")
-    return np.clip(_PAINTERS[body](grid_directions(width), seed), 0, 1)
+    colours, tints = _PAINTERS[body](grid_directions(width), seed), _TINTS.get(body, ("",))
+    if tint := tints[seed % len(tints)]:
+        code, share = tint.split()
+        colours = mix(colours, code, np.array(float(share)))
+    return np.clip(colours, 0, 1)
 
-
+# %% ../../nbs/planets/01_surfaces.ipynb #sample-map
 def sample_map(
     texture: np.ndarray,  # (rows, columns, channels), a whole map
     lon: np.ndarray,  # radians, a flat array
