@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 # What only a project about worlds would say. The strange worlds that a model is shown to see if it calls them unknown are
 # told by their code.
-WORLDS = r"planet|\bmoon\b|saturn|jupiter|celestial bod|\bbody\b|swiss|sky\b"
+WORLDS = r"planet|\bmoon\b|saturn|jupiter|celestial bod|\bbody\b|swiss"
 
 
 def shapes(folder: Path, count: int) -> Path:
