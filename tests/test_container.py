@@ -33,6 +33,7 @@ PACKAGE = (  # what of a run is served
     "model.int8.onnx",
     "model_card.html",
     "reference.npz",
+    "held_out.npz",
     "selftest.npz",
     "performance.*",
 )

@@ -69,7 +69,9 @@ def test_calibration_is_the_served_one(metrics: dict, smoke: Plan) -> None:
 def test_unknown_images_are_compared_by_kind_and_by_score(metrics: dict) -> None:
     unknown = metrics["unknown"]
     assert {"bodies", "textures", "noise", "blank", "photographs"} <= unknown["kinds"].keys()
-    assert {"mahalanobis", "relative_mahalanobis", "knn", "energy", "max_softmax"} == unknown["compared"].keys()
+    assert {"mahalanobis", "relative_mahalanobis", "knn", "energy", "max_softmax", "combined"} == unknown[
+        "compared"
+    ].keys()
     assert all(0 <= kind["unknown"] <= 1 and 0 <= kind["auroc"] <= 1 for kind in unknown["kinds"].values())
     assert len(unknown["bodies"]) >= 5 and not set(unknown["bodies"]) & set(metrics["per_class"])
 

@@ -20,15 +20,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
 
 from ..core.domains import Pictures, domain_of
 from ..core.errors import CelestialError
-from ..core.params import Prepare
 from .images import decode_image, find_pictures
-from .prepare import Preparer
 
 # %% ../../nbs/data/14_ood_images.ipynb #draw-all
 Draw = Callable[[int, int, np.random.Generator], np.ndarray]  # (index, size, generator) → uint8 (size, size, 3)
@@ -201,8 +199,8 @@ def _pictures_in(folder: str | Path) -> Pictures:
         )
 
     def draw(n: int, size: int, seed: int) -> np.ndarray:
-        half, prepare = paths[seed % 2 :: 2], Preparer(Prepare(size=size))
-        return np.stack([prepare(decode_image(path)) for path in half[:n]])
+        half = (Image.fromarray(decode_image(path)) for path in paths[seed % 2 :: 2][:n])
+        return np.stack([np.asarray(ImageOps.pad(picture, (size, size))) for picture in half])
 
     return draw
 

@@ -187,8 +187,10 @@ def _static(graph: onnx.ModelProto, images: Sequence[np.ndarray], nodes: list[st
     with tempfile.TemporaryDirectory() as folder:
         source, target = (str(Path(folder) / name) for name in ("float.onnx", "int8.onnx"))
         onnx.save(graph, source)
-        level = logging.root.manager.disable
-        logging.disable(logging.WARNING)  # a line for every scale that is rounded
+        # The quantiser logs a line for every scale, through a handler that it would add to the root.
+        level, handler = logging.root.manager.disable, logging.NullHandler()
+        logging.disable(logging.WARNING)
+        logging.root.addHandler(handler)
         try:
             quantize_static(
                 source,
@@ -203,6 +205,7 @@ def _static(graph: onnx.ModelProto, images: Sequence[np.ndarray], nodes: list[st
             )
         finally:
             logging.disable(level)
+            logging.root.removeHandler(handler)
         return onnx.load(target)
 
 
