@@ -64,7 +64,9 @@ def marks(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_auto_does_not_turn_what_a_turn_would_change(at_home: Path) -> None:
-    model, train, table = choose(marks(160, 0), marks(60, 1), 4, Model(network="auto"), Train(augment="auto"), seed=7)
+    model, train, table = choose(
+        marks(80, 0), marks(40, 1), 4, Model(network="auto"), Train(augment="auto", epochs=5), seed=7
+    )
     assert train.augment in ("upright", "none")
     by_level = table[table.network == "efficientnet_lite0"].set_index("augment").score
     assert by_level["sky"] < by_level[["upright", "none"]].max() - 0.05
