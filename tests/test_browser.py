@@ -605,6 +605,10 @@ def test_a_project_of_another_domain(browser, tmp_path):
         )
         assert page.get_by_role("tab", name="Try to fool it").count() == 0
         page.get_by_role("button", name="green").click()
-        headline(page, "green")
+        try:
+            headline(page, "green")
+        except AssertionError:  # on a busy machine the page may still be starting when it is clicked
+            page.get_by_role("button", name="green").click()
+            headline(page, "green")
         assert page.get_by_alt_text("Example: green").is_visible() and sideways(page) == 0 and violations(page) == []
         context.close()

@@ -162,7 +162,8 @@ def build_compare(host: Host, tab: Any) -> None:
 
     raw: dict[str, Any] = QUIET | {"preprocess": False}  # Gradio would open the file
     run: dict[str, Any] = {"fn": show, "inputs": [source, one, other], "outputs": [left, first, second, both]} | raw
+    last = raw | {"trigger_mode": "always_last"}  # a picture is not lost while another is answered
     tab.select(opened, source, [source, picture, one, other], **QUIET).then(**run)
     gr.on([one.input, other.input], **run)
-    picture.input(replace, [picture, source], source, **raw).then(**run)
-    drop.upload(dropped, [drop, source], [source, drop, picture], **raw).then(**run)
+    picture.input(replace, [picture, source], source, **last).then(**run)
+    drop.upload(dropped, [drop, source], [source, drop, picture], **last).then(**run)
