@@ -154,8 +154,7 @@ def build_compare(host: Host, tab: Any) -> None:
         return replace(upload_path(file), before), None, None
 
     def opened(source: str | None) -> list[Any]:
-        model = host.current()
-        names, some = list(choices(model)), list(tiles(model))
+        names, some = list(choices(host.current())), list(tiles(host.current()))
         source = source or next(iter(some), None)
         pictures = gr.Dropdown(some, value=source if source in some else None, visible=bool(some))
         return [source, pictures, *(gr.Dropdown(names, value=value) for value in ([*names, None, None])[:2])]

@@ -208,7 +208,7 @@ def _static(graph: onnx.ModelProto, images: Sequence[np.ndarray], nodes: list[st
             logging.root.removeHandler(handler)
         return onnx.load(target)
 
-
+# %% ../../nbs/model/14_compress.ipynb #session-of
 def _session(content: Path | bytes) -> onnxruntime.InferenceSession:
     "A file on one thread."
     options = onnxruntime.SessionOptions()
