@@ -2,20 +2,22 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
-from celestial_ml.cli.app import app
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.params import Data
 from celestial_ml.data.catalog import image_files, make_catalog, with_split
 from celestial_ml.data.sources import make_data_set, production_catalog
 from celestial_ml.flow.pipeline import make_plan
 from celestial_ml.workbench.new_project import new_project
+
+COMMAND = Path(sys.executable).with_name("celestial")
 
 
 def flat(folder: Path, count: int = 24) -> Path:
@@ -29,9 +31,8 @@ def flat(folder: Path, count: int = 24) -> Path:
 
 def celestial(*arguments: object) -> "tuple[int, str, str]":
     "Exit code, standard output and standard error of a command."
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
+    result = subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True)
+    return result.returncode, result.stdout, result.stderr
 
 
 def table(head: str = "file_name,label", separator: str = ",", count: int = 24) -> str:
