@@ -17,7 +17,7 @@ from celestial_ml.data.sources import make_data_set, production_catalog
 from celestial_ml.flow.pipeline import make_plan
 from celestial_ml.workbench.new_project import new_project
 
-COMMAND = Path(sys.executable).with_name("celestial")
+COMMAND, ROOT = Path(sys.executable).with_name("celestial"), Path(__file__).resolve().parents[1]
 
 
 def flat(folder: Path, count: int = 24) -> Path:
@@ -29,9 +29,11 @@ def flat(folder: Path, count: int = 24) -> Path:
     return folder
 
 
-def celestial(*arguments: object) -> "tuple[int, str, str]":
+def celestial(*arguments: object, folder: Path = ROOT) -> "tuple[int, str, str]":
     "Exit code, standard output and standard error of a command."
-    result = subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True)
+    # Neither the environment nor the folder of tests that ran before
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("CELESTIAL_", "MLFLOW_"))}
+    result = subprocess.run([COMMAND, *map(str, arguments)], cwd=folder, env=env, capture_output=True, text=True)
     return result.returncode, result.stdout, result.stderr
 
 
@@ -238,7 +240,7 @@ def test_a_new_project_of_a_table(tmp_path: Path, kind: str) -> None:
     before = Path.cwd()
     os.chdir(tmp_path / "pets")
     try:
-        code, out, err = celestial("data", "check", "--json")
+        code, out, err = celestial("data", "check", "--json", folder=Path.cwd())
     finally:
         os.chdir(before)
     assert code == 0 and "2 classes" in out, err
