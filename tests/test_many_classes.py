@@ -242,7 +242,10 @@ def test_the_sheet_of_the_command_has_500_pictures_at_most(tmp_path: Path) -> No
             Image.new("RGB", (16, 16)).save(tmp_path / "photos" / name / f"{i}.png")
     command = ["data", "show", str(tmp_path / "photos"), "--output", str(tmp_path / "sheet.png")]
     done = subprocess.run(
-        [Path(sys.executable).with_name("celestial"), *command], cwd=tmp_path, capture_output=True, text=True
+        [Path(sys.executable).with_name("celestial"), *command],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "sheet.png").height < 3100, "26 rows, of one picture a class"
