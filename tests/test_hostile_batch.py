@@ -408,7 +408,9 @@ def test_lists_in_every_coding(coding: str, files: list[str], model: Predictor, 
     assert bad == {3: "unreadable", 4: "unreadable"}
 
 
-def test_a_list_of_what_isnt_a_file(files: list[str], model: Predictor, tmp_path: Path) -> None:
+def test_a_list_of_what_isnt_a_file(
+    files: list[str], model: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.mkfifo(tmp_path / "fifo.jpg")
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "dangling.jpg").symlink_to("nowhere")
@@ -416,7 +418,7 @@ def test_a_list_of_what_isnt_a_file(files: list[str], model: Predictor, tmp_path
     with (tmp_path / "long.jpg").open("wb") as file:
         file.truncate(1 << 40)
     with socket.socket(socket.AF_UNIX) as server:
-        os.chdir(tmp_path)
+        monkeypatch.chdir(tmp_path)
         server.bind("socket.jpg")
     names = ["fifo.jpg", "folder.jpg", "dangling.jpg", "loop.jpg", "socket.jpg", "long.jpg", "list.txt"]
     names += [
