@@ -6,7 +6,6 @@ import importlib.util
 import os
 import re
 import resource
-import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from urllib.parse import unquote, urldefrag
 import pytest
 import typer
 import yaml
+from printed import HANDWRITTEN, PAGES, commands_of
 from programs import chromium, web_server
 from typer.core import TyperGroup
 from typer.testing import CliRunner
@@ -46,7 +46,6 @@ CHANGES = {
     "another leftover file to skip": ("core", "nbs/core/08_folders.ipynb", "is_leftover"),
 }
 
-HANDWRITTEN = sorted(path for path in NBS.glob("*.md"))
 sys.path.insert(0, str(NBS / "docs-assets"))
 
 import docments  # noqa: E402
@@ -113,37 +112,6 @@ def test_every_command_is_explained(pages: dict[str, str]) -> None:
             assert option == "--help" or option in there, f"{' '.join(words)} has {option}"
         assert "Example: `celestial " in there
     assert seen > 20
-
-
-def code_of(path: Path) -> str:
-    "The code on a page, a command a line: blocks, spans in the text, and the cells of a notebook that go to the shell."
-    text, cells = path.read_text(), []
-    if path.suffix == ".ipynb":
-        cells = [("".join(cell["source"]), cell["cell_type"]) for cell in read_json(path)["cells"]]
-        text = "\n".join(source for source, kind in cells if kind == "markdown")
-    shell = [source for source, kind in cells if kind == "code" and source.startswith("%%sh")]
-    blocks = re.findall(r"^```.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL) + re.findall(
-        r"^    .*$", text, re.MULTILINE
-    )
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
-    return "\n".join([*blocks, *shell, *spans]).replace("\\\n", " ")
-
-
-PAGES = [ROOT / "README.md", *HANDWRITTEN, *sorted((NBS / "guides").glob("*.ipynb"))]
-
-
-def commands_of(path: Path, program: str) -> list[list[str]]:
-    "The words behind a program's name, each time that a page calls it."
-    found = []
-    for line in code_of(path).splitlines():
-        for part in re.split(r"\s[|<>]+\s|&&|;|2>", line):
-            words = shlex.split(part.replace("'", '"') if part.count("'") % 2 else part, comments=True)
-            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-                words = words[1:]
-            if words[:1] == [program]:
-                found.append(words[1:])
-    return found
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'TheService', 'TheModel', 'api', 'NO_MODEL', 'NO_KEY', 'BUSY', 'FORM', 'BAD_FORM', 'BAD_IMAGE', 'FOR_PICTURES',
-           'PICTURES', 'SERVICE', 'Log', 'Service', 'score_silently', 'build_app']
+           'Log', 'Service', 'score_silently', 'build_app']
 
 # %% ../../nbs/serve/20_api.ipynb #979f28ab
 import asyncio
@@ -105,17 +105,6 @@ class BatchAnswer(BaseModel):
 
 # %% ../../nbs/serve/20_api.ipynb #feedback-x
 NO_NUL = r"^[^\x00]*$"  # PostgreSQL cannot store one
-MODEL: dict[str, Any] = {
-    "name": "celestial",
-    "version": "celestial/3",
-    "classes": ["Jupiter", "Saturn"],
-    "ood_threshold": 16.9,
-    "sha256": EXAMPLE["sha256"],
-    "input": {"size": 64, "grayscale": False},
-    "metrics": {"accuracy": 0.98, "images": 300},
-    "lineage": {"run": "default"},
-    "card": "/model/card",
-}
 
 
 class Feedback(BaseModel):
@@ -139,6 +128,19 @@ class Thanks(BaseModel):
 
     request_id: str
     status: str = "kept"
+
+# %% ../../nbs/serve/20_api.ipynb #model-info-form
+MODEL: dict[str, Any] = {
+    "name": "celestial",
+    "version": "celestial/3",
+    "classes": ["Jupiter", "Saturn"],
+    "ood_threshold": 16.9,
+    "sha256": EXAMPLE["sha256"],
+    "input": {"size": 64, "grayscale": False},
+    "metrics": {"accuracy": 0.98, "images": 300},
+    "lineage": {"run": "default"},
+    "card": "/model/card",
+}
 
 
 class ModelInfo(BaseModel):
@@ -359,6 +361,8 @@ BAD_IMAGE = errors(
     polyglot="the image is an archive as well",
 )
 FOR_PICTURES = BAD_IMAGE | BUSY | NO_KEY
+
+# %% ../../nbs/serve/20_api.ipynb #route-groups
 PICTURES: list[str | Enum] = ["Pictures"]  # groups of /docs
 SERVICE: list[str | Enum] = ["Service"]
 
@@ -394,7 +398,7 @@ async def predict(request: Request) -> Response:
     [(_, content)] = await read_files(request, "image", 1)
     return as_json(await answer_picture(service, request, request.state.request_id, content))
 
-
+# %% ../../nbs/serve/20_api.ipynb #predict-batch
 @api.post(
     "/predict/batch",
     summary="Classify several pictures",
@@ -547,7 +551,7 @@ async def metrics(service: TheService) -> Response:
     "Counters and gauges of this process, in Prometheus's text format."
     return Response(service.metrics.page(), media_type="text/plain; version=0.0.4")
 
-
+# %% ../../nbs/serve/20_api.ipynb #add-docs
 def add_docs(app: FastAPI) -> None:
     "Serve `/docs` without the internet."
     app.mount("/docs/static", StaticFiles(directory=str(files("fastapi_offline") / "static")), "docs")
