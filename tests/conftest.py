@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from projects import ROOT, Celestial, copy_project
+from projects import Celestial, copy_project, guide_folder
 from typer.testing import CliRunner
 
 from celestial_ml.cli.app import app
@@ -20,10 +20,8 @@ from celestial_ml.flow.pipeline import Plan, make_plan
 @pytest.fixture(scope="session")
 def guide_images() -> Path:
     "The guide's 1,500 images, from `CELESTIAL_GUIDE_DATA`, `data/raw` or a folder beside the repository; else skip."
-    places = [os.environ.get("CELESTIAL_GUIDE_DATA"), ROOT / "data/raw", ROOT.parent / "shared/data/celestial"]
-    for place in filter(None, places):
-        if Path(place).is_dir():
-            return Path(place)
+    if folder := guide_folder():
+        return folder
     pytest.skip("the guide's images are not here: celestial data get guide, or set CELESTIAL_GUIDE_DATA")
 
 

@@ -11,6 +11,18 @@ NBS = ROOT / "nbs"
 HANDWRITTEN = sorted(NBS.glob("*.md"))
 
 
+def prose_of(path: Path) -> str:
+    "The text of a page, without a notebook's code."
+    if path.suffix != ".ipynb":
+        return path.read_text()
+    return "\n".join("".join(c["source"]) for c in read_json(path)["cells"] if c["cell_type"] == "markdown")
+
+
+def first_code(notebook: Path) -> str:
+    "The first code cell of a notebook."
+    return next("".join(c["source"]) for c in read_json(notebook)["cells"] if c["cell_type"] == "code")
+
+
 def code_of(path: Path) -> str:
     "The code on a page, a command a line: blocks, spans in the text, and the cells of a notebook that go to the shell."
     text, cells = path.read_text(), []

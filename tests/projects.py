@@ -1,5 +1,6 @@
 "A copy of the project, to run and to change at will."
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -21,6 +22,12 @@ COPIED = (
     "data/raw.dvc",
 )
 Celestial = Callable[..., subprocess.CompletedProcess]
+
+
+def guide_folder() -> Path | None:
+    "Where the guide's images are, None where nowhere."
+    places = [os.environ.get("CELESTIAL_GUIDE_DATA"), ROOT / "data/raw", ROOT.parent / "shared/data/celestial"]
+    return next((Path(place) for place in places if place and Path(place).is_dir()), None)
 
 
 def copy_project(folder: Path) -> Path:

@@ -18,14 +18,18 @@ from urllib.parse import unquote, urldefrag
 import pytest
 import typer
 import yaml
-from printed import HANDWRITTEN, PAGES, commands_of
+from printed import HANDWRITTEN, PAGES, commands_of, first_code, prose_of
 from programs import chromium, web_server
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
+from celestial_ml.core import many_classes
 from celestial_ml.core.files import read_json, write_json
+from celestial_ml.core.intervals import share_interval
 from celestial_ml.core.params import known_keys, load_params
-from celestial_ml.flow.steps import SECTIONS, load_tasks
+from celestial_ml.data.corruptions import CORRUPTIONS
+from celestial_ml.flow.steps import SECTIONS, load_tasks, step_parameters
+from celestial_ml.planets.bodies import BODIES
 from celestial_ml.serve.settings import ServeSettings
 from celestial_ml.workbench.generated_files import fill_figures
 
@@ -176,6 +180,61 @@ def test_figures_are_those_of_the_committed_results() -> None:
     for row in rows:
         commands = re.findall(r"`([^`]+)`", row[2])
         assert commands and all(re.match(r"celestial|make|python -m bench", one) for one in commands), row
+
+
+COUNT = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+LESSON, DEFAULT = load_params("lesson", folder=ROOT / "params"), load_params("default", folder=ROOT / "params")
+# What a page says, and what it follows from: page, words with a gap, what belongs into the gap.
+STATEMENTS = [
+    ("README.md", "renders {:,} images", len(BODIES) * DEFAULT.data.per_class),
+    ("README.md", "`make run` executes {} notebooks", COUNT[len(load_tasks(ROOT, "default"))]),
+    ("README.md", "`predictions.parquet`, {} plots", COUNT[sum(path.suffix == ".png" for path in load_tasks(ROOT, "default")["evaluate"].product.values())]),
+    ("README.md", "{} [guides]", COUNT[len(list((NBS / "guides").glob("[0-9]*.ipynb")))].capitalize()),
+    ("README.md", "our renderer draws {} bodies", COUNT[len(BODIES)]),
+    ("README.md", "| {} corruptions in 5 severities", len(CORRUPTIONS)),
+    ("README.md", "change `epochs` in its {} code cell", "first" if "epochs = " in first_code(NBS / "steps/04_train.ipynb") else "?"),
+    ("README.md", "loads the new champion within {} second", "a" if ServeSettings().reload_seconds == 1 else "?"),
+    ("faq.md", "The check requires at least {}", COUNT[DEFAULT.check.min_per_class]),
+    ("faq.md", "Beyond {} classes", many_classes.MANY),
+    ("faq.md", "tables show the {} worst classes", many_classes.FEW),
+    ("faq.md", "at most {} images are explained", int(re.search(r"^EXPLAINED = (\d+)", (ROOT / "celestial_ml/model/explain.py").read_text(), re.MULTILINE)[1])),
+    ("faq.md", 'a perfect score only means "probably above {:.2f}"', int(100 * share_interval(30, 30)[0]) / 100),
+    ("faq.md", "Python {} or newer", re.search(r'requires-python=">=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]),
+    ("02_your_first_run.ipynb", "{} pictures of", len(BODIES) * LESSON.data.per_class),
+    ("02_your_first_run.ipynb", "of {} pixels", LESSON.data.image_px),
+    ("02_your_first_run.ipynb", "{} epochs", COUNT[LESSON.train.epochs]),
+    ("02_your_first_run.ipynb", "trains on {:,} pictures", len(BODIES) * DEFAULT.data.per_class),
+    ("02_your_first_run.ipynb", "pictures of {} pixels and takes", DEFAULT.data.image_px),
+    ("03_change_a_parameter.ipynb", "Two accuracies on {} pictures each", round(len(BODIES) * LESSON.data.per_class * LESSON.data.test)),
+    ("05_read_the_models_mind.ipynb", "under *{}*", re.findall(r'gr\.Tab\("([^"]+)"', (ROOT / "celestial_ml/demo/page.py").read_text())[1]),
+    ("06_batch_reruns_and_sweeps.ipynb", "Here you start {} at once", "six"),
+    ("comparison.md", "this project is on version {}, pinned", re.search(r'"nbdev>=(\d+\.\d+)', (ROOT / "pyproject.toml").read_text())[1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("page", "words", "value"), STATEMENTS, ids=[f"{p}: {w}" for p, w, _ in STATEMENTS])
+def test_a_statement_is_what_the_code_says(page: str, words: str, value: object) -> None:
+    path = next(path for path in PAGES if path.name == page)
+    assert words.format(value) in " ".join(prose_of(path).split())
+
+
+def test_operations_name_the_defaults_of_the_settings() -> None:
+    rows = re.findall(r"^\| `([A-Z_]+)` \| ([^|]+) \|", (NBS / "operations.md").read_text(), re.MULTILINE)
+    assert len(rows) > 30
+    for name, printed in rows:
+        value = getattr(ServeSettings(), name.lower())
+        value = str(value).lower() if isinstance(value, bool | str) else value
+        assert printed == (f"{value:.10g}" if isinstance(value, int | float) else value or "none"), name
+
+
+def test_the_lab_page_names_all_that_smoke_changes() -> None:
+    "Else the step in JupyterLab is not the pipeline's, and not fresh."
+    small, whole = (
+        step_parameters("train", load_params(name, folder=ROOT / "params")) for name in ("smoke", "default")
+    )
+    sentence = re.search(r"In the parameters cell, write (.*?) Choose", (NBS / "lab.md").read_text(), re.DOTALL)[1]
+    told = {name: ast.literal_eval(value) for name, value in re.findall(r"`(\w+) = ([^`]+)`", sentence)}
+    assert told == {"run": "smoke"} | {name: value for name, value in small.items() if value != whole[name]}
 
 
 def section_of(text: str, heading: str) -> str:
@@ -420,6 +479,16 @@ def test_links_and_anchors(site: Path) -> None:
 
 
 @pytest.mark.slow
+def test_home_is_first_and_what_ran_shows_its_outputs(site: Path) -> None:
+    "A guide or step that no run of its cells has outputs for says how to get them."
+    tabs = re.findall(r'class="md-tabs__link">\s*(.+?)\s*</a>', (site / "index.html").read_text(), re.DOTALL)
+    assert tabs[:3] == ["Home", "Find your way", "Guides"]
+    for page in [*site.glob("guides/*.html"), *site.glob("steps/*.html")]:
+        html = page.read_text()
+        assert ("jp-OutputArea-output" in html) != ("Shown without outputs" in html), page.name
+
+
+@pytest.mark.slow
 def test_every_public_name_is_in_the_library_reference(site: Path) -> None:
     count = 0
     for path in (ROOT / "celestial_ml").rglob("[!_]*.py"):
@@ -437,6 +506,7 @@ def test_every_public_name_is_in_the_library_reference(site: Path) -> None:
 VIEWS = {"desk": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 LOOKED_AT = [
     "index.html",
+    "commands.html",
     "find-your-way.html",
     "architecture.html",
     "glossary.html",

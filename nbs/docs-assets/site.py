@@ -33,9 +33,14 @@ log = get_plugin_logger("site")  # an error of it ends a strict build, even a qu
 FOLDERS = ("guides", "steps", *ROOMS)
 STYLES: dict[str, None] = {}  # of all pages; they are the same ones, so the site needs them once
 SYMBOLS: dict[str, str] = {}  # where the library reference tells of a public name that only one module has
-# What a page says that no run of these very cells has left outputs for.
-_BARE = '<div class="admonition note"><p>Shown without outputs: <code>%s</code>, then <code>make docs</code>, adds them.</p></div>'
-HOW_TO_RUN = {"guides": _BARE % "make guides", "steps": _BARE % "celestial run --with stress"}
+# How a page gets outputs that no run of these very cells has left; by folder, or by notebook.
+HOW_TO_RUN = {
+    "guides": "make guides",
+    "steps": "make run",
+    "steps/stress.ipynb": "celestial run --with stress",
+    "steps/tune.ipynb": "celestial tune",
+    "steps/score.ipynb": "papermill nbs/steps/score.ipynb output/default/score.ipynb",
+}
 # `<!-- made: NAME -->` on a page stands for what these make.
 MADE = {
     "needed": lambda root: ", ".join(f"`{name}`" for name in needed(root)),
@@ -181,8 +186,9 @@ def _notebook(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     html = re.sub(r"<img (?![^>]*\balt=)", '<img alt="what the cell above shows" ', html)
     if page.file.abs_src_path != str(Path(config.docs_dir) / page.file.src_uri):
         html = _without_own_files(html, page, config)
-    elif how := HOW_TO_RUN.get(page.file.src_uri.partition("/")[0]):
-        html = html.replace("</blockquote>", f"</blockquote>{how}", 1)
+    elif how := HOW_TO_RUN.get(page.file.src_uri) or HOW_TO_RUN.get(page.file.src_uri.partition("/")[0]):
+        note = f"Shown without outputs: <code>{how}</code>, then <code>make docs</code>, adds them."
+        html = html.replace("</blockquote>", f'</blockquote><div class="admonition note"><p>{note}</p></div>', 1)
     html = _linked(html, page, config, files, r'[^"]+')
     html = _own_anchors(html)
     whole = r'<pre.*?</pre>|<a .*?</a>|<code.*?</code>|<div [^>]*class="clipboard-copy-txt".*?</div>'
