@@ -33,16 +33,16 @@ def _tagged(cell: NotebookNode, tag: str) -> bool:
 def _sections(cells: list[NotebookNode]) -> list[tuple[str, list[NotebookNode]]]:  # title, cells
     "The cells by their heading: the result first, what is in front of the first heading last."
     parts: list[tuple[str, list[NotebookNode]]] = [("", [])]
-    results: list[int] = []
+    first: list[int] = []
     for cell in cells:
         heading = re.match(r"## (.+)\n*", cell.source) if cell.cell_type == "markdown" else None
         if heading:
             parts.append((heading[1].replace("`", ""), []))
-            results += [len(parts) - 1] if _tagged(cell, "result") else []
+            first += [len(parts) - 1] if _tagged(cell, "result") else []
             cell = NotebookNode(cell | {"source": cell.source[heading.end() :]})
         if cell.source.strip():
             parts[-1][1].append(cell)
-    results, others = [parts[i] for i in results], [part for i, part in enumerate(parts[1:], 1) if i not in results]
+    results, others = [parts[i] for i in first], [part for i, part in enumerate(parts) if i and i not in first]
     if not (results or others) or any(cell.cell_type != "code" for cell in parts[0][1]):
         return [part for part in (*results, parts[0], *others) if part[1]]
     ran = ("How it ran", parts[0][1])
