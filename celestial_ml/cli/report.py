@@ -74,7 +74,7 @@ def report(
 
 @command(report_app, "keep", "celestial keep default guide")
 def keep(runs: Runs = None) -> None:
-    "Copy metrics, predictions and two plots of a run to results/, for git, DVC and `celestial report --base`."
+    "Copy metrics, predictions and three plots of a run to results/, for git, DVC and `celestial report --base`."
     from celestial_ml.reports.results import keep_run
 
     root = enter_project()
