@@ -19,7 +19,7 @@ def used(smoke: Plan, at_home: Path, celestial_here: Celestial) -> Iterator[Path
     git(at_home, "init", "-q")
     git(at_home, "add", "-A")
     git(at_home, "commit", "-q", "-m", "as it was")
-    picture = next((at_home / "output/smoke/images").rglob("*.*"))
+    picture = next((at_home / "output/smoke/images").rglob("*.jpg"))
     for arguments in (
         ["run", "smoke"],
         ["data", "check", "--params", "smoke"],
