@@ -32,11 +32,14 @@ def as_text(
     value: Any,
     as_share: bool = False,  # from 0 to 1
 ) -> str:
-    "A value of a table: shares in per cent, a dash where there is none."
+    "A value of a table: shares in per cent, a dash where there is none; 100 % and 0 % are all and none, nothing less."
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{100 * value:.1f} %" if as_share else f"{value:.4g}"
+        if not as_share:
+            return f"{value:.4g}"
+        near = "> 99.9" if 0.9995 <= value < 1 else "< 0.1" if 0 < value < 0.0005 else None
+        return f"{near or format(100 * value, '.1f')} %"
     return "–" if value is None else str(value)
 
 
@@ -95,7 +98,7 @@ def _environment(form: str) -> Environment:  # html or md
         "few": lambda rows, by=None: few_of(rows, None if by is None else itemgetter(by)),
         "headings": lambda page: [(i, Markup(t)) for i, t in re.findall(r'<section id="(.*?)"><h2>(.*?)</h2>', page)],
         "listed": listed,
-        "oneline": lambda text: type(text)(" ".join(text.split())),
+        "oneline": lambda text: type(text)(" ".join(text.split()).replace(" %", "\u00a0%" if form == "html" else " %")),
         "picture": _picture,
         "share": share,
         "slug": lambda title: re.sub(r"\W+", "-", title.lower()),

@@ -52,7 +52,7 @@ class Planets(Domain):
 
     name, on_black, colour = "planets", True, "#9a6208"
     noun, plural, title = "world", "bodies", "Which world is this?"
-    invitation = "Drop a picture of a planet, of Pluto or of the Moon."
+    invitation = "Show it a picture of a planet, of Pluto or of the Moon."
     classes, examples = tuple(BODIES), (TABLECLOTH,)
     controls = (
         Control("roll", "Roll (degrees)", -180, 180, 0, 1, "rolled to {:.0f}°"),
