@@ -182,6 +182,9 @@ class Log(Protocol):
     def feedback(self, request_id: str, correct: bool, label: str | None, comment: str | None, who: str) -> None:
         "Take what a person says of an answer; `CelestialError` with a `status` where that can't be."
 
+    def find(self, request_id: str) -> dict[str, Any] | None:
+        "The answer that a person saw; None where there is none of that id."
+
     def figures(self) -> Iterable[tuple[str, str, str, dict[str, str], float]]:
         "Figures for the metrics."
 
