@@ -10,7 +10,8 @@ import logging
 import os
 import sqlite3
 import sys
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..core.files import DamagedFile, atomic, home, make_folder, read_json, writ
 from ..core.params import Track
 
 if TYPE_CHECKING:
+    import pandas as pd
     from mlflow import MlflowClient
 
 # %% auto #0
@@ -145,6 +147,28 @@ class Run:
     def log_file(self, path: Path | str, folder: str = "") -> None:
         "A file: a plot, an executed notebook."
         self.client.log_artifact(self.id, str(path), folder or None)
+
+    def log_text(self, lines: Sequence[str]) -> None:
+        "The description that MLflow's page shows on top, a bullet a line."
+        self.log_tags({"mlflow.note.content": "\n".join(f"- {line}" for line in lines)})
+
+    def log_dataset(
+        self,
+        table: pd.DataFrame,  # a row an image, with its label
+        name: str,
+        source: str,  # where they come from: a path or a URL
+        digest: str,  # of the images
+        context: str = "training",
+    ) -> None:
+        "The images, as MLflow's page lists data sets: by which runs they were used."
+        from mlflow.data.pandas_dataset import from_pandas
+        from mlflow.entities import DatasetInput, InputTag
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # MLflow has two kinds of source for a local path
+            data = from_pandas(table, source=source, targets="label", name=name, digest=digest[:36])
+        tags = [InputTag("mlflow.data.context", context)]
+        self.client.log_inputs(self.id, [DatasetInput(data._to_mlflow_entity(), tags)])
 
     def end(self, status: str = "FINISHED") -> None:
         "End the run: FINISHED, FAILED or KILLED."
