@@ -122,8 +122,8 @@ def open_experiment(client: MlflowClient, track: Track) -> str:
 
 # %% ../../nbs/registry/01_tracking.ipynb #run
 @dataclass(frozen=True)
-class Run:
-    "A run that is being recorded."
+class _Record:
+    "What is recorded of a run."
 
     client: MlflowClient
     id: str
@@ -148,6 +148,15 @@ class Run:
         "A file: a plot, an executed notebook."
         self.client.log_artifact(self.id, str(path), folder or None)
 
+    def end(self, status: str = "FINISHED") -> None:
+        "End the run: FINISHED, FAILED or KILLED."
+        self.client.set_terminated(self.id, status)
+
+# %% ../../nbs/registry/01_tracking.ipynb #run-more
+@dataclass(frozen=True)
+class Run(_Record):
+    "A run that is being recorded."
+
     def log_text(self, lines: Sequence[str]) -> None:
         "The description that MLflow's page shows on top, a bullet a line."
         self.log_tags({"mlflow.note.content": "\n".join(f"- {line}" for line in lines)})
@@ -170,11 +179,7 @@ class Run:
         tags = [InputTag("mlflow.data.context", context)]
         self.client.log_inputs(self.id, [DatasetInput(data._to_mlflow_entity(), tags)])
 
-    def end(self, status: str = "FINISHED") -> None:
-        "End the run: FINISHED, FAILED or KILLED."
-        self.client.set_terminated(self.id, status)
-
-
+# %% ../../nbs/registry/01_tracking.ipynb #open-run
 PARENT = "CELESTIAL_PARENT_RUN"  # environment variable with the id of the run that new ones are part of
 
 
