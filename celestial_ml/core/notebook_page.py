@@ -24,6 +24,17 @@ if sys.modules["rfc3987_syntax"] is None:
 from .page_builder import Page
 
 # %% ../../nbs/core/13_notebook_page.ipynb #notebook-page
+def _accessible(cells: str) -> str:  # HTML
+    "Cells without empty headers, and with tables that the keyboard can scroll."
+    cells = re.sub(r"<th([^>]*)>(?:\s|&nbsp;)*</th>", r"<td\1></td>", cells)
+    opening, focusable = (
+        '<div class="output_area">',
+        '<div class="output_area" tabindex="0" role="group" aria-label="Output">',
+    )
+    first, *areas = cells.split(opening)
+    return first + "".join((focusable if "<table" in area else opening) + area for area in areas)
+
+
 class NotebookPage(HTMLExporter):
     "nbconvert's exporter to HTML, with the page of this project."
 
@@ -41,5 +52,9 @@ class NotebookPage(HTMLExporter):
             nb.cells = [first, *nb.cells[1:]]
         cells, resources = super().from_notebook_node(nb, resources, **options)
         name = (resources.get("metadata") or {}).get("name", "")
-        data = {"title": title[1] if title else name, "subtitle": (title and title[2]) or "", "cells": Markup(cells)}
+        data = {
+            "title": title[1] if title else name,
+            "subtitle": (title and title[2]) or "",
+            "cells": Markup(_accessible(cells)),
+        }
         return Page("notebook", data).html(), resources
