@@ -157,7 +157,9 @@ def test_small_builds_are_written_beside_the_served_one(smoke: Plan) -> None:
 
 @pytest.mark.slow
 def test_int8_is_served_where_it_is_as_good(celestial, smoke: Plan) -> None:
-    result = celestial("run", "smoke", "--set", "package.serve=int8", "--set", "package.int8_loss=0.5")
+    result = celestial(
+        "run", "smoke", *settings("package.serve=int8", "package.int8_loss=0.5", "register.publish=true")
+    )
     assert result.returncode == 0, result.stderr
     about = read_json("output/smoke/model.json")
     passes = about["compression"]["passes"]

@@ -90,7 +90,8 @@ def run(
             json.dumps({"run": plan.run, "ran": list(plan.stale), "metrics": metrics.to_json(), "registered": verdict})
         )
         return
-    role = "is champion" if verdict["promoted"] else "stays a candidate"
+    roles = {"challenge": "is challenger", "refuse": "is refused", "same": "is set aside"}
+    role = "is champion" if verdict["promoted"] else roles.get(verdict["decision"], "is not registered")
     warning = not_worth_it(metrics)
     print(f"\n{warning}\n" if warning else "")
     print(f"accuracy {metrics.accuracy:.4f} on {metrics.images} held-out images ({metrics.split})")

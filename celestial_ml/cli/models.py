@@ -84,12 +84,15 @@ def models_list(json_: AsJson = False) -> None:
     if behind:
         print("\nMLflow's aliases lag behind: they follow within seconds of a decision, or with celestial models sync")
     champion = any("champion" in row["aliases"] for row in rows)
-    print(f"\nnext:  celestial models {'show champion' if champion else 'promote ' + rows[-1]['model']}")
+    able = [row["model"] for row in rows if not (row["aside"] or row["retired"])]
+    print(
+        f"\nnext:  celestial {'models show champion' if champion else 'models promote ' + able[-1] if able else 'run'}"
+    )
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     "A version as the cells of a table."
-    status = f"retired for {row['retired']}" if row["retired"] else ", ".join(row["aliases"])
+    status = f"retired for {row['retired']}" if row["retired"] else ", ".join(row["aliases"]) or row["aside"] or ""
     span = "" if row["low"] is None else f" ({row['low']:.4f} to {row['high']:.4f})"
     figures = [_show(row["accuracy"]) + span, _show(row["macro_f1"]), _show(row["images"])]
     return [row["model"], status, *figures, row["source"] or "–", row["run"] or "–", (row["created"] or "–")[:10]]
@@ -118,7 +121,8 @@ def models_show(model: Model, json_: AsJson = False) -> None:
         print(f"  damaged: {problem}")
     card = about["card"]
     print(f"\nlook:  {card}" if card else "\nit has no model card: an older release registered it")
-    print(f"next:  celestial models compare {about['model']} champion")
+    after = "list" if "champion" in about["aliases"] else f"compare {about['model']} champion"
+    print(f"next:  celestial models {after}")
 
 # %% ../../nbs/cli/01_models.ipynb #models-compare
 @command(models_app, "compare", "celestial models compare candidate champion")
@@ -135,12 +139,24 @@ def models_compare(first: Model, second: Model, json_: AsJson = False) -> None:
         rows += [[name, *map(_show, values)] for name, values in result[part].items()] + [[""] * 3]
     print(table(rows))
     paired, words = result["paired"], result["words"]
+    clear = paired is not None and paired["p"] < 0.05
+    order = [result["first"], result["second"]]
     if paired is None:
         print(f"not compared on the same images: {words}")
     else:
+        order = order if paired["difference"] > 0 else order[::-1]
         better = "better" if paired["difference"] > 0 else "worse"
-        print(f"{result['first']} is {better if paired['p'] < 0.05 else 'neither better nor worse'}: {words}")
-    print(f"next:  celestial models promote {result['first']}")
+        print(f"{result['first']} is {better if clear else 'neither better nor worse'}: {words}")
+    print(f"next:  celestial models {_next_after(order, clear)}")
+
+
+def _next_after(order: list[str], clear: bool) -> str:
+    "What to do after a comparison: promote only a version that is better than the champion by more than chance."
+    from celestial_ml.registry.overview import look
+
+    state = look()
+    promote = clear and order[1] == state.champion and order[0] not in {**state.aside, **state.retired}
+    return f"promote {order[0]}" if promote else f"show {order[0] if clear else state.champion or order[0]}"
 
 # %% ../../nbs/cli/01_models.ipynb #models-promote
 @command(models_app, "promote", "celestial models promote challenger --why 'watched it for a week'")
@@ -168,7 +184,8 @@ def models_promote(
     _follow_later()
     if not verdict.promoted:
         missed = "\n".join(rule.why for rule in verdict.rules if not rule.passed)
-        raise AnswerIsNo(f"the gate refuses {version}: {verdict.reasons[-1]}", missed)
+        what = "the gate refuses" if verdict.decision == "refuse" else "the gate doesn't promote"
+        raise AnswerIsNo(f"{what} {version}: {verdict.reasons[-1]}", missed)
     if not json_:
         print("next:  running servers load it by themselves; to go back: celestial models rollback")
 

@@ -150,6 +150,8 @@ def four_answers(
     short, tone, next_step = {
         "promote": ("Yes", "good", "It is the version that is served from now on."),
         "keep": ("Yes", "good", "It is the version that is served."),
+        "same": ("Nothing new", "wait", "The version that is served stays."),
+        "unregistered": ("Not asked", "wait", "To register it: the same run with --set register.publish=true."),
         "challenge": ("A person decides", "wait", f"To promote it: celestial models promote {verdict['model']}."),
     }.get(verdict["decision"], ("No", "bad", "The version that is served stays."))
     ship = Answer("May it be shipped?", short, tone, [verdict_words(verdict), next_step])
