@@ -526,7 +526,7 @@ def test_the_commands_from_the_first_version_to_a_retired_one(
     wait_for_aliases(run, {"candidate": 4, "champion": 4, "previous": 1})
 
     shown = models("show", "champion")
-    assert "✓ not worse" in shown.stdout and "promote   Bob" in shown.stdout
+    assert re.search(r"✓ +not worse", shown.stdout) and re.search(r"promote +Bob", shown.stdout)
     beside = models("compare", "champion", "previous").stdout
     assert re.search(r"accuracy +0\.9700 +0\.9500", beside) and re.search(r"train\.lr +0\.9700 +0\.9500", beside)
     assert "is neither better nor worse: 0.9700 against 0.9500 on the same 200 images" in beside
@@ -551,7 +551,7 @@ def test_the_commands_from_the_first_version_to_a_retired_one(
     assert models("promote", "celestial/3").exit_code == 2
 
     audit = models("audit")
-    assert "Bob: watched it" in audit.stdout and "the log is unchanged" in audit.stdout
+    assert re.search(r"Bob +watched it", audit.stdout) and "the log is unchanged" in audit.stdout
     audit_file().write_bytes(audit_file().read_bytes().replace(b"Bob", b"Eve"))
     assert models("audit", "--verify").exit_code == 1
     assert models("promote", "celestial/2").exit_code == 2

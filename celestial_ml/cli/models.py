@@ -80,7 +80,7 @@ def models_list(json_: AsJson = False) -> None:
     if not rows:
         print("nothing is registered yet\nnext:  celestial run")
         return
-    print(table([["version", "alias", "accuracy", "macro F1", "images", "source", "run", "made"], *map(_cells, rows)]))
+    print(table([_COLUMNS, *map(_cells, rows)]))
     if behind:
         print("\nMLflow's aliases lag behind: they follow within seconds of a decision, or with celestial models sync")
     champion = any("champion" in row["aliases"] for row in rows)
@@ -88,6 +88,9 @@ def models_list(json_: AsJson = False) -> None:
     print(
         f"\nnext:  celestial {'models show champion' if champion else 'models promote ' + able[-1] if able else 'run'}"
     )
+
+
+_COLUMNS = ["version", "alias", "accuracy", "macro F1", "images", "source", "run", "made"]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -107,18 +110,17 @@ def models_show(model: Model, json_: AsJson = False) -> None:
     if json_:
         print(json.dumps(about))
         return
-    print(table([_cells(about)]))
-    for name, figure in about["intervals"].items():
-        print(f"  {name:<12}{figure['value']:.4f}  ({figure['low']:.4f} to {figure['high']:.4f})")
-    for key in ("run", "mlflow_run", "code_revision", "data_sha256"):
-        print(f"  {key:<14}{about['lineage'].get(key, '–')}")
-    print(f"  classes       {', '.join(about['classes'])}")
-    for rule in about["rules"]:
-        print(f"  {'✓' if rule['passed'] else '✗'} {rule['name']:<22}{rule['why']}")
-    for entry in about["history"]:
-        print(f"  {entry['time'][:19]}  {entry['action']:<10}{entry['who']}")
-    for problem in about["damage"]:
-        print(f"  damaged: {problem}")
+    facts = dict(zip(_COLUMNS, _cells(about), strict=True)) | {"classes": ", ".join(about["classes"])}
+    keys = ("mlflow_run", "code_revision", "data_sha256")
+    facts |= {key.replace("_", " "): str(about["lineage"].get(key, "–")) for key in keys}
+    figures = [[name, *map(_show, (f["value"], f["low"], f["high"]))] for name, f in about["intervals"].items()]
+    marks = {(True, True): "–", (True, False): "✓", (False, True): "✗", (False, False): "✗"}  # –: not measured
+    rules = [[marks[r["passed"], r["value"] is None], r["name"], r["why"]] for r in about["rules"]]
+    history = [[entry["time"][:19], entry["action"], entry["who"]] for entry in about["history"]]
+    heads = ["figure", "value", "from", "to"], ["", "rule", "finding"], ["when", "decision", "who"]
+    parts = [table([*facts.items()], head=False)]
+    parts += [table([head, *rows]) for head, rows in zip(heads, (figures, rules, history), strict=True) if rows]
+    print("\n\n".join([*parts, *(f"damaged: {problem}" for problem in about["damage"])]))
     card = about["card"]
     print(f"\nlook:  {card}" if card else "\nit has no model card: an older release registered it")
     after = "list" if "champion" in about["aliases"] else f"compare {about['model']} champion"
@@ -251,10 +253,15 @@ def models_audit(
         print(f"a new log begins with{f' {champion} as champion' if champion else 'out a champion'}; {old} is kept")
         return
     audit = verify()
-    for entry in [] if verify_ else audit.entries[-last:]:
-        why = entry["evidence"].get("why") or entry["decision"]
-        line = f"{entry['n']:>4}  {entry['time'][:19]}  {entry['action']:<10}{entry['model']:<20}{entry['who']}: {why}"
-        print(json.dumps(entry) if json_ else line)
+    entries = [] if verify_ else audit.entries[-last:]
+    if json_:
+        print(*map(json.dumps, entries), sep="\n", end="\n" if entries else "")
+    elif entries:
+        keys = ("action", "model", "who")
+        begin = ([str(entry["n"]), entry["time"][:19]] for entry in entries)
+        rest = ([*map(entry.get, keys), entry["evidence"].get("why") or entry["decision"]] for entry in entries)
+        rows = [one + two for one, two in zip(begin, rest, strict=True)]
+        print(table([["#", "when", "decision", "version", "who", "why"], *rows]))
     if audit.problems:
         raise AnswerIsNo(f"{audit_file()} doesn't verify: {audit.problems[0]}", "celestial models audit --restart")
     if verify_ or not json_:
