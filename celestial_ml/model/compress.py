@@ -202,7 +202,6 @@ def _static(graph: onnx.ModelProto, images: Sequence[np.ndarray], nodes: list[st
                 per_channel=True,
                 reduce_range=True,
                 nodes_to_quantize=nodes,
-                extra_options={"CalibMaxIntermediateOutputs": 8},  # or all that every layer gives is kept, for all
             )
         finally:
             logging.disable(level)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['CACHED', 'read_state_dict', 'efficientnet_lite0', 'is_frozen', 'at_once', 'cached_features', 'frozen_head',
+__all__ = ['CACHED', 'read_state_dict', 'efficientnet_lite0', 'at_once', 'is_frozen', 'cached_features', 'frozen_head',
            'frozen_logits']
 
 # %% ../../nbs/model/16_pretrained.ipynb #read-state-dict
@@ -151,6 +151,13 @@ def efficientnet_lite0(x: Any, p: Model) -> Any:
     embedding = L.Dense(4 * p.embedding, name="embedding", trainable=False)(features)
     return L.Dropout(p.dropout)(embedding)
 
+# %% ../../nbs/model/16_pretrained.ipynb #at-once
+def at_once(
+    pixels: np.ndarray,  # uint8 (n, size, size, channels)
+) -> int:
+    "How many pictures a network is shown at once: Keras keeps what every layer gives, which takes up to 0.7 GB."
+    return max(4, 2**18 // pixels.shape[1] ** 2)
+
 # %% ../../nbs/model/16_pretrained.ipynb #cached-features
 CACHED = 1_000_000_000  # bytes of features that are kept
 
@@ -160,13 +167,6 @@ def is_frozen(
 ) -> bool:
     "Whether only a head is trained on features that stay as they are."
     return any(layer.name == "features" for layer in model.layers)
-
-
-def at_once(
-    pixels: np.ndarray,  # uint8 (n, size, size, channels)
-) -> int:
-    "How many pictures a network is shown at once: Keras keeps what every layer gives, which takes up to 0.7 GB."
-    return max(4, 2**18 // pixels.shape[1] ** 2)
 
 
 def _views(pixels: np.ndarray, level: str, seed: int, batch: int = 64) -> Iterator[np.ndarray]:
