@@ -17,6 +17,7 @@ COPIED = (
     "celestial_ml",
     ".gitignore",
     ".dvc/config",
+    ".dvc/.gitignore",
     ".dvcignore",
     "data/raw.dvc",
 )

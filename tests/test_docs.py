@@ -490,7 +490,23 @@ def test_look(served: str, view: str, scheme: str) -> None:
                 (one["id"], one["nodes"][0]["html"][:200]) for one in found if one["impact"] in ("serious", "critical")
             ]
             assert serious == [], name
-        if view == "desk":  # the search finds, from an index that is here too
-            page.locator("input.md-search__input").fill("calibration")
-            page.locator(".md-search-result__item").first.wait_for(timeout=120_000)
+        if view == "desk":
+            search(page)
         assert complaints == []
+
+
+def search(page) -> None:
+    "The search finds, from an index that is here too."
+    page.locator("input.md-search__input").press_sequentially("calibration", delay=50)
+    page.locator(".md-search-result__item").first.wait_for(timeout=120_000)
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_search_works_from_disk(site: Path) -> None:
+    with chromium() as browser:
+        page, asked = browser.new_page(viewport=VIEWS["desk"]), []
+        page.on("request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or asked.append(r.url))
+        page.goto((site / "index.html").as_uri())
+        search(page)
+        assert asked == []

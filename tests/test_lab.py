@@ -238,6 +238,12 @@ def test_executed_steps_begin_with_the_picture(smoke: Plan, at_home: Path) -> No
         assert [kind for _, kind in said][place] == "running"
         assert all(dict(said)[up] == "fresh" for up in task.upstream)
         assert "you are here" in task.product["html"].read_text()
+        shown = "".join(
+            "".join(o["data"].get("text/html", "")) for c in cells for o in c.get("outputs", []) if "data" in o
+        )
+        assert not re.search("<(svg|script|iframe)", shown), (
+            "JupyterLab takes these from a notebook that it doesn't trust"
+        )
     assert [kind for _, kind in said[:-1]] == ["fresh"] * 7
 
 

@@ -11,7 +11,7 @@ import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from html import escape
 from importlib.resources import files
 from operator import itemgetter
@@ -54,11 +54,13 @@ def _picture(source: Any, side: int = 1500) -> dict[str, Any]:  # uri, width, he
     "A file, its content, pixels or a figure of Matplotlib as it can stand in a page: at most `side` wide, as WebP."
     from PIL import Image
 
+    if isinstance(source, Path):
+        return _file_picture(source, source.stat().st_mtime_ns, side)
     if hasattr(source, "savefig"):
         source.savefig(drawn := io.BytesIO(), dpi=110)
         source = drawn.getvalue()
-    if isinstance(source, bytes | Path):
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source).convert("RGB")
+    if isinstance(source, bytes):
+        image = Image.open(io.BytesIO(source)).convert("RGB")
     else:
         image = Image.fromarray(source).convert("RGB")
     image.thumbnail((side, 4 * side))
@@ -67,6 +69,12 @@ def _picture(source: Any, side: int = 1500) -> dict[str, Any]:  # uri, width, he
     return {"uri": f"data:image/webp;base64,{encoded}", "width": image.width, "height": image.height}
 
 
+@lru_cache(maxsize=256)  # a page may be written again and again
+def _file_picture(path: Path, changed: int, side: int) -> dict[str, Any]:
+    "The picture of a file as it is now."
+    return _picture(path.read_bytes(), side)
+
+# %% ../../nbs/core/10_page_builder.ipynb #environment
 @cache
 def _environment(form: str) -> Environment:  # html or md
     "Jinja2, with the building blocks of one form."

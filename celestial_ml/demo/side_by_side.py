@@ -22,6 +22,7 @@ from .wording import card, headline, percent, text, track_record
 from ..package.manifest import Manifest
 from ..package.published import published, versions
 from ..registry.overview import look
+from ..registry.state import State
 from ..serve.predictor import Prediction, Predictor
 from ..serve.scorer import Scored
 
@@ -30,8 +31,9 @@ _log = logging.getLogger(__name__)
 
 
 def published_versions() -> dict[str, Path]:  # "celestial/3" → its folder, by name, the newest first
-    "The versions that the registry has published."
-    folders = [published(model) for model in versions(retired=False)]
+    "The versions that the registry has published, without those that the gate refused."
+    aside = _registry().aside
+    folders = [published(model) for model in versions(retired=False) if model not in aside]
     ordered = sorted(folders, key=lambda folder: (folder.parent.name, -int(folder.name)))
     return {f"{folder.parent.name}/{folder.name}": folder for folder in ordered}
 
@@ -43,19 +45,19 @@ def choices(
     folders = published_versions()
     if current is None:
         return folders
-    line = _champions()
+    line = _registry().line
     rival = [model for model in line if folders.get(model, current.folder) != current.folder][-1:]
     first = {f"{current.version} (answers now)": current.folder}
     first |= {f"{model} (champion{'' if model == line[-1] else ' before'})": folders[model] for model in rival}
     return first | {name: folder for name, folder in folders.items() if folder not in first.values()}
 
 
-def _champions() -> tuple[str, ...]:
-    "The champions so far, the current one last; none where the audit log can't be read."
+def _registry() -> State:
+    "The champions so far, and what the gate refused; nothing where the audit log can't be read."
     try:
-        return look().line
+        return look()
     except CelestialError:
-        return ()
+        return State()
 
 
 @lru_cache(maxsize=4)

@@ -44,6 +44,7 @@ def verdict_words(
         rules = f"misses {', '.join(missed)}" if missed else rules
         return f"It is champion already, and {rules}."
     words = {"promote": "It became champion", "challenge": "It is a challenger and waits for a person's decision"}
+    words |= {"same": "It wasn't promoted", "unregistered": "It can't be promoted"}
     return f"{words.get(verdict['decision'], 'The gate refused it')}: {verdict['reasons'][-1]}."
 
 # %% ../../nbs/reports/00_model_card.ipynb #count-table
