@@ -121,8 +121,8 @@ def plot_robustness(
             column, row, shown, ha="center", va="center", fontweight=bold, color="black" if value > 0.35 else "white"
         )
     ax.axvline(len(SEVERITIES) - 0.5, color="white", linewidth=4)
-    ends = {1: "1\nmild", 5: "5\nextreme"}
-    ax.set_xticks(range(len(table.columns)), [ends.get(c, str(c)) for c in table.columns])
+    ends = {"1": "1\nmild", "5": "5\nextreme"}
+    ax.set_xticks(range(len(table.columns)), [ends.get(str(c), str(c)) for c in table.columns])
     names = [str(name).replace("_", " ") for name in table.index]
     ax.set_yticks(
         range(len(table)), ["saturation (1, 2 paler; 3–5 gaudier)" if n == "saturation" else n for n in names]

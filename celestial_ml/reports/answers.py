@@ -160,32 +160,6 @@ def four_answers(
     short, tone, next_step = {
         "promote": ("Yes", "good", "The champion is the version that is served."),
         "keep": ("Yes", "good", "The champion is the version that is served."),
-        "challenge": ("A person decides", "wait", f"To promote it: celestial models promote {verdict['model']}."),
-    }.get(verdict["decision"], ("No", "bad", "The version that is served, if there is one, stays."))
-    ship = Answer(
-        "May it be shipped?", short, tone, [verdict_words(verdict), next_step, "What it isn't for stands under Limits."]
-    )
-    return [_good(manifest, verdict), _better(comparison), _wrong(manifest.metrics), ship]
-
-
-def in_short(
-    manifest: Manifest,
-    verdict: Mapping[str, Any],
-    comparison: Comparison | None,
-) -> list[str]:
-    "The four answers as lines of text."
-    return [str(answer) for answer in four_answers(manifest, verdict, comparison)]
-
-# %% ../../nbs/reports/06_answers.ipynb #an-four
-def four_answers(
-    manifest: Manifest,  # of the version
-    verdict: Mapping[str, Any],  # of `Verdict.to_dict`
-    comparison: Comparison | None,  # with the version before
-) -> list[Answer]:
-    "The report in four answers, all from the figures that its tables show."
-    short, tone, next_step = {
-        "promote": ("Yes", "good", "It is the version that is served from now on."),
-        "keep": ("Yes", "good", "It is the version that is served."),
         "same": ("Nothing new", "wait", "The version that is served stays."),
         "unregistered": ("Not asked", "wait", "To register it: the same run with --set register.publish=true."),
         "challenge": ("A person decides", "wait", f"To promote it: celestial models promote {verdict['model']}."),
