@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['CACHED', 'read_state_dict', 'efficientnet_lite0', 'is_frozen', 'cached_features', 'frozen_head', 'frozen_logits']
+__all__ = ['CACHED', 'read_state_dict', 'efficientnet_lite0', 'at_once', 'is_frozen', 'cached_features', 'frozen_head',
+           'frozen_logits']
 
 # %% ../../nbs/model/16_pretrained.ipynb #read-state-dict
 _TYPES = {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
@@ -150,6 +151,13 @@ def efficientnet_lite0(x: Any, p: Model) -> Any:
     embedding = L.Dense(4 * p.embedding, name="embedding", trainable=False)(features)
     return L.Dropout(p.dropout)(embedding)
 
+# %% ../../nbs/model/16_pretrained.ipynb #at-once
+def at_once(
+    pixels: np.ndarray,  # uint8 (n, size, size, channels)
+) -> int:
+    "How many pictures a network is shown at once: Keras keeps what every layer gives, which takes up to 0.7 GB."
+    return max(4, 2**18 // pixels.shape[1] ** 2)
+
 # %% ../../nbs/model/16_pretrained.ipynb #cached-features
 CACHED = 1_000_000_000  # bytes of features that are kept
 
@@ -164,7 +172,8 @@ def is_frozen(
 def _views(pixels: np.ndarray, level: str, seed: int, batch: int = 64) -> Iterator[np.ndarray]:
     "Another view of each picture; the batches' order is drawn, for a share of each is changed roughly."
     for i in range(0, len(pixels), batch):
-        yield np.asarray(augment(pixels[i : i + batch], np.array([seed % 2**31, i]), 0.4, level))
+        view = np.asarray(augment(pixels[i : i + batch], np.array([seed % 2**31, i]), 0.4, level))
+        yield from (view[j : j + at_once(pixels)] for j in range(0, len(view), at_once(pixels)))
 
 
 def cached_features(
