@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from celestial_ml.serve.predictor import Predictor
 
 # %% auto #0
-__all__ = ['SHOWN', 'BANDS', 'BINS', 'CLASS_HEADER', 'Doubt', 'Summary', 'summarise', 'charts', 'thumbnails', 'as_percent',
-           'write_page']
+__all__ = ['SHOWN', 'BANDS', 'BINS', 'Doubt', 'Summary', 'summarise', 'charts', 'thumbnails', 'as_percent', 'write_page']
 
 # %% ../../nbs/batch/03_summary.ipynb #doubt
 SHOWN = 48  # images of each kind
@@ -121,7 +120,7 @@ def summarise(
     return summary
 
 # %% ../../nbs/batch/03_summary.ipynb #class-chart
-CLASS_HEADER = ("class", "recognised as it", "unknown, and nearest to it")
+_CLASS_HEADER = ("class", "recognised as it", "unknown, and nearest to it")
 
 
 def _class_rows(summary: Summary) -> list[tuple[str, int, int]]:  # name, known, unknown
@@ -153,7 +152,7 @@ def charts(
 ) -> dict[str, str]:  # HTML: classes, confidence, scores
     "The charts, for a notebook."
     return {
-        "classes": html_part("charts", "bars", _class_rows(summary), CLASS_HEADER),
+        "classes": html_part("charts", "bars", _class_rows(summary), _CLASS_HEADER),
         "confidence": html_part("charts", "bars", _band_rows(summary)),
         "scores": html_part("charts", "histogram", *_score_bins(summary)),
     }
@@ -206,7 +205,7 @@ def write_page(
         "title": f"{summary.rows + bad:,} images, scored by {model.version}",
         "subtitle": source.name,
         "tiles": [(name, value, "") for name, value in tiles.items()],
-        "class_header": CLASS_HEADER,
+        "class_header": _CLASS_HEADER,
         "classes": _class_rows(summary),
         "known_count": summary.known.total(),
         "unknown_count": summary.unknown.total(),
