@@ -68,13 +68,18 @@ check: $(READY)  ## format, lint, types, clean notebooks, no stale export
 bench: $(READY)  ## the figures: notebooks against a script, ONNX against Keras, the service against BentoML
 	@python -m bench
 
+# A guide runs again when its notebook has changed; `make -B guides` runs them all.
+GUIDES := $(patsubst nbs/%,output/%,$(wildcard nbs/guides/*.ipynb))
+output/guides/%.ipynb: nbs/guides/%.ipynb | $(READY)
+	@echo "$<: a minute or two"
+	@CELESTIAL_TERMINAL=1 jupyter nbconvert --to notebook --execute --log-level ERROR --ExecutePreprocessor.timeout=900 --output-dir output/guides $<
+	@jupyter nbconvert --to notebook --inplace --coalesce-streams --log-level ERROR $@
+
 .PHONY: guides
-guides: $(READY)  ## run the guides, into output/guides; `make docs` shows them with their outputs
-	@CELESTIAL_TERMINAL=1 jupyter nbconvert --to notebook --execute --log-level WARN --ExecutePreprocessor.timeout=900 --output-dir output/guides nbs/guides/*.ipynb
-	@jupyter nbconvert --to notebook --inplace --coalesce-streams --log-level WARN output/guides/*.ipynb
+guides: $(READY) $(GUIDES)  ## run the guides that have changed, into output/guides; `make docs` shows their outputs
 
 .PHONY: docs
-docs: $(READY)  ## the documentation site, in site/
+docs: $(READY) $(GUIDES)  ## the documentation site, in site/; the first time it runs the guides, for some minutes
 	@mkdocs build --strict
 	@echo "look:  site/index.html"
 

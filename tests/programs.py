@@ -37,6 +37,13 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
+def violations(page: Any) -> list[tuple[str, str]]:
+    "All that axe-core finds on a page, as rule and element."
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    found = axe.Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+    return [(one["id"], node["html"][:200]) for one in found for node in one["nodes"]]
+
+
 def git(folder: Path, *arguments: str) -> str:
     "What git prints; it must succeed."
     author = ["-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]

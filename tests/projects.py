@@ -17,6 +17,7 @@ COPIED = (
     "celestial_ml",
     ".gitignore",
     ".dvc/config",
+    ".dvc/.gitignore",
     ".dvcignore",
     "data/raw.dvc",
 )
@@ -32,4 +33,18 @@ def copy_project(folder: Path) -> Path:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
         else:
             shutil.copy2(source, target)
+    return folder
+
+
+def snapshot(folder: Path) -> Path:
+    "A repository with what is here, committed or not, to clone from."
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
+        source, target = ROOT / name, folder / name
+        if name and (source.is_file() or source.is_symlink()):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target, follow_symlinks=False)
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.com"]
+    for command in (["init", "-q", "-b", "main"], ["add", "-A"], ["commit", "-qm", "as it is"]):
+        subprocess.run([*git, *command], cwd=folder, check=True)
     return folder

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from programs import chromium
+from programs import chromium, violations
 from serving import encoded, neptune, running, tiny_model
 
 from celestial_ml.core.files import read_json, sha256_of, write_json
@@ -32,7 +32,6 @@ from celestial_ml.planets.renderer import render
 from celestial_ml.serve.settings import password_hash
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
 pytestmark = pytest.mark.browser
 
 SCREENSHOTS = Path(__file__).parents[1] / "nbs" / "images" if os.environ.get("CELESTIAL_SCREENSHOTS") else None
@@ -167,7 +166,8 @@ def open_page(browser, pages, url):
     def opener(viewport=DESK, scheme="dark"):
         kind = (*viewport.values(), scheme)
         if kind not in pages:
-            context = browser.new_context(viewport=viewport, color_scheme=scheme, reduced_motion="reduce")
+            touch = {"has_touch": True, "is_mobile": True} if viewport is PHONE else {}
+            context = browser.new_context(viewport=viewport, color_scheme=scheme, reduced_motion="reduce", **touch)
             context.set_default_timeout(20_000)
             pages[kind] = context.new_page()
         page = pages[kind]
@@ -223,13 +223,6 @@ def shoot(page, name):
     assert (SCREENSHOTS / name).stat().st_size < 400_000
 
 
-def violations(page):
-    "What axe-core finds serious or worse, as rule and element."
-    found = axe.Axe().run(page).response["violations"]
-    serious = [one for one in found if one["impact"] in ("serious", "critical")]
-    return [(one["id"], node["html"][:150]) for one in serious for node in one["nodes"]]
-
-
 def packed(**pictures):
     "A ZIP."
     file = io.BytesIO()
@@ -259,6 +252,11 @@ def fill(page, name):
         page.locator("table.many").wait_for()
 
 
+def top(page, selector):
+    "Where an element begins, in pixels below the upper edge of the window."
+    return page.locator(selector).bounding_box()["y"]
+
+
 @pytest.mark.parametrize("scheme", ["dark", "light"])
 @pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
 def test_look(open_page, viewport, scheme):
@@ -274,6 +272,51 @@ def test_look(open_page, viewport, scheme):
     paper = page.evaluate("getComputedStyle(document.querySelector('.panel')).backgroundColor")
     dark = sum(int(part) for part in re.findall(r"\d+", paper)[:3]) < 3 * 128
     assert dark == (scheme == "dark")
+
+
+@only_tiny
+class TestPhone:
+    def test_head_and_rows(self, open_page):
+        "A low head, one row of tabs and one of pictures, each of which shows that it goes on; fingers tap."
+        page = open_page(PHONE, "light")
+        assert page.locator("#hero").bounding_box()["height"] <= 120
+        tabs = page.locator("#tabs [role=tab]").all()
+        assert len({tab.bounding_box()["y"] for tab in tabs if tab.is_visible()}) == 1
+        tiles = [tile.bounding_box() for tile in page.locator("#picks button").all()]
+        cut = [box for box in tiles if box["x"] < PHONE["width"] - 14 < box["x"] + box["width"]]
+        assert len({box["y"] for box in tiles}) == 1 and len(cut) == 1, "a tile is half there"
+        page.get_by_role("tab", name=TABS["performance"]).click()
+        box = page.get_by_role("tab", name=TABS["performance"]).bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= PHONE["width"]
+        page.get_by_role("tab", name=TABS["identify"]).click()
+        assert page.get_by_text("Tap to choose a picture").first.is_visible()
+        assert not page.get_by_text("or click to choose one").first.is_visible()
+
+    def test_the_page_goes_to_the_answer(self, open_page):
+        page = open_page(PHONE, "light")
+        page.get_by_role("button", name="Neptune").tap()
+        headline(page, "Neptune")
+        assert 0 <= top(page, "#left") < 60 and top(page, "#right h2") < PHONE["height"] - 300
+        page.evaluate("scrollTo(0, 0)")
+        drop(page, "mars.png", encoded(render("Mars")))
+        headline(page, "Mars")
+        assert top(page, "#right h2") < PHONE["height"] - 300
+        page.locator("#why img.map").wait_for()
+        page.mouse.wheel(0, -5000)  # the page is the person's again
+        page.wait_for_timeout(300)
+        page.get_by_role("button", name="Yes, right").wait_for()
+        assert page.evaluate("scrollY") == 0
+        tab(page, "many")
+        drop(page, "night.zip", packed(**{"mars.png": encoded(render("Mars"))}), "application/zip", "#many-drop")
+        page.locator("table.many").wait_for()
+        page.wait_for_function("document.querySelector('.sum').getBoundingClientRect().top < 500")
+
+    def test_a_slider_leaves_the_answer_in_sight(self, open_page):
+        page = open_page(PHONE, "light")
+        tab(page, "fool")
+        page.locator("#fool-answer h2").wait_for()
+        page.locator("#noise").evaluate("one => one.scrollIntoView({block: 'center'})")
+        assert 0 <= top(page, "#fool-picture img") < 60 and 0 <= top(page, "#fool-answer h2") < 140
 
 
 @only_tiny
@@ -349,6 +392,84 @@ class TestIdentify:
         playwright.expect(why).to_contain_text("No part stands out")  # there is nothing to cover in the dark
         playwright.expect(why).to_contain_text("Looks most like")
 
+    def test_remove(self, open_page):
+        page = open_page()
+        page.get_by_role("button", name="Mars").click()
+        headline(page, "Mars")
+        page.locator("#why img.map").wait_for()
+        page.get_by_role("button", name="Remove").click()
+        headline(page, "Show me a world")
+        assert page.locator("#left img, #why img").count() == 0 and page.locator("#verdict").count() == 0
+        assert page.evaluate("document.activeElement.closest('#drop') !== null"), "the keyboard stays where it was"
+        tab(page, "compare")
+        page.locator("#second .version").wait_for()
+        page.get_by_role("button", name="Remove").click()
+        playwright.expect(page.locator("#compare-left img")).to_have_count(0)
+        playwright.expect(page.locator("#first .version")).to_have_count(0)
+
+    def test_a_camera_is_offered_where_there_is_one(self, browser, url):
+        page = browser.new_page(viewport=DESK)
+        page.add_init_script("navigator.mediaDevices.enumerateDevices = async () => []")
+        page.goto(url)
+        page.get_by_role("button", name="Saturn").wait_for()
+        assert not page.locator("#camera").is_visible()
+        page.close()
+
+    def test_a_link_to_an_answer(self, open_page, url):
+        page = open_page()
+        page.get_by_role("button", name="Neptune").click()
+        headline(page, "Neptune")
+        link = page.get_by_role("link", name="Link to this answer").evaluate("one => one.href")
+        assert link.startswith(f"{url}/?answer=")
+        for at, words in ((link, "Neptune"), (f"{url}/?answer=00", "Hm.")):
+            open_page.leaving = True
+            page.goto(at)
+            headline(page, words)
+        page.goto(link)
+        headline(page, "Neptune")
+        playwright.expect(page.locator("#right .fine")).to_contain_text("Answered by model tiny/7, on ")
+        assert page.get_by_alt_text("Example: Neptune").is_visible() and violations(page) == []
+        page.get_by_role("button", name="Yes, right").click()
+        playwright.expect(page.locator("#thanks")).to_contain_text("Thank you")
+
+    def test_a_link_to_somebodys_picture_shows_the_answer_alone(self, open_page):
+        page = open_page()
+        drop(page, "mine.png", encoded(render("Mars", size=80)))
+        headline(page, "Mars")
+        link = page.get_by_role("link", name="Link to this answer").evaluate("one => one.href")
+        open_page.leaving = True
+        page.goto(link)
+        headline(page, "Mars")
+        assert page.locator("#left img").count() == 0
+
+    def test_a_download_of_an_answer(self, open_page, tmp_path):
+        "A page that needs nothing else, by day and by night, on a desk and on a phone."
+        for viewport, scheme in ((DESK, "light"), (PHONE, "dark")):
+            page = open_page(viewport, scheme)
+            page.get_by_role("button", name="Neptune").click()
+            page.locator("#why img.map").wait_for()
+            with page.expect_download() as download:
+                page.get_by_role("button", name="Download").click()
+            assert download.value.suggested_filename == "Neptune.html"
+            download.value.save_as(tmp_path / "Neptune.html")
+            asked, alone = [], page.context.new_page()
+            alone.on("request", lambda request, asked=asked: asked.append(request.url))
+            alone.goto((tmp_path / "Neptune.html").as_uri())
+            assert [one for one in asked if not one.startswith("data:")] == [(tmp_path / "Neptune.html").as_uri()]
+            assert alone.locator("#right h2").inner_text() == "Neptune" and alone.locator("img").count() == 5
+            assert "Model tiny/7" in alone.locator("p.fine").last.inner_text() and alone.locator("button").count() == 0
+            assert violations(alone) == [] and sideways(alone) == 0
+            alone.close()
+
+    def test_a_screen_reader_hears_the_answer(self, open_page):
+        page = open_page()
+        page.wait_for_timeout(2000)  # what is there from the start isn't said
+        page.get_by_role("button", name="Mars").click()
+        playwright.expect(page.locator("#spoken")).to_contain_text("Mars. This is Mars. The model is")
+        assert (
+            "\n" not in page.locator("#spoken").inner_text() and "Jupiter" not in page.locator("#spoken").inner_text()
+        )
+
     def test_why(self, open_page):
         page = open_page()
         why = page.get_by_role("region", name="Why")
@@ -388,7 +509,7 @@ class TestIdentify:
             ("letter.jpg", b"Dear planet", "I can't see a picture in that file"),
             ("nothing.jpg", b"", "That file is empty"),
             ("half.png", neptune()[:2000], "That picture is damaged"),
-            ("huge.png", bytes(3_100_000), "That picture is larger than I can take"),
+            ("huge.png", bytes(3_100_000), "Huge.png has 3.1 MB, of 3 MB allowed. Make it smaller"),
             ("tiny.png", encoded(Image.new("RGB", (4, 4))), "too small to see anything in"),
             ("moving.webp", encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]), "That picture moves"),
             ("both.png", neptune() + packed(a=b"b"), "Something else hides in that file"),
@@ -430,9 +551,13 @@ class TestIdentify:
         assert page.evaluate("document.activeElement.innerText.trim()") == "Neptune"
         page.keyboard.press("Enter")
         headline(page, "Neptune")
-        for _ in range(5):
+        for _ in range(6):
             page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.closest('#drop') !== null")
+        with page.expect_file_chooser():
+            page.keyboard.press("Enter")
+        page.keyboard.press("Shift+Tab")
+        assert page.evaluate("document.activeElement.innerText") == "Remove"
         page.get_by_role("tab", name="Try to fool it").focus()
         page.keyboard.press("Enter")
         page.locator("#fool-answer h2").wait_for()
@@ -518,6 +643,9 @@ def test_many(open_page):
     playwright.expect(page.locator(".sum")).to_contain_text(
         "3 pictures, 1 unknown, 1 that can't be read, 2 other files"
     )
+    tally = [one.replace("\n", " ").split() for one in page.locator(".tally li").all_inner_texts()]
+    assert tally == [["Mars", "1"], ["unknown", "1"], ["can't", "be", "read", "1"]]
+    playwright.expect(page.locator("#many-table h3").last).to_have_text("All 3, the most doubtful first")
     files = page.locator("table.many .file").all_inner_texts()
     assert files == ["broken.png", "black.png", "mars.png"], "the most doubtful come first"
     with page.expect_download() as download:

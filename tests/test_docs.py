@@ -6,7 +6,6 @@ import importlib.util
 import os
 import re
 import resource
-import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from urllib.parse import unquote, urldefrag
 import pytest
 import typer
 import yaml
+from printed import HANDWRITTEN, PAGES, commands_of
 from programs import chromium, web_server
 from typer.core import TyperGroup
 from typer.testing import CliRunner
@@ -27,6 +27,7 @@ from celestial_ml.core.files import read_json, write_json
 from celestial_ml.core.params import known_keys, load_params
 from celestial_ml.flow.steps import SECTIONS, load_tasks
 from celestial_ml.serve.settings import ServeSettings
+from celestial_ml.workbench.generated_files import fill_figures
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -45,7 +46,6 @@ CHANGES = {
     "another leftover file to skip": ("core", "nbs/core/08_folders.ipynb", "is_leftover"),
 }
 
-HANDWRITTEN = sorted(path for path in NBS.glob("*.md"))
 sys.path.insert(0, str(NBS / "docs-assets"))
 
 import docments  # noqa: E402
@@ -114,37 +114,6 @@ def test_every_command_is_explained(pages: dict[str, str]) -> None:
     assert seen > 20
 
 
-def code_of(path: Path) -> str:
-    "The code on a page, a command a line: blocks, spans in the text, and the cells of a notebook that go to the shell."
-    text, cells = path.read_text(), []
-    if path.suffix == ".ipynb":
-        cells = [("".join(cell["source"]), cell["cell_type"]) for cell in read_json(path)["cells"]]
-        text = "\n".join(source for source, kind in cells if kind == "markdown")
-    shell = [source for source, kind in cells if kind == "code" and source.startswith("%%sh")]
-    blocks = re.findall(r"^```.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL) + re.findall(
-        r"^    .*$", text, re.MULTILINE
-    )
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
-    return "\n".join([*blocks, *shell, *spans]).replace("\\\n", " ")
-
-
-PAGES = [ROOT / "README.md", *HANDWRITTEN, *sorted((NBS / "guides").glob("*.ipynb"))]
-
-
-def commands_of(path: Path, program: str) -> list[list[str]]:
-    "The words behind a program's name, each time that a page calls it."
-    found = []
-    for line in code_of(path).splitlines():
-        for part in re.split(r"\s[|<>]+\s|&&|;|2>", line):
-            words = shlex.split(part.replace("'", '"') if part.count("'") % 2 else part, comments=True)
-            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-                words = words[1:]
-            if words[:1] == [program]:
-                found.append(words[1:])
-    return found
-
-
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
 def test_a_page_prints_commands_that_parse(path: Path) -> None:
     "Each command of a page exists and takes the options and values beside it; a name alone stands for the command."
@@ -152,7 +121,7 @@ def test_a_page_prints_commands_that_parse(path: Path) -> None:
 
     for words in commands_of(path, "celestial"):
         command, name, rest = typer.main.get_command(app), "celestial", list(words)
-        while rest and isinstance(command, TyperGroup):
+        while rest and rest != ["--help"] and isinstance(command, TyperGroup):
             assert rest[0] in command.commands, f"there is no celestial {' '.join(words)}"
             command, name = command.commands[rest[0]], rest.pop(0)
         if rest and rest != ["--help"]:
@@ -186,6 +155,55 @@ def test_a_page_names_targets_variables_and_files_that_exist(path: Path) -> None
         assert "NN_" in file or (ROOT / file).exists(), file
     for words in commands_of(path, "papermill"):
         assert words[0] == "…" or (ROOT / words[0]).is_file(), words
+
+
+def test_figures_are_those_of_the_committed_results() -> None:
+    "What is marked is written from results/; what is said of all is true of all; the rest names what measures it."
+    index = (NBS / "index.ipynb").read_text()
+    cells = ["".join(cell["source"]) for cell in read_json(NBS / "index.ipynb")["cells"]]
+    assert [fill_figures(cell, ROOT / "results") for cell in cells] == cells, "run `make export`"
+    assert index.count("<!-- / -->") >= 10
+    text = (ROOT / "README.md").read_text()
+    guide, default = (read_json(ROOT / f"results/{run}/metrics.json")["unknown"] for run in ("guide", "default"))
+    for claimed in re.findall(r"all (\d+) unknown", text):
+        kinds = guide["kinds"].values()
+        assert int(claimed) == sum(kind["images"] for kind in kinds) and all(kind["unknown"] == 1 for kind in kinds)
+    if "none of the known bodies" in text:
+        assert guide["false_alarm_rate"] == default["false_alarm_rate"] == 0
+    table = section_of(text, "How good is it?")
+    rows = [re.split(r" \| ", row.strip("| ")) for row in re.findall(r"^\| \S.*\|$", table, re.MULTILINE)][1:]
+    assert len(rows) > 15
+    for row in rows:
+        commands = re.findall(r"`([^`]+)`", row[2])
+        assert commands and all(re.match(r"celestial|make|python -m bench", one) for one in commands), row
+
+
+def section_of(text: str, heading: str) -> str:
+    "A section of a page without anchors."
+    return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_a_page_names_sections_of_the_benchmark_that_exist(path: Path) -> None:
+    from bench.__main__ import SECTIONS
+
+    for words in commands_of(path, "python"):
+        if words[:2] == ["-m", "bench"]:
+            assert set(words[2:]) - {word for word in words[2:] if word.startswith("-")} <= {
+                *SECTIONS,
+                "guide",
+                "FOLDER",
+            }
+
+
+def test_each_wish_has_its_command() -> None:
+    "All commands and all targets are on the page of wishes."
+    page = NBS / "commands.md"
+    wishes = [" ".join(words) for words in commands_of(page, "celestial")]
+    commands = [name for name, command in reference.commands().items() if not hasattr(command, "commands")]
+    assert [name for name in commands if not any(f"celestial {wish} ".startswith(f"{name} ") for wish in wishes)] == []
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)) - {"help"}
+    assert targets <= {words[0] for words in commands_of(page, "make") if words}
 
 
 def test_every_route_is_explained(pages: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,7 +490,23 @@ def test_look(served: str, view: str, scheme: str) -> None:
                 (one["id"], one["nodes"][0]["html"][:200]) for one in found if one["impact"] in ("serious", "critical")
             ]
             assert serious == [], name
-        if view == "desk":  # the search finds, from an index that is here too
-            page.locator("input.md-search__input").fill("calibration")
-            page.locator(".md-search-result__item").first.wait_for(timeout=120_000)
+        if view == "desk":
+            search(page)
         assert complaints == []
+
+
+def search(page) -> None:
+    "The search finds, from an index that is here too."
+    page.locator("input.md-search__input").press_sequentially("calibration", delay=50)
+    page.locator(".md-search-result__item").first.wait_for(timeout=120_000)
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_search_works_from_disk(site: Path) -> None:
+    with chromium() as browser:
+        page, asked = browser.new_page(viewport=VIEWS["desk"]), []
+        page.on("request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or asked.append(r.url))
+        page.goto((site / "index.html").as_uri())
+        search(page)
+        assert asked == []

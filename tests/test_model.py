@@ -116,7 +116,8 @@ def test_what_git_keeps_is_copied_by_a_command(celestial, smoke: Plan) -> None:
     result = celestial("keep", "smoke")
     assert result.returncode == 0, result.stderr
     assert read_json("results/smoke/metrics.json") == read_json("output/smoke/model.json")["metrics"]
-    for name in ("history.csv", "test_predictions.npz", "plots/confusion_matrix.png", "plots/preview.png"):
+    assert 6 < len(read_json("results/smoke/headline.json")) < 12
+    for name in ("history.csv", "test_predictions.npz", "plots/confusion_matrix.png", "plots/history.png"):
         assert Path("results/smoke", name).read_bytes() == Path("output/smoke", name).read_bytes()
 
 
@@ -157,7 +158,9 @@ def test_small_builds_are_written_beside_the_served_one(smoke: Plan) -> None:
 
 @pytest.mark.slow
 def test_int8_is_served_where_it_is_as_good(celestial, smoke: Plan) -> None:
-    result = celestial("run", "smoke", "--set", "package.serve=int8", "--set", "package.int8_loss=0.5")
+    result = celestial(
+        "run", "smoke", *settings("package.serve=int8", "package.int8_loss=0.5", "register.publish=true")
+    )
     assert result.returncode == 0, result.stderr
     about = read_json("output/smoke/model.json")
     passes = about["compression"]["passes"]

@@ -15,6 +15,7 @@ import pytest
 
 from celestial_ml.core.files import read_json
 from celestial_ml.data.sources import SOURCES, Source
+from celestial_ml.demo.side_by_side import published_versions
 from celestial_ml.flow.pipeline import Plan, execute, make_plan
 from celestial_ml.flow.steps import Task, load_tasks
 
@@ -85,13 +86,14 @@ def test_mlflow_has_the_whole_run(smoke: Plan) -> None:
     } <= kept
 
 
-def test_a_weak_model_stays_a_candidate(smoke: Plan) -> None:
+def test_a_smoke_run_is_judged_and_stays_out_of_the_registry(smoke: Plan) -> None:
     verdict = read_json("output/smoke/register.json")
-    assert not verdict["promoted"] and verdict["decision"] == "refuse" and "is below" in verdict["reasons"][0]
+    assert not verdict["promoted"] and verdict["decision"] == "unregistered" and "is below" in verdict["reasons"][0]
     missed = [rule["name"] for rule in verdict["rules"] if not rule["passed"]]
-    assert verdict["reasons"][-1] == f"it misses {len(missed)} of {len(verdict['rules'])} rules: {', '.join(missed)}"
+    words = f"it misses {len(missed)} of {len(verdict['rules'])} rules: {', '.join(missed)}"
+    assert verdict["reasons"][-1].endswith(words), "what the gate would say"
     assert {rule["kind"]: rule["passed"] for rule in verdict["rules"]}["deployment"], "it could be served"
-    assert not Path(os.environ["CELESTIAL_HOME"], "models/champion.json").exists()
+    assert not Path(os.environ["CELESTIAL_HOME"], "models").exists()
 
 
 def test_a_version_has_a_card_with_its_figures(smoke: Plan) -> None:
@@ -108,8 +110,6 @@ def test_a_version_has_a_card_with_its_figures(smoke: Plan) -> None:
     )
     for name in (*metrics["per_class"], "out of scope", "lineage", "verdict of the gate", model):
         assert name.lower() in text.lower() and name.lower() in page.lower(), name
-    published = Path(os.environ["CELESTIAL_HOME"], "models", model, "model_card.html")
-    assert published.read_text() == page
 
 
 def test_nothing_changed_nothing_runs_and_ploomber_is_not_imported(smoke: Plan, at_home: Path) -> None:
@@ -129,6 +129,18 @@ def unspoilt(smoke: Plan, smoke_run: Path, at_home: Path) -> Iterator[Path]:
     for name in ("output", "nbs", "celestial_ml"):
         shutil.copytree(smoke_run / name, at_home / name, dirs_exist_ok=True)
     assert not make_plan(at_home, "smoke").stale
+
+
+def test_a_run_is_registered_where_somebody_asks_and_a_refused_one_is_set_aside(unspoilt: Path) -> None:
+    from mlflow import MlflowClient
+
+    assert rerun(unspoilt, "register.publish=true") == ["register"], "nothing else depends on it"
+    verdict = read_json("output/smoke/register.json")
+    assert (verdict["model"], verdict["decision"], verdict["promoted"]) == ("celestial/1", "refuse", False)
+    home = Path(os.environ["CELESTIAL_HOME"])
+    assert (home / "models/celestial/1/model_card.html").read_text() == Path("output/smoke/model_card.html").read_text()
+    assert not (home / "models/champion.json").exists() and published_versions() == {}, "nobody compares it"
+    assert MlflowClient(f"sqlite:///{home}/mlflow.db").get_registered_model("celestial").aliases == {}
 
 
 def test_a_changed_parameter_reruns_what_depends_on_it(unspoilt: Path) -> None:

@@ -7,7 +7,6 @@ import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 from programs import chromium, free_port
+from projects import snapshot
 from typer.testing import CliRunner
 
 from celestial_ml.cli.app import app
@@ -80,20 +80,6 @@ def draw(folder: Path, count: int) -> None:
             }[kind]()
             picture.save(folder / kind / f"{i:03}.{chance.choice(['jpg', 'png'])}")
         (folder / kind / "broken.jpg").write_bytes(b"\xff\xd8 this was a picture once")
-
-
-def snapshot(folder: Path) -> Path:
-    "A repository with what is here, committed or not, to clone from."
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
-        source, target = ROOT / name, folder / name
-        if name and (source.is_file() or source.is_symlink()):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target, follow_symlinks=False)
-    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.com"]
-    for command in (["init", "-q", "-b", "main"], ["add", "-A"], ["commit", "-qm", "as it is"]):
-        subprocess.run([*git, *command], cwd=folder, check=True)
-    return folder
 
 
 @pytest.fixture

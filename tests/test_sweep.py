@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -210,7 +213,11 @@ def test_every_run_is_in_mlflow_with_the_name_of_its_sweep(swept: Sweep) -> None
     client = mlflow_client(Track())
     experiment = client.get_experiment_by_name("celestial")
     assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id], "tags.sweep = 'odd'")
+    both = client.search_runs([experiment.experiment_id], "tags.sweep = 'odd'")
+    [whole], runs = ([run for run in both if ("kind" in run.data.tags) == own] for own in (True, False))
+    assert whole.info.run_name == "sweep odd" and whole.info.status == "FAILED", "some of its runs failed"
+    assert whole.data.metrics["runs_done"] == 2 and "x-0: failed" in whole.data.tags["mlflow.note.content"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs} == {whole.info.run_id}
     status = {(run.info.run_name, run.info.status) for run in runs}
     assert {("odd/x-1", "FAILED"), ("odd/x-1", "FINISHED"), ("odd/x-2", "FINISHED"), ("odd/x-0", "FAILED")} <= status
     fine = next(run for run in runs if run.info.run_name == "odd/x-2")
@@ -259,10 +266,31 @@ def test_the_page_has_every_run_and_why_one_failed(swept: Sweep, at_home: Path) 
     text = write_gallery("odd", read_outcomes(swept)).read_text()
     assert text.count("<tr data-run") == 4 and "2 done, 2 failed" in text
     assert re.search(r"odd, cell \d+: ZeroDivisionError: division by zero", text)
-    assert "inverse_error ↓" in text and "The best is <b>x-2</b>." in text and text.count("<polyline") == 2
+    assert "inverse_error ↓" in text and "The best is <b>x-2</b>: its inverse_error" in text
+    assert text.count("<polyline") == 2 and 'role="status"' not in text, "nothing runs"
     for link in re.findall(r'href="([^"#:]+)"', text):
         assert (at_home / "output/odd" / link).is_file(), link
     assert not re.findall(r'(?:src|href)="(?:https?:)?//', text), "a page that needs no network"
+
+
+CHOICE = "from celestial_ml.flow.figures import record\nrecord(val_loss=x, test_loss=1 - x, test_accuracy=x)"
+
+
+def test_validation_decides_and_test_figures_never_do(project: Path, celestial: Celestial) -> None:
+    "The run with the lower loss on validation images is the best, though another one has better test figures."
+    write_notebook(project / "choice.ipynb", "x = 0.5", CHOICE)
+    arguments = ["sweep", "--notebook", "choice.ipynb", "--grid", "x=0.25,0.75", "--run", "choice"]
+    done = json.loads(celestial(*arguments, "--json").stdout)
+    assert (done["best"], done["decided_by"]) == ("choice/x-0.25", "val_loss")
+    printed = celestial(*arguments).stdout
+    assert (
+        "best: choice/x-0.25, by val_loss 0.25" in printed
+        and "not for choosing: test_accuracy 0.25, test_loss 0.75" in printed
+    )
+    text = (project / "output/choice/index.html").read_text()
+    assert "The best is <b>x-0.25</b>: its val_loss" in text and "not for choosing" in text
+    row = re.search(r'<tr data-run="x-0.75".*?</tr>', text, re.S)
+    assert row and "top" not in row[0] and row[0].count("number test") == 2, "no test figure is marked as the best"
 
 
 def test_names_from_outside_are_no_html(at_home: Path) -> None:
@@ -458,6 +486,55 @@ def test_a_stopped_sweep_leaves_no_process_and_resumes(project: Path, at_home: P
     assert [[*one.plan.stale] for one in sweep.runs] == [["sleep"]] * 3
 
 
+TRAINING = ("sweep", "smoke", "--grid", "train.lr=0.003,0.01", "--until", "train", "--workers", "2", "--run", "stop")
+LONG = ("--set", "train.epochs=30", "--set", "data.per_class=20")
+
+
+def test_a_stopped_training_goes_on_behind_its_last_epoch(project: Path, celestial: Celestial, state: Path) -> None:
+    "SIGTERM, and the same command: no epoch is done again, no run is recorded twice, and the page follows."
+    from celestial_ml.flow.figures import epochs_of
+
+    page, folder = project / "output/stop/index.html", project / "output/stop"
+    runs = ("stop/lr-0.003", "stop/lr-0.01")
+    env = os.environ | {"CELESTIAL_HOME": str(state), "PYTHONPATH": str(project)}
+    command = [str(Path(sys.executable).with_name("celestial")), *TRAINING, *LONG]
+    process = subprocess.Popen(command, cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    before = Path.cwd()
+    os.chdir(project)
+    try:
+        seen = ""
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+            seen = page.read_text() if page.is_file() else ""
+            if "running, epoch" in re.sub("<[^>]+>", "", seen) and min(len(epochs_of(run)) for run in runs) >= 2:
+                break
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+        assert process.returncode == 130 and 'role="status"' in seen and "<polyline" in seen, "the page is live"
+        left = {run: len(epochs_of(run)) for run in runs}
+        assert all(2 <= epochs < 30 for epochs in left.values()), left
+        stopped = page.read_text()
+        assert 'role="status"' not in stopped and f"stopped in epoch {left[runs[0]]}" in stopped
+        again = celestial(*TRAINING, *LONG)
+        assert again.returncode == 0, again.stderr
+        assert all(len(epochs_of(run)) == 30 for run in runs) and not list(folder.glob("*/.checkpoint.npz"))
+    finally:
+        os.chdir(before)
+    database = sqlite3.connect(state / "mlflow.db")
+    recorded = database.execute(
+        "SELECT name, status, run_uuid FROM runs WHERE name LIKE '%stop%' ORDER BY name"
+    ).fetchall()
+    assert [(name, status) for name, status, _ in recorded] == [(n, "FINISHED") for n in (*runs, "sweep stop")]
+    stop = max(child.stat().st_mtime for child in (folder / "logs").iterdir())
+    for name, _, run in recorded[:2]:
+        query = "SELECT step, timestamp FROM metrics WHERE key = 'val_loss' AND run_uuid = ? ORDER BY timestamp, step"
+        steps = database.execute(query, (run,)).fetchall()
+        assert [step for step, _ in steps] == [*range(1, 31)], "each epoch once"
+        pause = steps[left[name]][1] - steps[left[name] - 1][1]
+        assert pause == max(b - a for (_, a), (_, b) in pairwise(steps)) and stop, "it paused behind its last epoch"
+
+
 # ---- plain papermill
 
 
@@ -483,9 +560,15 @@ def test_a_sweep_of_the_pipeline_makes_what_a_run_makes(project: Path, celestial
     said = json.loads(result.stdout)
     assert [run["status"] for run in said["runs"]] == ["done", "done"] and said["best"] in ("lr/lr-0.003", "lr/lr-0.01")
     text = (project / "output/lr/index.html").read_text()
-    assert "accuracy ↑" in text and "train.html" in text and "confusion matrix of lr-0.003" in text
+    assert "val_accuracy ↑" in text and "train.html" in text and "confusion matrix of lr-0.003" in text
+    assert not (project / ".celestial/models").exists(), "a sweep registers nothing"
     again = celestial("run", "smoke", "--set", "train.lr=0.003", "--run", "lr/lr-0.003", "--json")
     assert json.loads(again.stdout)["ran"] == [], "one memory: `celestial run` knows what a sweep did"
+    told = celestial("sweep", "smoke", "--grid", "train.lr=0.003,0.01", "--run", "lr").stdout
+    command = shlex.split(told.partition("next:")[2])
+    assert command[:3] == ["celestial", "run", "smoke"] and said["best"] in command
+    registered = json.loads(celestial(*command[1:], "--json").stdout)
+    assert registered["ran"] == ["register"] and registered["registered"]["model"] == "celestial/1"
 
 
 @pytest.mark.slow

@@ -65,6 +65,7 @@ def test_two_workers_make_a_study(tuned: dict) -> None:
     assert tuned["best"]["loss"] == min(trial.value for trial in trials) and tuned["own_loss"] == trials[0].value
     logs = [path.read_text() for path in Path("output/smoke/logs").iterdir()]
     assert len(logs) == 3 and all(log.count("epoch 2 of 2") == 1 for log in logs), "a worker a trial"
+    assert not Path(os.environ["CELESTIAL_HOME"], "models").exists(), "no trial is registered"
 
 
 def test_workers_that_begin_at_once_share_the_first_trials(tmp_path: Path) -> None:

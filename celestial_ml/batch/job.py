@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -17,9 +16,7 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from .inputs import Item, count_items, find_inputs, items, require_parquet
 from celestial_ml.batch.parts import (
@@ -43,8 +40,12 @@ from .scoring import Answers, Engine, threads
 from ..core.errors import CelestialError
 from ..core.files import hold
 from ..core.folders import PassedOver
+from ..core.progress import meter
 from ..data.images import SUFFIXES
 from ..serve.predictor import Predictor
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 # %% auto #0
 __all__ = ['UNIT_BYTES', 'IN_PROGRESS', 'BAD', 'VALUES', 'units', 'scored', 'Writer', 'pass_over', 'picture_bar', 'stoppable',
@@ -157,17 +158,7 @@ def picture_bar(
     count: Callable[[], int | None],  # how many there are; called in a thread
 ) -> tqdm[Any]:
     "A bar of progress; `update` it with the pictures that are done, and `close` it."
-    is_terminal = sys.stderr.isatty()
-    seconds, end = (0.3, "") if is_terminal else (15, "\n")
-    words = "{n_fmt} of {total_fmt} pictures, {rate_noinv_fmt}, {remaining} left" + end
-    options: dict[str, Any] = {
-        "file": sys.stderr,
-        "bar_format": words,
-        "leave": False,
-        "delay": seconds,
-        "dynamic_ncols": is_terminal,
-    }
-    bar = tqdm(initial=done, mininterval=seconds, unit=" pictures", **options)
+    bar = meter("scoring", done=done)
 
     def set_total() -> None:
         with suppress(Exception):  # the job itself raises it

@@ -11,6 +11,7 @@ import gc
 import json
 import locale
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,6 +33,7 @@ from celestial_ml.cli.console import (
     enter_project,
     errors_as_text,
     print_error,
+    table,
 )
 from .keys import keys_app
 from .log import log_app
@@ -56,7 +58,7 @@ data_app = command_group("The images: fetch, validate, look at.")
 for group in (batch_app, sweep_app, report_app, new_app):
     app.add_typer(group)
 for name, group in {"data": data_app, "log": log_app, "keys": keys_app, "models": models_app}.items():
-    app.add_typer(group, name=name)
+    app.add_typer(group, name=name, short_help=str(group.info.help))
 
 # %% ../../nbs/cli/09_app.ipynb #run
 @command(app, "run", "celestial run guide --set train.lr=0.001 --run lower-lr")
@@ -79,8 +81,8 @@ def run(
     plan = make_plan(enter_project(), params, set_, name, from_, force, beside=with_ or ())
     if not json_:
         print(f"{plan.run}: {len(plan.stale) or 'nothing'} to do, of {len(plan.tasks)} steps")
-        for step, why in plan.stale.items():
-            print(f"  · {step:<10}{why}")
+        if plan.stale:
+            print(table([[f"· {step}", why] for step, why in plan.stale.items()], head=False, indent=2))
     execute(plan, executor, quiet=json_)
     folder = Path("output") / plan.run
     manifest, verdict = read_manifest(folder), read_json(folder / "register.json")
@@ -90,7 +92,8 @@ def run(
             json.dumps({"run": plan.run, "ran": list(plan.stale), "metrics": metrics.to_json(), "registered": verdict})
         )
         return
-    role = "is champion" if verdict["promoted"] else "stays a candidate"
+    roles = {"challenge": "is challenger", "refuse": "is refused", "same": "is set aside"}
+    role = "is champion" if verdict["promoted"] else roles.get(verdict["decision"], "is not registered")
     warning = not_worth_it(metrics)
     print(f"\n{warning}\n" if warning else "")
     print(f"accuracy {metrics.accuracy:.4f} on {metrics.images} held-out images ({metrics.split})")
@@ -124,8 +127,7 @@ def tune(
     best, own = result["best"], result["own_loss"]
     than = f"; with the values of the params file: {own:.4f}" if own is not None else ""
     print(f"\nbest: trial {best['trial']}, cross-entropy {best['loss']:.4f} on the validation images{than}")
-    for key, value in best["values"].items():
-        print(f"  {key:<24}{value}")
+    print(table([[key, str(value)] for key, value in best["values"].items()], head=False, indent=2))
     print(f"\nlook:  output/{result['run']}/tune.html, {result['params']}\nnext:  celestial run tuned")
 
 # %% ../../nbs/cli/09_app.ipynb #images-in
@@ -262,10 +264,16 @@ def data_check(
     findings = run_checks(catalog, p.check)
     if json_:
         print(json.dumps([asdict(finding) for finding in findings]))
-    else:
-        for finding in findings:
-            print(f"{finding.status:<5}{finding.check:<28}{finding.saw}")
+        require_pass(findings)
+        return
+    marks = {"pass": "✓", "warn": "!", "fail": "✗"}
+    rows = [[marks[one.status], one.saw + (f", as {one.images[0]}" if one.images else "")] for one in findings]
+    warnings = sum(one.status == "warn" for one in findings)
+    print(f"{len(catalog):,} images in {catalog.label.nunique()} classes\n\n{table(rows, head=False)}\n", flush=True)
     require_pass(findings)
+    print("good enough to learn from" + (f"; {warnings} of the checks warn (!)" if warnings else ""))
+    new = f"celestial new my-project --data {shlex.quote(folder)}" if folder else f"celestial run {params}"
+    print(f"next:  {new}")
 
 
 @command(data_app, "show", "celestial data show my-photos/ --output sheet.png")

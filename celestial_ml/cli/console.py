@@ -7,9 +7,12 @@ __all__ = ['enter_project', 'table']
 
 # %% ../../nbs/cli/00_console.ipynb #cd1c829d
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -75,8 +78,13 @@ def command_group(
 
 
 def command(group: typer.Typer, name: str, example: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    "Register a function as a command whose errors end in text."
-    return lambda function: group.command(name, epilog=f"Example: {example}")(errors_as_text()(function))
+    "Register a function as a command whose errors end in text; the list of commands shows its first paragraph."
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        whole = " ".join((function.__doc__ or "").partition("\n\n")[0].split())
+        return group.command(name, epilog=f"Example: {example}", short_help=whole)(errors_as_text()(function))
+
+    return register
 
 # %% ../../nbs/cli/00_console.ipynb #enter-project
 def enter_project() -> Path:
@@ -86,10 +94,30 @@ def enter_project() -> Path:
     os.environ["CELESTIAL_TERMINAL"] = "1"
     return root
 
-
+# %% ../../nbs/cli/00_console.ipynb #table
 def table(
     rows: Sequence[Sequence[str]],  # of the same length each
+    head: bool = True,  # the first row names the columns
+    indent: int = 0,
 ) -> str:
-    "Rows as lines, each column as wide as its longest cell."
-    widths = [max(len(cell) for cell in column) + 2 for column in zip(*rows, strict=True)]
-    return "\n".join("".join(f"{cell:<{n}}" for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows)
+    "Rows as lines that fit the terminal, with two spaces between columns."
+    room = shutil.get_terminal_size((10_000, 24)).columns - indent - 2 * len(rows[0]) + 2
+    columns = [*zip(*rows, strict=True)]
+    least = [max(len(word) for cell in column for word in cell.split() or [""]) for column in columns]
+    whole = sum(least) <= room  # no word has to be cut
+    if head and len(rows) > 1 and len(least) > 2 and not whole:
+        blocks = (table([*zip(rows[0], row, strict=True)], False, indent) for row in rows[1:] if any(row))
+        return "\n\n".join(blocks)
+    widths = [max(map(len, column)) for column in columns]
+    while sum(widths) > max(room, 4 * len(widths)):
+        spare = [width * (not whole or width > fewest) for width, fewest in zip(widths, least, strict=True)]
+        widths[spare.index(max(spare))] -= 1
+    lines = []
+    for row in rows:
+        cells = [
+            textwrap.wrap(cell, max(width, 1), break_on_hyphens=False) for cell, width in zip(row, widths, strict=True)
+        ]
+        for parts in zip_longest(*cells, fillvalue="") if any(row) else [row]:
+            line = "  ".join(f"{part:<{width}}" for part, width in zip(parts, widths, strict=True))
+            lines.append(f"{' ' * indent}{line}".rstrip())
+    return "\n".join(lines)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import AsJson, command, command_group
+from .console import AsJson, command, command_group, table
 from ..core.errors import CelestialError
 
 # %% ../../nbs/cli/02_log.ipynb #b33bc115
@@ -38,9 +38,13 @@ def log_status(url: Where = None, json_: AsJson = False) -> None:
     if status["first"]:
         print(f"from {status['first']} to {status['last']}")
     print(f"{status['lost']} lost, {status['dropped']} dropped")
-    for row in status["processes"]:
-        what = ", ".join(f"{row[name]} {name}" for name in ("answered", "written", "dropped", "lost"))
-        print(f"  {row['started']}  {row['state']:<10}{row['host']}:{row['pid']}  {what}")
+    counts = ("answered", "written", "dropped", "lost")
+    rows = [
+        [row["started"], row["state"], f"{row['host']}:{row['pid']}", *(str(row[name]) for name in counts)]
+        for row in status["processes"]
+    ]
+    if rows:
+        print("\n" + table([["process since", "state", "host", *counts], *rows]))
 
 
 @command(log_app, "show", "celestial log show --last 50")
@@ -54,19 +58,19 @@ def log_show(
 
     answers = last_answers(last, url)
     if not json_ and answers:
-        print(f"{'time':<21}{'request':<34}{'role':<12}{'model':<8}{'answer':<20}{'ms':>6}  feedback")
-    for answer in answers:
-        print(json.dumps(answer) if json_ else _line(answer))
+        print(table([["time", "request", "role", "model", "answer", "ms", "feedback"], *map(_cells, answers)]))
+    for answer in answers if json_ else ():
+        print(json.dumps(answer))
 
 
-def _line(answer: dict[str, Any]) -> str:
-    "An answer as a line of a table."
+def _cells(answer: dict[str, Any]) -> list[str]:
+    "An answer as the cells of a table."
     judgement = {None: "", True: "correct", False: f"wrong: {answer['feedback_label'] or '?'}"}[answer["correct"]]
     label = answer["label"] if answer["known"] else f"unknown ({answer['label']})"
     sure = f"{label} {answer['confidence']:.0%}" if answer["known"] and answer["confidence"] is not None else label
     ms = "" if answer["latency_ms"] is None else f"{answer['latency_ms']:.1f}"
-    begin = f"{answer['time'][:19]:<21}{answer['request_id']:<34}{answer['role'] or '':<12}"
-    return f"{begin}{answer['model_version'] or '':<8}{sure:<20}{ms:>6}  {judgement}".rstrip()
+    begin = [answer["time"][:19], answer["request_id"], answer["role"] or "", answer["model_version"] or ""]
+    return [*begin, sure, ms, judgement]
 
 # %% ../../nbs/cli/02_log.ipynb #log-export
 @command(log_app, "export", "celestial log export answers/ --since 2026-03-01 --until 2026-03-07")
@@ -87,8 +91,8 @@ def log_export(
     if json_:
         print(json.dumps(days))
         return
-    for exported in days:
-        print(f"{exported['path']}  {exported['rows']} answers")
+    if days:
+        print(table([["file", "answers"], *([str(one["path"]), str(one["rows"])] for one in days)]))
     if not days:
         print("there are no answers in this time range")
 

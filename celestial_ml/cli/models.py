@@ -80,16 +80,22 @@ def models_list(json_: AsJson = False) -> None:
     if not rows:
         print("nothing is registered yet\nnext:  celestial run")
         return
-    print(table([["version", "alias", "accuracy", "macro F1", "images", "source", "run", "made"], *map(_cells, rows)]))
+    print(table([_COLUMNS, *map(_cells, rows)]))
     if behind:
         print("\nMLflow's aliases lag behind: they follow within seconds of a decision, or with celestial models sync")
     champion = any("champion" in row["aliases"] for row in rows)
-    print(f"\nnext:  celestial models {'show champion' if champion else 'promote ' + rows[-1]['model']}")
+    able = [row["model"] for row in rows if not (row["aside"] or row["retired"])]
+    print(
+        f"\nnext:  celestial {'models show champion' if champion else 'models promote ' + able[-1] if able else 'run'}"
+    )
+
+
+_COLUMNS = ["version", "alias", "accuracy", "macro F1", "images", "source", "run", "made"]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     "A version as the cells of a table."
-    status = f"retired for {row['retired']}" if row["retired"] else ", ".join(row["aliases"])
+    status = f"retired for {row['retired']}" if row["retired"] else ", ".join(row["aliases"]) or row["aside"] or ""
     span = "" if row["low"] is None else f" ({row['low']:.4f} to {row['high']:.4f})"
     figures = [_show(row["accuracy"]) + span, _show(row["macro_f1"]), _show(row["images"])]
     return [row["model"], status, *figures, row["source"] or "–", row["run"] or "–", (row["created"] or "–")[:10]]
@@ -104,21 +110,21 @@ def models_show(model: Model, json_: AsJson = False) -> None:
     if json_:
         print(json.dumps(about))
         return
-    print(table([_cells(about)]))
-    for name, figure in about["intervals"].items():
-        print(f"  {name:<12}{figure['value']:.4f}  ({figure['low']:.4f} to {figure['high']:.4f})")
-    for key in ("run", "mlflow_run", "code_revision", "data_sha256"):
-        print(f"  {key:<14}{about['lineage'].get(key, '–')}")
-    print(f"  classes       {', '.join(about['classes'])}")
-    for rule in about["rules"]:
-        print(f"  {'✓' if rule['passed'] else '✗'} {rule['name']:<22}{rule['why']}")
-    for entry in about["history"]:
-        print(f"  {entry['time'][:19]}  {entry['action']:<10}{entry['who']}")
-    for problem in about["damage"]:
-        print(f"  damaged: {problem}")
+    facts = dict(zip(_COLUMNS, _cells(about), strict=True)) | {"classes": ", ".join(about["classes"])}
+    keys = ("mlflow_run", "code_revision", "data_sha256")
+    facts |= {key.replace("_", " "): str(about["lineage"].get(key, "–")) for key in keys}
+    figures = [[name, *map(_show, (f["value"], f["low"], f["high"]))] for name, f in about["intervals"].items()]
+    marks = {(True, True): "–", (True, False): "✓", (False, True): "✗", (False, False): "✗"}  # –: not measured
+    rules = [[marks[r["passed"], r["value"] is None], r["name"], r["why"]] for r in about["rules"]]
+    history = [[entry["time"][:19], entry["action"], entry["who"]] for entry in about["history"]]
+    heads = ["figure", "value", "from", "to"], ["", "rule", "finding"], ["when", "decision", "who"]
+    parts = [table([*facts.items()], head=False)]
+    parts += [table([head, *rows]) for head, rows in zip(heads, (figures, rules, history), strict=True) if rows]
+    print("\n\n".join([*parts, *(f"damaged: {problem}" for problem in about["damage"])]))
     card = about["card"]
     print(f"\nlook:  {card}" if card else "\nit has no model card: an older release registered it")
-    print(f"next:  celestial models compare {about['model']} champion")
+    after = "list" if "champion" in about["aliases"] else f"compare {about['model']} champion"
+    print(f"next:  celestial models {after}")
 
 # %% ../../nbs/cli/01_models.ipynb #models-compare
 @command(models_app, "compare", "celestial models compare candidate champion")
@@ -135,12 +141,24 @@ def models_compare(first: Model, second: Model, json_: AsJson = False) -> None:
         rows += [[name, *map(_show, values)] for name, values in result[part].items()] + [[""] * 3]
     print(table(rows))
     paired, words = result["paired"], result["words"]
+    clear = paired is not None and paired["p"] < 0.05
+    order = [result["first"], result["second"]]
     if paired is None:
         print(f"not compared on the same images: {words}")
     else:
+        order = order if paired["difference"] > 0 else order[::-1]
         better = "better" if paired["difference"] > 0 else "worse"
-        print(f"{result['first']} is {better if paired['p'] < 0.05 else 'neither better nor worse'}: {words}")
-    print(f"next:  celestial models promote {result['first']}")
+        print(f"{result['first']} is {better if clear else 'neither better nor worse'}: {words}")
+    print(f"next:  celestial models {_next_after(order, clear)}")
+
+
+def _next_after(order: list[str], clear: bool) -> str:
+    "What to do after a comparison: promote only a version that is better than the champion by more than chance."
+    from celestial_ml.registry.overview import look
+
+    state = look()
+    promote = clear and order[1] == state.champion and order[0] not in {**state.aside, **state.retired}
+    return f"promote {order[0]}" if promote else f"show {order[0] if clear else state.champion or order[0]}"
 
 # %% ../../nbs/cli/01_models.ipynb #models-promote
 @command(models_app, "promote", "celestial models promote challenger --why 'watched it for a week'")
@@ -168,7 +186,8 @@ def models_promote(
     _follow_later()
     if not verdict.promoted:
         missed = "\n".join(rule.why for rule in verdict.rules if not rule.passed)
-        raise AnswerIsNo(f"the gate refuses {version}: {verdict.reasons[-1]}", missed)
+        what = "the gate refuses" if verdict.decision == "refuse" else "the gate doesn't promote"
+        raise AnswerIsNo(f"{what} {version}: {verdict.reasons[-1]}", missed)
     if not json_:
         print("next:  running servers load it by themselves; to go back: celestial models rollback")
 
@@ -234,10 +253,15 @@ def models_audit(
         print(f"a new log begins with{f' {champion} as champion' if champion else 'out a champion'}; {old} is kept")
         return
     audit = verify()
-    for entry in [] if verify_ else audit.entries[-last:]:
-        why = entry["evidence"].get("why") or entry["decision"]
-        line = f"{entry['n']:>4}  {entry['time'][:19]}  {entry['action']:<10}{entry['model']:<20}{entry['who']}: {why}"
-        print(json.dumps(entry) if json_ else line)
+    entries = [] if verify_ else audit.entries[-last:]
+    if json_:
+        print(*map(json.dumps, entries), sep="\n", end="\n" if entries else "")
+    elif entries:
+        keys = ("action", "model", "who")
+        begin = ([str(entry["n"]), entry["time"][:19]] for entry in entries)
+        rest = ([*map(entry.get, keys), entry["evidence"].get("why") or entry["decision"]] for entry in entries)
+        rows = [one + two for one, two in zip(begin, rest, strict=True)]
+        print(table([["#", "when", "decision", "version", "who", "why"], *rows]))
     if audit.problems:
         raise AnswerIsNo(f"{audit_file()} doesn't verify: {audit.problems[0]}", "celestial models audit --restart")
     if verify_ or not json_:

@@ -7,6 +7,9 @@ __all__ = []
 
 # %% ../../nbs/cli/06_report.ipynb #10c0760c
 import json
+import re
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +18,20 @@ import typer
 from .console import AsJson, command, command_group, enter_project
 from ..core.errors import CelestialError
 from ..core.files import atomic
+
+# %% ../../nbs/cli/06_report.ipynb #for-a-person
+def _for_a_person(markdown: str) -> str:
+    "Markdown as a terminal shows it."
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    text = re.sub(r"```mermaid.*?```|</?details>", "", markdown, flags=re.DOTALL)
+    text = re.sub(r"<summary>(.*?)</summary>", r"**\1**", text)
+    width = shutil.get_terminal_size((100, 24)).columns
+    console = Console(width=width, color_system=None, force_jupyter=False)
+    with console.capture() as shown:
+        console.print(Markdown(text))
+    return shown.get()
 
 # %% ../../nbs/cli/06_report.ipynb #report
 report_app = command_group()
@@ -48,7 +65,7 @@ def report(
     if json_:
         print(json.dumps([one.to_dict() for one in reports]))
     elif not files:
-        print(page.markdown(), end="")
+        print(_for_a_person(page.markdown()) if sys.stdout.isatty() else page.markdown(), end="")
     else:
         names = (path.relative_to(here) if path.is_relative_to(here) else path for path in files)
         print(f"look:  {', '.join(map(str, names))}")
@@ -57,7 +74,7 @@ def report(
 
 @command(report_app, "keep", "celestial keep default guide")
 def keep(runs: Runs = None) -> None:
-    "Copy metrics, predictions and two plots of a run to results/, for git, DVC and `celestial report --base`."
+    "Copy metrics, predictions and three plots of a run to results/, for git, DVC and `celestial report --base`."
     from celestial_ml.reports.results import keep_run
 
     root = enter_project()

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/cli/05_sweep.ipynb #67b27a16
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,34 +54,54 @@ def sweep(
     if not json_:
         left, steps = sum(bool(one.plan.stale) for one in plan.runs), len(plan.runs[0].plan.tasks)
         print(f"{plan.name}: {left or 'nothing'} to do, of {len(plan.runs)} runs of {steps} notebooks")
+        print(f"look:  {plan.folder}/index.html, which follows while it runs\n", flush=True)
     try:
-        run_sweep(plan, workers, memory, retries, quiet=json_)
+        run_sweep(plan, workers, memory, retries, json_, lambda now: write_gallery(plan.name, now, live=True))
     finally:  # also after Ctrl-C
         page = write_gallery(plan.name, read_outcomes(plan))
-    _print_result(plan, read_outcomes(plan), page, json_)
+    _print_result(plan, read_outcomes(plan), page, json_, files, set_ or [])
 
 # %% ../../nbs/cli/05_sweep.ipynb #print-result
-def _print_result(plan: "Sweep", outcomes: "list[Outcome]", page: Path, as_json: bool) -> None:
+def _print_result(
+    plan: "Sweep", outcomes: "list[Outcome]", page: Path, as_json: bool, files: list[str], settings: list[str]
+) -> None:
     "Print the result of a sweep; `AnswerIsNo` if a run of it failed."
-    from celestial_ml.reports.sweep_page import best_row, columns, rows_of
+    from celestial_ml.reports.sweep_page import best_row, decisive, rows_of
 
     rows = rows_of(outcomes)
-    best = best_row(rows, columns(rows)[1])
+    best, figure = best_row(rows), decisive(rows)
     names = {run.plan.run for run in plan.runs}
     failed = [o for o in outcomes if o.status == "failed" and o.run in names]
     if as_json:
         runs = [vars(row.outcome) | {"metrics": row.metrics} for row in rows]
-        print(json.dumps({"sweep": plan.name, "runs": runs, "best": best and best.outcome.run, "page": str(page)}))
-    elif best:
-        figures = ", ".join(f"{name} {value:.4g}" for name, value in list(best.metrics.items())[:4])
-        print(f"\nbest: {best.outcome.run} ({figures})")
+        about = {"sweep": plan.name, "best": best and best.outcome.run, "decided_by": figure, "page": str(page)}
+        print(json.dumps(about | {"runs": runs}))
+    elif best and figure:
+        test = ", ".join(f"{name} {value:.4g}" for name, value in best.metrics.items() if name.startswith("test_"))
+        what = "on the validation images, which decide" if figure.startswith("val_") else "which decides"
+        print(f"\nbest: {best.outcome.run}, by {figure} {best.metrics[figure]:.4g} {what}")
+        print(f"      not for choosing: {test}" if test else "", end="\n" if test else "")
     if failed:
         first = f"{Path(failed[0].run).name}: {failed[0].error}\n{failed[0].hint}"
         raise AnswerIsNo(f"{len(failed)} of {len(names)} runs failed", f"{first}\nlook:  {page}")
     if not as_json:
         served = best and (best.folder / "model.json").is_file()
-        after = f"celestial serve --model {best.outcome.run}" if best and served else "the same with a larger --grid"
+        after = _registers(best.outcome, files, settings) if best and served else "the same with a larger --grid"
         print(f"\nlook:  {page}\nnext:  {after}")
+
+
+def _registers(best: "Outcome", files: list[str], settings: list[str]) -> str:
+    "The command that registers a run of a sweep, which registers none: nothing else of it is done again."
+    from celestial_ml.flow.grid import as_text
+
+    values = {key: as_text(value) for key, value in best.values.items() if key != "params"} | {
+        "register.publish": "true"
+    }
+    file = next((file for file in files if Path(file).stem == best.values.get("params")), (files or ["default"])[0])
+    chosen = [*settings, *(f"{key}={value}" for key, value in values.items())]
+    return shlex.join(
+        ["celestial", "run", file, *(part for one in chosen for part in ("--set", one)), "--run", best.run]
+    )
 
 # %% ../../nbs/cli/05_sweep.ipynb #params
 @command(sweep_app, "params", "celestial params train guide > train.yaml")

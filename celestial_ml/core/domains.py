@@ -53,7 +53,7 @@ class Domain:
     classes: Sequence[str] = ()  # that it knows; the model's need not be the same
     noun, plural = "picture", "classes"  # "Show me a picture"; "I know three classes"
     title = "What is in this picture?"  # of the demo
-    invitation = "Drop a picture."
+    invitation = "Show it a picture."
     purpose = ""  # what a model of these classes is for, in its card
     colour = "#2a6f97"  # of the demo
     on_black = False  # whether a picture shows a lit thing on black: stars, phases and rolls fit it

@@ -6,9 +6,11 @@
 __all__ = ['NotebookPage']
 
 # %% ../../nbs/core/13_notebook_page.ipynb #notebook-page-imports
+import json
 import re
 import sys
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -23,6 +25,49 @@ if sys.modules["rfc3987_syntax"] is None:
 
 from .page_builder import Page
 
+# %% ../../nbs/core/13_notebook_page.ipynb #np-sections
+def _tagged(cell: NotebookNode, tag: str) -> bool:
+    return tag in cell.get("metadata", {}).get("tags", [])
+
+
+def _sections(cells: list[NotebookNode]) -> list[tuple[str, list[NotebookNode]]]:  # title, cells
+    "The cells by their heading: the result first, what is in front of the first heading last."
+    parts: list[tuple[str, list[NotebookNode]]] = [("", [])]
+    first: list[int] = []
+    for cell in cells:
+        heading = re.match(r"## (.+)\n*", cell.source) if cell.cell_type == "markdown" else None
+        if heading:
+            parts.append((heading[1].replace("`", ""), []))
+            first += [len(parts) - 1] if _tagged(cell, "result") else []
+            cell = NotebookNode(cell | {"source": cell.source[heading.end() :]})
+        if cell.source.strip():
+            parts[-1][1].append(cell)
+    results, others = [parts[i] for i in first], [part for i, part in enumerate(parts) if i and i not in first]
+    if not (results or others) or any(cell.cell_type != "code" for cell in parts[0][1]):
+        return [part for part in (*results, parts[0], *others) if part[1]]
+    ran = ("How it ran", parts[0][1])
+    hidden = [part for part in others if not any(cell.get("outputs", cell.source) for cell in part[1])]
+    for i, (name, some) in enumerate(hidden):
+        others.remove((name, some))  # nothing to see but code
+        ran[1].extend(
+            [NotebookNode(cell_type="markdown", id=f"ran-{i}", metadata={}, source=f"### {name}"), *some]
+            if some
+            else []
+        )
+    return [*results, *others, ran]
+
+# %% ../../nbs/core/13_notebook_page.ipynb #np-links
+def _links(cells: list[NotebookNode]) -> list[tuple[str, str]]:  # name, address seen from the page
+    "The report of the run that the notebook is a step of, and the steps that it reads."
+    for cell in cells:
+        if _tagged(cell, "injected-parameters"):
+            lines = dict(re.findall(r"^(upstream|product) = (\{.*\})$", cell.source, re.M))
+            folder = Path(json.loads(lines.get("product", "{}")).get("html", "")).parent
+            steps = [(f"step {name}", f"{name}.html") for name in json.loads(lines.get("upstream", "{}"))]
+            pages = [("the report of this run", "report.html")] if (folder / "acquire.ipynb").is_file() else []
+            return pages + [link for link in steps if (folder / link[1]).is_file()]
+    return []
+
 # %% ../../nbs/core/13_notebook_page.ipynb #notebook-page
 class NotebookPage(HTMLExporter):
     "nbconvert's exporter to HTML, with the page of this project."
@@ -34,12 +79,23 @@ class NotebookPage(HTMLExporter):
 
     def from_notebook_node(self, nb: NotebookNode, resources: Any = None, **options: Any) -> tuple[Any, Any]:
         "The page; its title is the notebook's first heading, its subtitle the quotation below."
-        nb, first = nb.copy(), nb.cells[0].copy() if nb.cells else NotebookNode(cell_type="", source="")
-        title = re.match(r"# (.+)\n*(?:> (.+))?", first.source) if first.cell_type == "markdown" else None
+        cells, first = list(nb.cells), nb.cells[0] if nb.cells else NotebookNode(cell_type="", source="")
+        title = re.match(r"# (.+)\n*(?:> (.+))?\n*", first.source) if first.cell_type == "markdown" else None
         if title:
-            first.source = first.source[title.end() :]
-            nb.cells = [first, *nb.cells[1:]]
-        cells, resources = super().from_notebook_node(nb, resources, **options)
+            cells[0] = NotebookNode(first | {"source": first.source[title.end() :]})
+        if any(_tagged(cell, "injected-parameters") for cell in cells):
+            cells = [cell for cell in cells if not _tagged(cell, "parameters")]
+        sections, links = [], _links(cells)
+        for name, some in _sections(cells) or [("", [])]:
+            part = NotebookNode(nb | {"cells": some})
+            html, resources = super().from_notebook_node(part, resources, **options)
+            html = re.sub(r"<th([^>]*)>(?:\s|&nbsp;)*</th>", r"<td\1></td>", html)  # a header without text
+            sections.append((name, Markup(html)))
         name = (resources.get("metadata") or {}).get("name", "")
-        data = {"title": title[1] if title else name, "subtitle": (title and title[2]) or "", "cells": Markup(cells)}
+        data = {
+            "title": title[1] if title else name,
+            "subtitle": (title and title[2]) or "",
+            "parts": sections,
+            "links": links,
+        }
         return Page("notebook", data).html(), resources

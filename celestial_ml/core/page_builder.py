@@ -11,7 +11,7 @@ import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from html import escape
 from importlib.resources import files
 from operator import itemgetter
@@ -32,11 +32,14 @@ def as_text(
     value: Any,
     as_share: bool = False,  # from 0 to 1
 ) -> str:
-    "A value of a table: shares in per cent, a dash where there is none."
+    "A value of a table: shares in per cent, a dash where there is none; 100 % and 0 % are all and none, nothing less."
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{100 * value:.1f} %" if as_share else f"{value:.4g}"
+        if not as_share:
+            return f"{value:.4g}"
+        near = "> 99.9" if 0.9995 <= value < 1 else "< 0.1" if 0 < value < 0.0005 else None
+        return f"{near or format(100 * value, '.1f')} %"
     return "–" if value is None else str(value)
 
 
@@ -51,11 +54,13 @@ def _picture(source: Any, side: int = 1500) -> dict[str, Any]:  # uri, width, he
     "A file, its content, pixels or a figure of Matplotlib as it can stand in a page: at most `side` wide, as WebP."
     from PIL import Image
 
+    if isinstance(source, Path):
+        return _file_picture(source, source.stat().st_mtime_ns, side)
     if hasattr(source, "savefig"):
         source.savefig(drawn := io.BytesIO(), dpi=110)
         source = drawn.getvalue()
-    if isinstance(source, bytes | Path):
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source).convert("RGB")
+    if isinstance(source, bytes):
+        image = Image.open(io.BytesIO(source)).convert("RGB")
     else:
         image = Image.fromarray(source).convert("RGB")
     image.thumbnail((side, 4 * side))
@@ -64,6 +69,12 @@ def _picture(source: Any, side: int = 1500) -> dict[str, Any]:  # uri, width, he
     return {"uri": f"data:image/webp;base64,{encoded}", "width": image.width, "height": image.height}
 
 
+@lru_cache(maxsize=256)  # a page may be written again and again
+def _file_picture(path: Path, changed: int, side: int) -> dict[str, Any]:
+    "The picture of a file as it is now."
+    return _picture(path.read_bytes(), side)
+
+# %% ../../nbs/core/10_page_builder.ipynb #environment
 @cache
 def _environment(form: str) -> Environment:  # html or md
     "Jinja2, with the building blocks of one form."
@@ -87,7 +98,7 @@ def _environment(form: str) -> Environment:  # html or md
         "few": lambda rows, by=None: few_of(rows, None if by is None else itemgetter(by)),
         "headings": lambda page: [(i, Markup(t)) for i, t in re.findall(r'<section id="(.*?)"><h2>(.*?)</h2>', page)],
         "listed": listed,
-        "oneline": lambda text: type(text)(" ".join(text.split())),
+        "oneline": lambda text: type(text)(" ".join(text.split()).replace(" %", "\u00a0%" if form == "html" else " %")),
         "picture": _picture,
         "share": share,
         "slug": lambda title: re.sub(r"\W+", "-", title.lower()),

@@ -207,6 +207,9 @@ class Register(Section):
     name: str = Field(
         "celestial", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]{0,99}$", description="name of the model in the registry"
     )
+    publish: bool = Field(
+        True, description="enter it in the registry; false: only judge it, as smoke runs and sweeps do"
+    )
     min_accuracy: float = Field(0.9, ge=0, le=1, description="accuracy on held-out images, at least")
     min_macro_f1: float = Field(0.9, ge=0, le=1, description="mean F1 of the classes, at least")
     min_class_f1: float = Field(0.7, ge=0, le=1, description="F1 of the worst class, at least")

@@ -54,7 +54,7 @@ def readable(catalog: pd.DataFrame, p: Check) -> Finding:
     "Can every image be read to its end?"
     bad = catalog[catalog.error.notna()]
     reasons = ", ".join(f"{n} {reason}" for reason, n in bad.error.value_counts().items())
-    saw = f"{len(bad)} of {len(catalog)} images can't be read" + (f" ({reasons})" if len(bad) else "")
+    saw = f"{len(bad):,} of {len(catalog):,} images can't be read ({reasons})" if len(bad) else "all images can be read"
     return _finding("readable", len(bad) <= p.max_unreadable * len(catalog), saw, bad)
 
 
@@ -63,7 +63,8 @@ def large_enough(catalog: pd.DataFrame, p: Check) -> Finding:
     "Is every image large enough?"
     shortest = catalog[["width", "height"]].min(axis=1)
     small = catalog[catalog.error.isna() & (shortest < p.min_px)]
-    saw = f"{len(small)} images are smaller than {p.min_px} pixels"
+    saw = f"{len(small):,} images are smaller" if len(small) else "no image is smaller"
+    saw += f" than {p.min_px} pixels"
     return _finding("large_enough", small.empty, saw, small)
 
 
@@ -72,7 +73,7 @@ def passed_over(catalog: pd.DataFrame, p: Check) -> Finding:
     "Is every picture in the folder also in the catalog?"
     passed = PassedOver(Counter(catalog.attrs.get("passed_over", {})), catalog.attrs.get("examples", {}))
     few = passed.missed <= p.max_passed_over * (passed.missed + len(catalog)) and not passed.counts["unreadable"]
-    saw = f"{passed.counts.total()} files were passed over" + (f" ({passed})" if passed.counts else "")
+    saw = f"{passed.counts.total():,} files were passed over ({passed})" if passed.counts else "no file was passed over"
     if passed.missed:
         saw += f"; {passed.missed} may be pictures: JPEG, PNG and WebP are read, others must be converted"
     return Finding("passed_over", "pass" if few else "warn", saw, tuple(passed.missed_examples), dict(passed.counts))
@@ -101,7 +102,7 @@ def enough_images(catalog: pd.DataFrame, p: Check) -> Finding:
     counts = catalog[catalog.error.isna()].groupby("label").sha256.nunique()
     counts = counts.reindex(catalog.label.unique(), fill_value=0)
     few = counts[counts < p.min_per_class]
-    saw = listed(f"{label} has {n}" for label, n in few.items()) or f"the smallest class has {counts.min()}"
+    saw = listed(f"{label} has {n}" for label, n in few.items()) or f"the smallest class has {counts.min():,}"
     return _finding("enough_images", few.empty, f"{saw}; {p.min_per_class} distinct images a class are needed")
 
 
@@ -111,6 +112,7 @@ def balanced(catalog: pd.DataFrame, p: Check) -> Finding:
     counts = catalog.label.value_counts()
     ratio = counts.max() / counts.min()
     saw = f"the largest class ({counts.idxmax()}) is {ratio:.1f} times the smallest ({counts.idxmin()})"
+    saw = "all classes are of the same size" if ratio == 1 else saw
     return _finding("balanced", ratio <= p.max_imbalance, saw)
 
 # %% ../../nbs/data/07_checks.ipynb #one-label-each
@@ -119,10 +121,8 @@ def one_label_each(catalog: pd.DataFrame, p: Check) -> Finding:
     "Has any image two labels?"
     images = catalog[catalog.error.isna()]  # empty files are all alike
     torn = images[images.groupby("sha256").label.transform("nunique") > 1]
-    saw = (
-        f"{torn.sha256.nunique()} images have two labels"
-        + "; several for one image (multi-label) isn't supported" * (not torn.empty)
-    )
+    more = f"{torn.sha256.nunique():,} images have two labels; several for one image (multi-label) isn't supported"
+    saw = "no image has two labels" if torn.empty else more
     return _finding("one_label_each", torn.empty, saw, torn)
 
 
@@ -131,14 +131,16 @@ def no_leak(catalog: pd.DataFrame, p: Check) -> Finding:
     "Is any image both learned from and measured on?"
     images = catalog[catalog.error.isna()]
     leaked = images[images.groupby("sha256").split.transform("nunique") > 1]
-    return _finding("no_leak", leaked.empty, f"{leaked.sha256.nunique()} images are in two splits", leaked)
+    saw = "no image is in two splits" if leaked.empty else f"{leaked.sha256.nunique():,} images are in two splits"
+    return _finding("no_leak", leaked.empty, saw, leaked)
 
 
 @check
 def no_duplicates(catalog: pd.DataFrame, p: Check) -> Finding:
     "Is any image there twice?"
     again = catalog[catalog.error.isna() & catalog.sha256.duplicated()]
-    return _finding("no_duplicates", again.empty, f"{len(again)} images are copies of another", again, "warn")
+    saw = "no image is a copy of another" if again.empty else f"{len(again):,} images are copies of another"
+    return _finding("no_duplicates", again.empty, saw, again, "warn")
 
 
 @check

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
 
-from ..core.domains import Pictures, domain_of
+from ..core.domains import Pictures, domain_of, domains
 from ..core.errors import CelestialError
 from .images import decode_image, find_pictures
 
@@ -210,11 +210,13 @@ def ood_kinds(
     domain: str = "auto",  # as `domain_of` has it
     own: str | Path | None = None,  # a folder of pictures that show none of the classes
 ) -> dict[str, Pictures]:  # the hardest first
-    "The kinds of OOD pictures for these classes: those of their domain, the general ones, and one's own."
+    "The kinds of OOD pictures for these classes: those of their domain, general ones, those of other domains, one's own."
     of_domain = domain_of(classes, domain)
     # Photographs from the ground may show a project's own classes: cats, flowers.
     general = {name: draw for name, draw in OOD_KINDS.items() if of_domain.on_black or name != "photographs"}
-    return of_domain.ood_kinds() | general | ({"own": _pictures_in(own)} if own else {})
+    others = [other for other in domains() if other.name != of_domain.name and not set(classes) & set(other.classes)]
+    elsewhere = {name: draw for other in others for name, draw in other.ood_kinds().items()}
+    return elsewhere | of_domain.ood_kinds() | general | ({"own": _pictures_in(own)} if own else {})
 
 # %% ../../nbs/data/14_ood_images.ipynb #strangers-table
 def by_subject(

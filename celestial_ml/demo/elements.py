@@ -87,11 +87,12 @@ def tile_uri(model: "Predictor | None", name: str, side: int = 320) -> str | Non
 def sky(
     picture: str | None,  # a data URI; None: nothing to show
     alt: str = "",
-    invitation: str = "Drop a picture here",
-    more: str = "or click to choose one, or paste one",
+    limits: str = "",  # what can be dropped, and how large
+    invitation: tuple[str, str] = ("Drop a picture here", "Tap to choose a picture"),  # for a mouse, and for a finger
+    more: tuple[str, str] = ("or click to choose one, or paste one", ""),
 ) -> str:
-    "The part of the page where pictures are dropped: the last one, or an invitation."
-    return part("sky", picture=picture, alt=alt, invitation=invitation, more=more)
+    "The part of the page where pictures are dropped: the last one, which can be removed, or an invitation."
+    return part("sky", picture=picture, alt=alt, invitation=invitation, more=more, limits=limits)
 
 # %% ../../nbs/demo/01_elements.ipynb #hero
 def _palette(colour: str) -> str:

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['NOW', 'QUIET', 'VERDICT', 'Host', 'Desk', 'View', 'answer_card', 'sorry', 'welcome', 'reasons_card', 'reasons',
-           'look', 'explain', 'judge', 'upload_path', 'read_upload', 'drop_area', 'http_request', 'changes', 'show',
-           'explain_last', 'build_identify']
+           'look', 'explain', 'recall', 'judge', 'upload_path', 'read_upload', 'drop_area', 'http_request', 'changes',
+           'show', 'explain_last', 'build_identify']
 
 # %% ../../nbs/demo/02_identify.ipynb #6a7be8a2
 import asyncio
+import hashlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +25,9 @@ from ..core.errors import CelestialError
 from ..core.many_classes import MANY, listed
 from .elements import foot, picture_uri, sky, tile_uri, tiles
 from .uploads import Uploads, forget_uploads, read_file
-from .wording import SORRY, apology, card, counted, headline, part, sentence, text
+from .wording import SORRY, apology, card, counted, headline, part, problem, sentence, text
 from ..package.manifest import Manifest
+from ..package.metrics import Metrics
 from ..serve.predictor import Explanation, Prediction, Predictor, Seen
 from ..serve.scorer import Scored
 
@@ -42,6 +46,13 @@ class Host:
     feedback: Callable[..., Awaitable[Any]]  # as POST /feedback: who, request_id, correct, label, comment
     score: Callable[[bytes, Predictor], Awaitable[Scored]]  # with the picture; counted and logged nowhere
     uploads: Uploads | None = None  # None: nothing can be dropped
+    find: Callable[[str], Awaitable[dict[str, Any] | None]] | None = None  # a logged answer by its id; None: no log
+
+    @property
+    def blank(self) -> str:
+        "Where a picture can be dropped, and how large it may be."
+        most = (self.uploads.max_bytes / 1e6, self.uploads.max_pixels / 1e6) if self.uploads else None
+        return sky(None, limits="JPEG, PNG or WebP, up to {:g} MB and {:g} megapixels".format(*most) if most else "")
 
     @property
     def manifest(self) -> Manifest | None:
@@ -77,19 +88,22 @@ class View:
 def answer_card(
     prediction: Prediction,
     manifest: Manifest,  # of the model that answered
+    on: str = "",  # when, if not now
 ) -> str:
     "The answer, why to believe it, and the probabilities."
     aside, limit = ("", None) if prediction.known else ("If it had to be one of them", manifest.ood_threshold)
-    fine, words = f"Answered by model {manifest.model}", sentence(prediction, manifest)
+    if not prediction.probabilities:  # a logged answer
+        limit = None
+    fine, words = f"Answered by model {manifest.model}{on}", sentence(prediction, manifest)
     kind = "" if prediction.known else "unsure"
     return card("The answer", headline(prediction), words, prediction, kind, aside, limit, fine)
 
 
 def sorry(
-    code: str,  # of `SORRY`
+    why: str | Exception,  # a code of `SORRY`, or what went wrong
 ) -> str:
     "The card in the place of an answer where there is none."
-    return card("No answer", "Hm.", SORRY[code], kind="sorry")
+    return card("No answer", "Hm.", problem(why) if isinstance(why, Exception) else SORRY[why], kind="sorry")
 
 
 def welcome(
@@ -122,6 +136,16 @@ def reasons(explanation: Explanation, manifest: Manifest) -> str:
     return part("reasons", overlay=explanation.overlay, alt=alt, sentence=words, looks_like=looks_like)
 
 # %% ../../nbs/demo/02_identify.ipynb #look
+def _empty(host: Host, right: str) -> View:
+    "No picture and no answer, but these words."
+    return View(host.blank, right, reasons_card(), foot(host.manifest))
+
+
+def _offer(host: Host, request_id: str) -> str:
+    "A link to an answer, where there is a log to find it in, and its download."
+    return part("offer", request_id=request_id if host.find else "")
+
+
 async def look(
     host: Host,
     request: Request,
@@ -138,12 +162,13 @@ async def look(
     except Exception as e:
         if apology(e) == "internal":
             _log.exception("the demo failed on a file")
-        return View(sky(None), sorry(apology(e)), reasons_card(), foot(host.manifest))
+        return _empty(host, sorry(e))
     assert scored.picture is not None and desk.model is not None
     desk.picture = Seen(scored.prediction, scored.picture, scored.embedding)
     manifest, (alt, uri) = desk.model.manifest, shown
     left = sky(uri or await run_in_threadpool(picture_uri, scored.picture), alt)
-    answer, desk.known = answer_card(scored.prediction, manifest), scored.prediction.known
+    answer = answer_card(scored.prediction, manifest) + _offer(host, desk.request_id)
+    desk.known = scored.prediction.known
     return View(left, answer, reasons_card("soon"), foot(manifest), True, desk.known, tuple(manifest.classes))
 
 
@@ -155,6 +180,30 @@ def explain(desk: Desk) -> str:
     except Exception:
         _log.exception("the demo could not explain an answer")
         return reasons_card()
+
+# %% ../../nbs/demo/02_identify.ipynb #recall
+async def recall(
+    host: Host,
+    request_id: str,
+    desk: Desk,  # gets the answer
+) -> View:
+    "A logged answer, for a link to it. Its picture isn't kept, unless it's one of those to try."
+    try:
+        row = await host.find(request_id) if host.find else None
+    except CelestialError as e:
+        return _empty(host, sorry(e))
+    if row is None or (model := host.current()) is None:
+        return _empty(host, sorry("forgotten"))
+    fields = {name: row[name] for name in ("label", "confidence", "known", "ood_score", "model_version", "sha256")}
+    prediction, manifest = Prediction(**fields, probabilities={}), model.manifest
+    if prediction.model_version != manifest.model:  # its test results are those of another model
+        manifest = manifest.model_copy(update={"metrics": Metrics(), "version": prediction.model_version, "name": ""})
+    same = [name for name, file in tiles(model).items() if hashlib.sha256(file).hexdigest() == prediction.sha256]
+    left = sky(tile_uri(model, same[0]), f"Example: {same[0]}") if same else host.blank
+    desk.request_id, desk.model, desk.known = request_id, model, prediction.known
+    on = f", on {datetime.fromtimestamp(row['time'], UTC):%d %B %Y at %H:%M} UTC"
+    right = answer_card(prediction, manifest, on) + _offer(host, request_id)
+    return View(left, right, reasons_card(), foot(model.manifest), True, desk.known, tuple(model.manifest.classes))
 
 # %% ../../nbs/demo/02_identify.ipynb #judge-x
 _ELSE = "unknown"  # the label of what is none of the classes
@@ -186,9 +235,9 @@ async def judge(
 # %% ../../nbs/demo/02_identify.ipynb #read-upload-x
 NOW = "performance.now(), null"  # for the inputs `clock` and `desk`; the desk stays on the server
 QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
-_INVITE = (
-    '<p>{}rop or paste a picture of your own below, or <button type="button" id="camera">use the camera</button>.</p>'
-)
+_REMOVED = """element.addEventListener("click", (event) => {
+  if (event.target.closest("[data-remove]")) trigger("click");
+});"""
 
 
 def upload_path(
@@ -209,14 +258,17 @@ async def read_upload(host: Host, path: str | None) -> bytes:  # none where ther
 
 
 def drop_area(
+    inside: str,  # of `sky`
     label: str,
-    name: str,  # its id on the page
+    page: str = "",  # what the ids of its parts begin with
     **more: Any,
-) -> "gr.File":
-    "A drop area for files."
+) -> "tuple[gr.HTML, gr.File]":
+    "A drop area for files, over what is shown there. A click on the former removes the picture."
     import gradio as gr
 
-    return gr.File(label=label, show_label=False, elem_id=name, elem_classes="drop", **more)
+    with gr.Column(elem_id=f"{page}left", elem_classes="dropper"):
+        shown = gr.HTML(inside, js_on_load=_REMOVED, apply_default_css=False)
+        return shown, gr.File(label=label, show_label=False, elem_id=f"{page}drop", elem_classes="drop", **more)
 
 
 def http_request(request: "gr.Request") -> Request:
@@ -263,6 +315,22 @@ async def show(
     desk.request_id, desk.picture, desk.model = latest.request_id, latest.picture, latest.model
     desk.known = latest.known
     return changes(view, desk)
+
+
+def _remove(host: Host, clock: float, desk: Desk) -> list[Any]:
+    "Remove the picture and its answer."
+    desk.clock, desk.picture, desk.model = max(desk.clock, clock), None, None
+    return changes(_empty(host, welcome(host.manifest)), desk)
+
+
+async def _follow(host: Host, link: str, desk: Desk) -> list[Any]:
+    "The page when it's opened: the answer of a link, or the card before the first picture."
+    import gradio as gr
+
+    if link and not desk.clock:
+        return changes(await recall(host, link, desk), desk)
+    card = gr.skip() if desk.clock else welcome(host.manifest)  # the person has gone on already
+    return [gr.skip(), card, *(gr.skip() for _ in range(3 + VERDICT))]
 
 
 async def explain_last(desk: Desk) -> Any:
@@ -312,12 +380,12 @@ _PICKED = """element.addEventListener("click", (event) => {
   const tile = event.target.closest("[data-tile]");
   if (tile) trigger("click", {cell: tile.dataset.tile});
 });"""
+_LINKED = "() => [new URLSearchParams(location.search).get('answer')?.slice(0, 64) ?? '', null]"
 
 
 def _invitation(model: Predictor | None) -> str:
     "The line above the pictures to try."
-    noun = model.manifest.domain.noun if model else "picture"
-    return _INVITE.format(f"Pick a {noun} that the model has never seen, d" if tiles(model) else "D")
+    return part("invite", noun=model.manifest.domain.noun if model and tiles(model) else "")
 
 
 def _picks(model: Predictor | None) -> str:
@@ -327,6 +395,7 @@ def _picks(model: Predictor | None) -> str:
 # %% ../../nbs/demo/02_identify.ipynb #build-identify
 def build_identify(
     host: Host,
+    page: "gr.Blocks",  # that the tab is built in
     footer: "gr.HTML",  # says which model answered
 ) -> None:
     "The tab, inside of a `gr.Blocks`."
@@ -334,17 +403,17 @@ def build_identify(
 
     block: dict[str, Any] = {"apply_default_css": False}
     desk, clock = gr.State(Desk()), gr.Number(0, visible=False)
+    link = gr.Textbox("", visible=False, max_length=64)
     gr.HTML(lambda: _invitation(host.current()), elem_id="picks-title", **block)
     picks = gr.HTML(lambda: _picks(host.current()), elem_id="picks", js_on_load=_PICKED, **block)
     with gr.Row(elem_id="desk"):
-        with gr.Column(elem_id="left", elem_classes="dropper"):
-            left, drop = gr.HTML(sky(None), **block), drop_area("Your picture", "drop")
+        left, drop = drop_area(host.blank, "Your picture")
         with gr.Column(elem_id="right"):
-            right = gr.HTML(lambda: welcome(host.manifest), **block)
+            right = gr.HTML(welcome(host.manifest), **block)
             verdict = _build_verdict(host, desk)
         with gr.Column(elem_id="why"):
             card = gr.HTML(reasons_card(), **block)
-    page = [left, right, card, footer, desk, *verdict]
+    parts = [left, right, card, footer, desk, *verdict]
     slots = asyncio.Semaphore(2)  # pictures that are explained at once; the next waits
 
     async def dropped(file: dict[str, Any] | None, clock: float, desk: Desk, request: gr.Request) -> list[Any]:
@@ -361,7 +430,9 @@ def build_identify(
 
     every: dict[str, Any] = QUIET | {"trigger_mode": "multiple"}  # a click isn't lost while another is answered
     raw: dict[str, Any] = every | {"preprocess": False}  # Gradio would open the file
-    events = [drop.upload(dropped, [drop, clock, desk], [drop, *page], js=f"(file) => [file, {NOW}]", **raw)]
-    events.append(picks.click(picked, [clock, desk], page, js=f"() => [{NOW}]", **every))
+    events = [drop.upload(dropped, [drop, clock, desk], [drop, *parts], js=f"(file) => [file, {NOW}]", **raw)]
+    events.append(picks.click(picked, [clock, desk], parts, js=f"() => [{NOW}]", **every))
     for event in events:
         event.then(explained, desk, card, **every)
+    left.click(partial(_remove, host), [clock, desk], parts, js=f"() => [{NOW}]", **every)
+    page.load(partial(_follow, host), [link, desk], parts, js=_LINKED, **every)

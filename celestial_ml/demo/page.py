@@ -33,7 +33,7 @@ def build_demo(host: Host) -> "gr.Blocks":
         footer = gr.HTML(lambda: foot(host.manifest), elem_id="foot", render=False, **block)
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap"):
             with gr.Tab("Identify"):
-                build_identify(host, footer)
+                build_identify(host, page, footer)
             if drawable(host.manifest):
                 with gr.Tab("Try to fool it") as tab:
                     build_fool(host, tab)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette._utils import get_route_path
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
@@ -454,7 +455,10 @@ def add_demo(app: FastAPI, service: Service) -> None:
     async def take_feedback(who: str, **judgement: Any) -> None:
         await store_judgement(service, Feedback(**judgement), who)
 
+    async def find(request_id: str) -> dict[str, Any] | None:
+        return await run_in_threadpool(service.log.find, request_id) if service.log else None
+
     answered, alone = partial(score_picture, service, picture=True), partial(service.scorer.score, picture=True)
-    host = Host(service.models.now, answered, take_feedback, alone, uploads)
+    host = Host(service.models.now, answered, take_feedback, alone, uploads, find if service.log else None)
     logins = Logins(settings) if settings.demo_login else None
     mount_demo(app, host, HANDLERS | {Exception: refuse_demo}, logins, 3600 * settings.login_hours)

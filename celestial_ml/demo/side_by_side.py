@@ -7,6 +7,7 @@ __all__ = ['published_versions', 'choices', 'version_card', 'verdict', 'compare'
 
 # %% ../../nbs/demo/04_side_by_side.ipynb #68b9758f
 import asyncio
+import logging
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,22 @@ from ..core.errors import CelestialError
 from .elements import picture_uri, sky, tiles
 from .identify import QUIET, Host, drop_area, sorry, upload_path
 from .uploads import forget_uploads, read_file
-from .wording import apology, card, headline, percent, text, track_record
+from .wording import card, headline, percent, text, track_record
 from ..package.manifest import Manifest
 from ..package.published import published, versions
 from ..registry.overview import look
+from ..registry.state import State
 from ..serve.predictor import Prediction, Predictor
 from ..serve.scorer import Scored
 
 # %% ../../nbs/demo/04_side_by_side.ipynb #published-versions
+_log = logging.getLogger(__name__)
+
+
 def published_versions() -> dict[str, Path]:  # "celestial/3" → its folder, by name, the newest first
-    "The versions that the registry has published."
-    folders = [published(model) for model in versions(retired=False)]
+    "The versions that the registry has published, without those that the gate refused."
+    aside = _registry().aside
+    folders = [published(model) for model in versions(retired=False) if model not in aside]
     ordered = sorted(folders, key=lambda folder: (folder.parent.name, -int(folder.name)))
     return {f"{folder.parent.name}/{folder.name}": folder for folder in ordered}
 
@@ -39,19 +45,19 @@ def choices(
     folders = published_versions()
     if current is None:
         return folders
-    line = _champions()
+    line = _registry().line
     rival = [model for model in line if folders.get(model, current.folder) != current.folder][-1:]
     first = {f"{current.version} (answers now)": current.folder}
     first |= {f"{model} (champion{'' if model == line[-1] else ' before'})": folders[model] for model in rival}
     return first | {name: folder for name, folder in folders.items() if folder not in first.values()}
 
 
-def _champions() -> tuple[str, ...]:
-    "The champions so far, the current one last; none where the audit log can't be read."
+def _registry() -> State:
+    "The champions so far, and what the gate refused; nothing where the audit log can't be read."
     try:
-        return look().line
+        return look()
     except CelestialError:
-        return ()
+        return State()
 
 
 @lru_cache(maxsize=4)
@@ -90,7 +96,8 @@ async def _one_side(host: Host, name: str | None, folder: Path | None, content: 
     except CelestialError as e:
         if e.status < 500:  # the picture's fault, not this version's
             raise
-        return card(name, "", f"This version can't answer: {e.message}.", kind="version"), None
+        _log.error("version %s can't answer: %s", name, e.message)  # which names folders of this server
+        return card(name, "", "This version can't answer: its package is damaged.", kind="version"), None
     return version_card(name, scored.prediction, model.manifest), scored
 
 
@@ -106,7 +113,7 @@ async def compare(
     shown = await run_in_threadpool(picture_uri, pictures[0]) if pictures else None
     (one, first), (other, second) = sides
     words = verdict(*(scored.prediction if scored else None for scored in (first, second)))
-    return sky(shown, "The picture that both see"), one, other, words
+    return sky(shown, "The picture that both see") if shown else host.blank, one, other, words
 
 
 async def _content(host: Host, source: str) -> bytes:
@@ -127,8 +134,7 @@ def build_compare(host: Host, tab: Any) -> None:
         one = gr.Dropdown([], label="One version", elem_id="one-version")
         other = gr.Dropdown([], label="Another version", elem_id="other-version")
     with gr.Row(elem_id="compare"):
-        with gr.Column(elem_id="compare-left", elem_classes="dropper"):
-            left, drop = gr.HTML(sky(None), **block), drop_area("A picture for both", "compare-drop")
+        left, drop = drop_area(host.blank, "A picture for both", "compare-")
         with gr.Column(elem_classes="card"):
             first = gr.HTML("", elem_id="first", **block)
         with gr.Column(elem_classes="card"):
@@ -138,12 +144,12 @@ def build_compare(host: Host, tab: Any) -> None:
 
     async def show(source: str | None, one: str | None, other: str | None) -> tuple[str, str, str, str]:
         if source is None:
-            return sky(None), "", "", ""
+            return host.blank, "", "", ""
         try:
             async with slots:
                 return await compare(host, await _content(host, source), (one, other))
         except CelestialError as e:
-            return sky(None), sorry(apology(e)), "", ""
+            return host.blank, sorry(e), "", ""
 
     def replace(source: str | None, before: str | None) -> str | None:
         if host.uploads:
@@ -166,3 +172,4 @@ def build_compare(host: Host, tab: Any) -> None:
     gr.on([one.input, other.input], **run)
     picture.input(replace, [picture, source], source, **last).then(**run)
     drop.upload(dropped, [drop, source], [source, drop, picture], **last).then(**run)
+    left.click(lambda before: dropped(None, before), source, [source, drop, picture], **last).then(**run)

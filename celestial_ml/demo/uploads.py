@@ -92,7 +92,7 @@ class Uploads:
         self._temporary = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent)  # for this user alone
         self.folder = Path(self._temporary.name).resolve()
         self._lock = take_lock(self.folder / "lock", timeout=5)
-        self.max_bytes, self.total = settings.max_bytes, settings.upload_bytes
+        self.max_bytes, self.max_pixels, self.total = settings.max_bytes, settings.max_pixels, settings.upload_bytes
         self.seconds = 60 * settings.upload_minutes
         self.each = min(5 * settings.max_bytes, self.total // 2)  # bytes of one person
         self.uploads: dict[str, Upload] = {}
@@ -128,7 +128,8 @@ def read_file(
     "An upload's content; `CelestialError` for one that is gone or too large. Browsers upload before anybody can look."
     upload = uploads.check(path)
     if max(upload.bytes, upload.sent) > uploads.max_bytes:
-        raise CelestialError(f"{upload.name} has too many bytes", "Make it smaller.", "too_large")
+        size = f"{max(upload.bytes, upload.sent) / 1e6:.1f} MB, of {uploads.max_bytes / 1e6:g} MB allowed"
+        raise CelestialError(f"{upload.name} has {size}", "Make it smaller, or save it as JPEG.", "too_large")
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with os.fdopen(os.open(upload.path, flags), "rb") as file:
         return file.read(uploads.max_bytes)

@@ -18,7 +18,7 @@ from ..core.errors import CelestialError, unknown
 from ..core.files import sha256_of, write_json
 from ..core.params import Params, load_params, params_path
 from ..core.plugins import plugin_file
-from ..core.progress import say
+from ..core.progress import as_time, meanwhile, say
 from ..data.sources import get_source, image_folder, labels_path
 from .dag import Executor, build
 from .freshness import BY_HAND, folder_checksum, forget, stale_steps, step_inputs, write_inputs
@@ -181,4 +181,5 @@ def execute(
                 say(f"… {waiting[0]}")
 
         say(f"… {waiting[0]}")
-        build(plan.tasks, plan.inputs, plan.root, executor, finish)
+        with meanwhile(lambda: f"… {waiting[0]}, {as_time(time.perf_counter() - began)}" if waiting else ""):
+            build(plan.tasks, plan.inputs, plan.root, executor, finish)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from textwrap import shorten
@@ -34,7 +35,8 @@ from celestial_ml.flow.grid import (
 )
 from .pipeline import Plan, execute, fetch_images, plan_tasks, sigterm_as_ctrl_c
 from .steps import Task, load_tasks, run_folder, step_parameters
-from .workers import Owner, Workers, core_shares, slow_modules
+from .workers import Ended, Owner, Workers, core_shares, slow_modules
+from ..registry.tracking import PARENT
 
 # %% auto #0
 __all__ = ['SweepRun', 'Sweep', 'plan_sweep', 'Outcome', 'read_outcomes', 'only_one', 'remaining', 'run_sweep']
@@ -76,7 +78,7 @@ def plan_sweep(
     files = files or ["default"]
     chosen = [find_notebook(path, root) for path in notebooks or []]
     fields = parameter_fields(chosen)
-    fixed = {}
+    fixed: dict[str, tuple[str, Any]] = {"register.publish": ("a sweep", False)}  # unless somebody asks for it
     for text in settings or []:
         key, value = split_setting(text)
         fixed[key] = (f"--set {text}", parse_value(value, fields.get(key, {}), f"--set {text}"))
@@ -146,7 +148,7 @@ class Outcome:
 
     run: str
     values: dict[str, Any]
-    status: str  # done, failed or left
+    status: str  # done, failed or left; on the page also running
     seconds: float = 0.0
     tries: int = 0
     error: str | None = None
@@ -154,9 +156,10 @@ class Outcome:
     again: bool = False  # whether another try could help
 
 # %% ../../nbs/flow/07_sweep.ipynb #do-job
-def do_run(_: Owner, run: SweepRun, sweep: str) -> Outcome:
+def do_run(_: Owner, run: SweepRun, sweep: str, parent: str | None) -> Outcome:
     "Be a worker: execute a plan, and record how it ended."
     outcome, began = Outcome(run.plan.run, run.values, "done"), time.time()
+    os.environ |= {PARENT: parent} if parent else {}
     try:
         execute(run.plan)
     except CelestialError as e:
@@ -167,22 +170,23 @@ def do_run(_: Owner, run: SweepRun, sweep: str) -> Outcome:
         outcome = replace(outcome, status="failed", error=error.message, hint=error.hint, again=True)
     outcome.seconds = time.time() - began
     try:
-        _track(run, outcome, sweep, began)
+        _track(run, outcome, sweep, began, parent)
     except Exception as e:
         print(f"not recorded in MLflow: {e}", flush=True)
     return outcome
 
 
-def _track(run: SweepRun, outcome: Outcome, sweep: str, began: float) -> None:
+def _track(run: SweepRun, outcome: Outcome, sweep: str, began: float, parent: str | None) -> None:
     "Tag what a run left in MLflow with the sweep; record it if it left nothing."
     from celestial_ml.registry.tracking import mlflow_client, open_run, resume_run
 
     track = run.plan.params.track
     client = mlflow_client(track)
     experiment = client.get_experiment_by_name(track.experiment)
-    query = f"attributes.run_name = '{outcome.run}' AND attributes.start_time >= {int(1000 * began)}"
-    recorded = client.search_runs([experiment.experiment_id], query) if experiment else []
-    tags = {"sweep": sweep, "sweep.status": outcome.status}
+    query = f"attributes.run_name = '{outcome.run}' AND tags.mlflow.parentRunId = '{parent}'"
+    earlier = client.search_runs([experiment.experiment_id], query) if experiment else []
+    recorded = [r for r in earlier if max(r.info.start_time, r.info.end_time or 0) >= 1000 * began]  # some were stopped
+    tags = {"sweep": sweep, "sweep.status": outcome.status} | {key: str(value) for key, value in run.values.items()}
     for one in recorded:
         resume_run(track, one.info.run_id).log_tags(tags)
     if not recorded:
@@ -226,6 +230,44 @@ def remaining(
     left = each * (waiting + len(begun)) - sum(min(each, seconds) for seconds in begun)
     return max(0.0, left) / max(1, len(begun))
 
+# %% ../../nbs/flow/07_sweep.ipynb #board-class
+@dataclass
+class Board:
+    "How the runs of a sweep stand, on the disk and for whoever looks."
+
+    sweep: Sweep
+    outcomes: dict[str, Outcome]
+    show: Callable[[list[Outcome]], object] | None
+    due: float = 0.0  # when it is shown again
+
+    def __post_init__(self) -> None:
+        file = self.sweep.folder / "sweep.json"
+        self.mlflow_run: str | None = read_json(file).get("mlflow_run") if file.is_file() else None
+
+    def save(self) -> None:
+        "Write down how all runs stand, and show it."
+        runs = [asdict(outcome) for outcome in self.outcomes.values()]
+        write_json(self.sweep.folder / "sweep.json", {"runs": runs, "mlflow_run": self.mlflow_run})
+        self.due = 0.0
+        self.show_now(())
+
+    def show_now(self, running: Iterable[str]) -> None:
+        "Show how all runs stand, unless that was a few seconds ago."
+        if self.show and time.monotonic() >= self.due:
+            began, names = time.monotonic(), {*running}
+            with suppress(OSError, CelestialError):  # files come and go while runs are at work: the next time will do
+                self.show([replace(o, status="running") if o.run in names else o for o in self.outcomes.values()])
+            self.due = time.monotonic() + max(3.0, 20 * (time.monotonic() - began)) if names else 0.0
+
+    def track(self, pool: Workers, job: Callable[..., str | None]) -> None:
+        "Have a worker begin or end the sweep's own run in MLflow."
+        track, log = self.sweep.runs[0].plan.params.track, self.sweep.folder / "logs/tracking.log"
+        pool.start("tracking", job, track, self.sweep.name, self.mlflow_run, [*self.outcomes.values()], log=log)
+        while pool.running:
+            for _, ended in pool.events():
+                self.mlflow_run = ended.result if isinstance(ended, Ended) and ended.result else self.mlflow_run
+        self.save()
+
 # %% ../../nbs/flow/07_sweep.ipynb #run-sweep
 def run_sweep(
     sweep: Sweep,  # of `plan_sweep`
@@ -233,6 +275,8 @@ def run_sweep(
     memory: float | None = None,  # gigabytes for all of them; None: nine tenths of what is free
     retries: int = 1,  # further tries of a run that failed unexpectedly
     quiet: bool = False,  # print no line a run
+    show: Callable[[list[Outcome]], object]
+    | None = None,  # gets how all runs stand, from the start and every few seconds
 ) -> list[Outcome]:  # of all runs of the sweep's folder
     "Do what isn't done."
     with only_one(sweep), sigterm_as_ctrl_c():
@@ -242,15 +286,19 @@ def run_sweep(
                 status = "left" if run.plan.stale else "done"
                 outcomes[run.plan.run] = Outcome(run.plan.run, run.values, status)
         todo = [run for run in sweep.runs if run.plan.stale]
-        _save(sweep, outcomes)
+        board = Board(sweep, outcomes, show)
+        board.save()
         if todo:
             count = min(workers or len({*core_shares(1)[0]}), len(todo))
-            with Workers(count, [*slow_modules(_files(sweep)), *MODULES, *ENGINE_MODULES], memory) as pool:
-                todo = [replace(run, plan=fetch_images(run.plan)) for run in todo]
-                pool.start("tracking", make_tracking, todo[0].plan.params.track, log=sweep.folder / "logs/tracking.log")
-                while pool.running:
-                    pool.events()
-                _run_all(sweep, todo, pool, outcomes, retries, quiet)
+            modules = [*slow_modules(_files(sweep)), *MODULES, *ENGINE_MODULES]
+            try:
+                with Workers(count, modules, memory) as pool:
+                    todo = [replace(run, plan=fetch_images(run.plan)) for run in todo]
+                    board.track(pool, make_tracking)
+                    _run_all(board, todo, pool, retries, quiet)
+            finally:  # also after Ctrl-C
+                with Workers(1, modules) as pool:
+                    board.track(pool, end_tracking)
         return list(outcomes.values())
 
 # %% ../../nbs/flow/07_sweep.ipynb #server-modules
@@ -265,28 +313,50 @@ def _files(sweep: Sweep) -> set[Path]:
     return {path for path in files if path.suffix in (".py", ".ipynb") and path.is_file()}
 
 
-def make_tracking(_: Owner, track: Track) -> None:
-    "Be a worker: make MLflow's database and the experiment, before many want to at once."
-    from celestial_ml.registry.tracking import mlflow_client, open_experiment
+def make_tracking(_: Owner, track: Track, sweep: str, known: str | None, outcomes: list[Outcome]) -> str:
+    "Be a worker: the sweep's own run in MLflow, which its runs are parts of, and all that many would make at once."
+    from mlflow.exceptions import MlflowException
 
-    open_experiment(mlflow_client(track), track)
+    from celestial_ml.registry.tracking import mlflow_client, open_run
+
+    client = mlflow_client(track)
+    with suppress(MlflowException):  # it may have been deleted
+        if known:
+            client.update_run(known, "RUNNING")
+            return known
+    run = open_run(track, f"sweep {sweep}")
+    run.log_tags({"kind": "sweep", "sweep": sweep})
+    return run.id
 
 
-def _save(sweep: Sweep, outcomes: dict[str, Outcome]) -> None:
-    "Write down how all runs stand."
-    write_json(sweep.folder / "sweep.json", {"runs": [asdict(outcome) for outcome in outcomes.values()]})
+def end_tracking(_: Owner, track: Track, sweep: str, known: str | None, outcomes: list[Outcome]) -> str | None:
+    "Be a worker: end the sweep's own run, with how its runs stand."
+    from celestial_ml.registry.tracking import resume_run
+
+    if known:
+        counts = Counter(outcome.status for outcome in outcomes)
+        run = resume_run(track, known)
+        run.log_metrics({f"runs_{status}": counts[status] for status in ("done", "failed", "left")})
+        lines = [f"- {Path(o.run).name}: {o.status}{f' ({o.error})' if o.error else ''}" for o in outcomes]
+        run.log_tags(
+            {
+                "mlflow.note.content": f"Sweep of {len(outcomes)} runs; its page: {run_folder(sweep)}/index.html\n\n"
+                + "\n".join(lines)
+            }
+        )
+        run.end("KILLED" if counts["left"] else "FAILED" if counts["failed"] else "FINISHED")
+    return known
 
 # %% ../../nbs/flow/07_sweep.ipynb #run-all
-def _run_all(
-    sweep: Sweep, todo: list[SweepRun], pool: Workers, outcomes: dict[str, Outcome], retries: int, quiet: bool
-) -> None:
+def _run_all(board: Board, todo: list[SweepRun], pool: Workers, retries: int, quiet: bool) -> None:
     "Run what is to do, side by side; what failed unexpectedly is tried again after the rest."
     runs, waiting, took = {run.plan.run: run for run in todo}, list(todo), list[float]()
-    show = not quiet and "CELESTIAL_TERMINAL" in os.environ
+    show, sweep, outcomes = not quiet and "CELESTIAL_TERMINAL" in os.environ, board.sweep, board.outcomes
     while waiting or pool.running:
         while waiting and pool.room():
             run = waiting.pop(0)
-            pool.start(run.plan.run, do_run, run, sweep.name, log=_log_file(sweep, run.plan.run))
+            pool.start(run.plan.run, do_run, run, sweep.name, board.mlflow_run, log=_log_file(sweep, run.plan.run))
+        board.show_now(pool.running)
         if show:
             begun = [time.monotonic() - worker.began for worker in pool.running.values()]
             these = [outcomes[run.plan.run] for run in sweep.runs]
@@ -301,7 +371,7 @@ def _run_all(
                 waiting.append(runs[name])
             else:
                 took.append(outcome.seconds)
-            _save(sweep, outcomes)
+            board.save()
             if show:
                 say("")
             if not quiet:

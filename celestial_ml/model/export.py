@@ -65,9 +65,9 @@ answer (float[n, k] logits, float[n, d] embedding) => (float[n, k] probabilities
   offset = Constant <value = float {offset}> ()
   scaled_difference = Mul (difference, factor)
   far = Add (scaled_difference, offset)
-  bias = Constant <value = float {bias}> ()
   exposed = MatMul (embedding, exposure)
-  strange = Add (exposed, bias)
+  like_each = Add (exposed, bias)
+  strange = ReduceMax <keepdims = 0> (like_each, one)
   zero = Constant <value = float {{0}}> ()
   ood_score = Max (far, strange, zero)
 }}
@@ -79,12 +79,12 @@ def answer_graph(
     temperature: float = 1.0,  # that the logits are divided by
 ) -> onnx.ModelProto:  # logits, embedding → probabilities float32 (n, classes), ood_score float32 (n,)
     "The out-of-distribution score and the calibrated probabilities, as ONNX."
-    numbers = {"sharpness": 1 / temperature, "factor": ood.far[0], "offset": ood.far[1], "bias": ood.bias}
+    numbers = {"sharpness": 1 / temperature, "factor": ood.far[0], "offset": ood.far[1]}
     model = onnx.parser.parse_model(
         _ANSWER.format(opset=OPSET, **{name: f"{{{value:.9g}}}" for name, value in numbers.items()})
     )
     for name, array in ood.arrays().items():
-        if name != "scale":
+        if name != "far":
             model.graph.initializer.append(numpy_helper.from_array(array, name))
     onnx.checker.check_model(model, full_check=True)
     return model

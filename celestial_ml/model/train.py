@@ -74,13 +74,13 @@ def compile_model(
     p: Train,
     steps: int,  # optimiser steps an epoch
 ) -> None:
-    "Give the network its loss, its optimiser and its metric."
+    "Give the network its loss, its optimiser and its metrics; the cross-entropy compares trainings of any smoothing."
     import keras
 
     model.compile(
         keras.optimizers.Adam(learning_rate(p, steps)),
         keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=p.label_smoothing),
-        metrics=["accuracy"],
+        metrics=["accuracy", keras.metrics.CategoricalCrossentropy("cross_entropy", from_logits=True)],
         jit_compile=False,  # on a CPU, XLA's convolutions are several times slower
     )
     model.optimizer.build(model.trainable_variables)
@@ -106,7 +106,7 @@ def train_epoch(
     batches: np.ndarray,  # of `epoch_batches`
     change: Callable[[np.ndarray, int], Any],  # (pixels, step) → what the network sees of them
     weights: np.ndarray | None = None,  # of `class_weights`
-) -> dict[str, float]:  # accuracy and loss, over the epoch
+) -> dict[str, float]:  # accuracy, cross_entropy and loss, over the epoch
     "Show the network every training image once."
     counts = None if weights is None else targets @ weights
     inputs = batches_ahead(lambda rows, step: change(pixels[rows], step), batches)
@@ -231,7 +231,7 @@ def fit(
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,  # (epoch from 1, its metrics)
     checkpoint: Path | None = None,  # a .npz to go on from, and to write after every epoch
     strangers: np.ndarray | None = None,  # uint8 pixels of no class, for the embedding of a frozen network
-) -> pd.DataFrame:  # a row an epoch: epoch, accuracy, loss, val_accuracy, val_loss
+) -> pd.DataFrame:  # a row an epoch: epoch, accuracy, cross_entropy, loss, val_accuracy, val_cross_entropy, val_loss
     "Train the network; on one machine, the same arguments give the same weights, interrupted or not."
     if is_frozen(model):
         return _fit_pretrained(model, train, val, p, seed, on_epoch, checkpoint, strangers)

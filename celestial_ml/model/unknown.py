@@ -7,7 +7,7 @@ __all__ = ['Score', 'SCORES', 'Distance', 'fit_distance', 'false_alarm_threshold
            'auroc', 'OodScore', 'fit_ood_score', 'compare_scores']
 
 # %% ../../nbs/model/06_unknown.ipynb #beac09de
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from scipy.stats import binom
 from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedKFold
 
 from ..core.files import atomic
 
@@ -164,27 +165,34 @@ def auroc(
 # %% ../../nbs/model/06_unknown.ipynb #ood-score
 @dataclass(frozen=True)
 class OodScore:
-    "The out-of-distribution score: far from every class, or like a stranger, whichever is more. 1 is the edge of the known."
+    "The out-of-distribution score: far from every class, or like a kind of stranger, whichever is most. 1 is the edge of the known."
 
     distance: Distance  # to the classes
     background: Distance  # to all images as one class
     far: tuple[float, float]  # factor and offset of the difference of their squares
-    exposure: np.ndarray  # float32 (d,): weights of the head that has seen strangers, or zeros
-    bias: float = 0.0
+    exposure: np.ndarray  # float32 (d, k): weights of a head for each kind of stranger; without any, zeros (d, 1)
+    bias: np.ndarray  # float32 (k,)
+
+    def parts(
+        self,
+        embeddings: np.ndarray,  # float (n, d)
+    ) -> np.ndarray:  # float (n, 1 + k)
+        "How far from the classes, and how like each kind of stranger."
+        far = (self.distance(embeddings) ** 2 - self.background(embeddings) ** 2) * self.far[0] + self.far[1]
+        return np.column_stack([far, embeddings @ self.exposure + self.bias])
 
     def __call__(
         self,
         embeddings: np.ndarray,  # float (n, d)
     ) -> np.ndarray:  # float (n,), 0 and more
         "The score of each embedding."
-        far = (self.distance(embeddings) ** 2 - self.background(embeddings) ** 2) * self.far[0] + self.far[1]
-        return np.maximum(np.maximum(far, embeddings @ self.exposure + self.bias), 0)
+        return np.maximum(self.parts(embeddings).max(axis=1), 0)
 
     def arrays(self) -> dict[str, np.ndarray]:
         "The constants, as the graph and the file hold them."
         both = {"": self.distance, "background_": self.background}
         parts = {f"{prefix}{name}": array for prefix, d in both.items() for name, array in asdict(d).items()}
-        return parts | {"exposure": self.exposure, "scale": np.array([*self.far, self.bias], np.float32)}
+        return parts | {"exposure": self.exposure, "bias": self.bias, "far": np.array(self.far, np.float32)}
 
     def save(self, path: Path) -> None:
         "Write it as a .npz, atomically."
@@ -199,37 +207,53 @@ class OodScore:
                 Distance(*(a[f"{prefix}{name}"] for name in ("centre", "whitening", "means")))
                 for prefix in ("", "background_")
             )
-            factor, offset, bias = (float(x) for x in a["scale"])
-            return cls(classes, background, (factor, offset), a["exposure"], bias)
+            factor, offset = (float(x) for x in a["far"])
+            return cls(classes, background, (factor, offset), a["exposure"], a["bias"])
 
-
-def _edge(values: np.ndarray) -> tuple[float, float]:  # factor and offset
-    "What maps the median of held-out known images to 0, and their 95th percentile to 1."
-    middle, edge = np.quantile(values, [0.5, 0.95])
-    spread = max(float(edge - middle), 1e-6)
-    return 1 / spread, -float(middle) / spread
+# %% ../../nbs/model/06_unknown.ipynb #unscaled-score
+def _unscaled(embeddings: np.ndarray, labels: np.ndarray, strangers: Sequence[np.ndarray]) -> OodScore:
+    "The parts of the score, each in a unit of its own."
+    size = embeddings.shape[1]
+    exposure = np.zeros((size, max(1, len(strangers))), np.float32)
+    for head, outliers in enumerate(strangers):
+        both = np.concatenate([embeddings, outliers])
+        centre, scale = both.mean(axis=0), np.sqrt(both.var(axis=0).mean()) + 1e-6
+        regression = LogisticRegression(C=0.03, max_iter=500, class_weight="balanced")
+        regression.fit((both - centre) / scale, np.repeat([0, 1], [len(embeddings), len(outliers)]))
+        exposure[:, head] = regression.coef_[0] / scale
+    distances = fit_distance(embeddings, labels), fit_distance(embeddings, np.zeros(len(labels), int))
+    return OodScore(*distances, (1, 0), exposure, np.zeros(exposure.shape[1], np.float32))
 
 # %% ../../nbs/model/06_unknown.ipynb #fit-ood-score
 def fit_ood_score(
     embeddings: np.ndarray,  # float (n, d), of the training images
     labels: np.ndarray,  # int (n,)
     held_out: np.ndarray,  # float (m, d), of known images that were not trained on
-    strangers: np.ndarray | None = None,  # float (k, d), of pictures of no class
-) -> OodScore:
+    strangers: Sequence[np.ndarray] = (),  # float (k, d) a kind: pictures of no class
+    folds: int = 0,  # of the training images, to calibrate on them too, where the network has not learned from them
+) -> tuple[OodScore, np.ndarray]:  # the score, and what it gives known images that it was not fitted on
     """The score that fits these classes and strangers.
 
     Sources: Ren et al. 2021, relative Mahalanobis, arXiv:2106.09022; Hendrycks et al. 2019, outlier exposure, arXiv:1812.04606."""
-    distance, background = fit_distance(embeddings, labels), fit_distance(embeddings, np.zeros(len(labels), int))
-    far = _edge(distance(held_out) ** 2 - background(held_out) ** 2)
-    if strangers is None or not len(strangers):
-        return OodScore(distance, background, far, np.zeros(embeddings.shape[1], np.float32))
-    both = np.concatenate([embeddings, strangers])
-    centre, scale = both.mean(axis=0), both.std(axis=0) + 1e-3
-    head = LogisticRegression(C=0.1, max_iter=300, class_weight="balanced")
-    head.fit((both - centre) / scale, np.repeat([0, 1], [len(embeddings), len(strangers)]))
-    weights = head.coef_[0] / scale
-    factor, offset = _edge(held_out @ weights)
-    return OodScore(distance, background, far, (weights * factor).astype(np.float32), offset)
+    unscaled = _unscaled(embeddings, labels, strangers)
+    calibration = [unscaled.parts(held_out)]
+    folds = min(folds, int(np.unique(labels, return_counts=True)[1].min()))
+    if folds > 1:
+        for fitted, left_out in StratifiedKFold(folds, shuffle=True, random_state=0).split(labels, labels):
+            part = _unscaled(embeddings[fitted], labels[fitted], strangers)
+            calibration.append(part.parts(embeddings[left_out]))
+    parts = np.concatenate(calibration)
+    middle, edge = np.quantile(parts, [0.5, 0.99], axis=0)
+    factor = 1 / np.maximum(edge - middle, 1e-6)
+    offset = -middle * factor
+    scaled = OodScore(
+        unscaled.distance,
+        unscaled.background,
+        (float(factor[0]), float(offset[0])),
+        (unscaled.exposure * factor[1:]).astype(np.float32),
+        offset[1:].astype(np.float32),
+    )
+    return scaled, np.maximum((parts * factor + offset).max(axis=1), 0)
 
 # %% ../../nbs/model/06_unknown.ipynb #compare-scores
 def _without_each(
@@ -238,9 +262,8 @@ def _without_each(
     "The AUROC of `OodScore` on each kind of stranger, fitted without that kind, as strangers of tomorrow are not known."
     by_kind = {}
     for kind, outputs in strange.items():
-        rest = [o.embeddings for name, o in strange.items() if name != kind]
-        others = np.concatenate(rest) if rest else None
-        combined = fit_ood_score(train.embeddings, labels, measured.embeddings, others)
+        others = [o.embeddings for name, o in strange.items() if name != kind]
+        combined, _ = fit_ood_score(train.embeddings, labels, measured.embeddings, others)
         by_kind[kind] = auroc(combined(measured.embeddings), combined(outputs.embeddings))
     return by_kind | {"mean": float(np.mean([*by_kind.values()])), "worst": min(by_kind.values())}
 

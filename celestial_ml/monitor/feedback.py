@@ -15,13 +15,28 @@ from ..core.errors import CelestialError
 from .tables import log_table, plain_text
 
 if TYPE_CHECKING:
-    from sqlalchemy import Engine
+    from sqlalchemy import Connection, Engine
 
 # %% auto #0
-__all__ = ['MOST', 'add_feedback']
+__all__ = ['MOST', 'find_answer', 'add_feedback']
 
 # %% ../../nbs/monitor/05_feedback.ipynb #add-feedback
 MOST = 20  # people who judge one answer
+
+
+def find_answer(
+    connection: Connection,
+    request_id: str,
+    waiting: Iterable[dict[str, Any]] = (),  # rows of the request that aren't written yet
+) -> dict[str, Any] | None:  # None: there is no such request
+    "The logged answer that a person saw."
+    from sqlalchemy import select
+
+    rows = log_table("predictions")
+    query = select(rows).where(rows.c.request_id == (plain_text(request_id) or ""))
+    answers = list(waiting) or [dict(row) for row in connection.execute(query).mappings()]
+    # A challenger's row is of an answer that nobody saw.
+    return min(answers, key=lambda answer: answer.get("role") == "challenger", default=None)
 
 
 def add_feedback(
@@ -36,15 +51,12 @@ def add_feedback(
     "Store a judgement; codes: unknown_request, contradictory_feedback, too_many_judgements."
     from sqlalchemy import delete, func, insert, select
 
-    rows, feedback, request_id = log_table("predictions"), log_table("feedback"), plain_text(request_id) or ""
-    query = select(rows.c.label, rows.c.known, rows.c.role).where(rows.c.request_id == request_id)
+    feedback, request_id = log_table("feedback"), plain_text(request_id) or ""
     with writing(engine) as connection:
-        answers = list(waiting) or [dict(row) for row in connection.execute(query).mappings()]
-        if not answers:
+        row = find_answer(connection, request_id, waiting)
+        if row is None:
             hint = "Send the request_id of an answer that is in this log."
             raise CelestialError(f"no answered request has the id {request_id[:100]!r}", hint, "unknown_request")
-        # A challenger's row is of an answer that nobody saw.
-        row = min(answers, key=lambda answer: answer.get("role") == "challenger")
         answer = row.get("label") if row.get("known") else "unknown"
         if correct and label not in (None, answer):
             message = f"the answer was {answer}, so {str(label)[:100]!r} can't be right"

@@ -19,7 +19,7 @@ from ..core.errors import CelestialError
 from ..core.files import home
 from .buffer import Buffer, ImageRoom, find_waiting, oldest
 from .counters import Counters, counters_folder, end_process
-from .feedback import add_feedback
+from .feedback import add_feedback, find_answer
 from .retention import NO_IMAGES, ImagePolicy, served_policy
 from .tables import log_database, utc
 from .writer import PATIENCE, Writer
@@ -185,14 +185,22 @@ def engine_for_feedback(log: PredictionLog) -> Iterator[Engine]:
     finally:
         log.one_at_a_time.release()
 
+
+def find_logged(log: PredictionLog, request_id: str) -> dict[str, Any] | None:  # None: there is none of that id
+    "The answer that a person saw; `CelestialError` where the database is away."
+    with engine_for_feedback(log) as engine, engine.connect() as connection:
+        return find_answer(connection, request_id, find_waiting(log.buffer, request_id))
+
 # %% ../../nbs/monitor/07_log.ipynb #predictionlog
 class PredictionLog:
     "Writes answers on a thread of its own: of `open_log`."
 
+    find = find_logged
+
     def __init__(self, worker: Worker, delay: float = 0.0):  # seconds until it begins, if there is no answer before
         self.worker, self.buffer, self.writer, self.health = worker, worker.buffer, worker.writer, worker.health
         self.database, self.counters = worker.writer.link.database, worker.buffer.counters
-        self._delayed, self.one_at_a_time = delay > 0, threading.Lock()
+        self.one_at_a_time = threading.Lock()
         self._thread = threading.Thread(target=worker.run, args=(delay,), name="prediction-log", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -200,8 +208,7 @@ class PredictionLog:
     def record(self, row: dict[str, Any]) -> None:
         "Log an answer: some microseconds, no waiting, and no exception whatever the row is."
         self.buffer.put(row)
-        if self._delayed:
-            self._delayed = False
+        if not self.worker.tried.is_set():  # it is not open yet
             self.worker.wake.set()
 
     def feedback(

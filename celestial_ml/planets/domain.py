@@ -52,7 +52,7 @@ class Planets(Domain):
 
     name, on_black, colour = "planets", True, "#9a6208"
     noun, plural, title = "world", "bodies", "Which world is this?"
-    invitation = "Drop a picture of a planet, of Pluto or of the Moon."
+    invitation = "Show it a picture of a planet, of Pluto or of the Moon."
     classes, examples = tuple(BODIES), (TABLECLOTH,)
     controls = (
         Control("roll", "Roll (degrees)", -180, 180, 0, 1, "rolled to {:.0f}°"),
@@ -85,11 +85,11 @@ class Planets(Domain):
         return render(label, size=size) if label in BODIES else None
 
     def ood_kinds(self) -> dict[str, Pictures]:
-        "Bodies that are none of the ten, and worlds that nobody has seen."
+        "Bodies that are none of the ten, worlds that nobody has seen, and suns."
         from celestial_ml.data.ood_images import pictures_of
-        from celestial_ml.planets.unknown_bodies import draw_body, draw_random_world
+        from celestial_ml.planets.unknown_bodies import draw_body, draw_random_world, draw_sun
 
-        draws = {"bodies": draw_body, "random_worlds": draw_random_world}.items()
+        draws = {"bodies": draw_body, "random_worlds": draw_random_world, "suns": draw_sun}.items()
         return {name: pictures_of(draw, name) for name, draw in draws}
 
     def sources(self) -> dict[str, Any]:

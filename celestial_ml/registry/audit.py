@@ -83,7 +83,7 @@ def _write(line: bytes) -> None:
 
 # %% ../../nbs/registry/03_audit.ipynb #append
 def append(
-    action: str,  # adopt, register, promote, challenge, keep, refuse, rollback or retire
+    action: str,  # adopt, register, promote, challenge, keep, refuse, same, rollback or retire
     model: str,  # "celestial/3"
     decision: str,  # in words
     evidence: dict[str, Any],  # plain JSON values

@@ -38,12 +38,12 @@ def register_version(
     with locked("mlflow", 600):  # the files may take long to send: a rollback mustn't wait for them
         model = create_version(package, name, run)
     with locked():
-        state = recover()
+        recover()
         remove_leftovers()
         if (published(model) / "retired.json").exists():
             raise CelestialError(f"this package is {model}, which is retired", "Change what made it, and run it again.")
         publish(package, model)
-        if state.candidates.get(name) != model:
+        if not any((e["action"], e["model"]) == ("register", model) for e in read_log()):  # of a run that was stopped
             manifest = read_version(model)
             evidence = {"sha256": manifest.sha256, "run": manifest.lineage.run or None, "mlflow_run": run.id}
             append("register", model, "registered as candidate", evidence, who)
@@ -59,6 +59,7 @@ def _in_use(model: str) -> None:
 
 
 _WORDS = {"promote": "champion", "challenge": "challenger", "refuse": "refused", "keep": "stays champion"}
+_WORDS["same"] = "nothing new"
 
 
 def submit(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pandas.io.formats.style import Styler
 
 # %% auto #0
-__all__ = ['Verdict', 'judge', 'rules_table']
+__all__ = ['same_answers', 'Verdict', 'judge', 'rules_table']
 
 # %% ../../nbs/registry/05_gate.ipynb #measured
 @dataclass(frozen=True)
@@ -261,8 +261,23 @@ def champion_rules(
     why = f"{words} than the champion ({champion}): {paired.in_words()}; its answers: {shared.in_words()}"
     return [*rules, rule(paired.accuracy, paired.other, not worse, why)], paired
 
+# %% ../../nbs/registry/05_gate.ipynb #twin
+def same_answers(
+    manifest: Manifest,
+    evidence: Evidence | None,
+    champion: str,  # "celestial/3", whole
+) -> bool:
+    "Whether a version answers as the champion does: every image that it was measured on, to a thousandth."
+    other, recorded = read_manifest(published(champion)), Evidence.load(published(champion))
+    if (manifest.classes, manifest.ood_threshold) != (other.classes, other.ood_threshold):
+        return False
+    if evidence is None or recorded is None or not np.array_equal(evidence.sha256, recorded.sha256):
+        return False  # other images are news
+    alike = np.allclose(evidence.probabilities, recorded.probabilities, atol=1e-3)
+    return alike and np.array_equal(evidence.predicted, recorded.predicted)
+
 # %% ../../nbs/registry/05_gate.ipynb #verdict
-_Decision = Literal["promote", "challenge", "refuse", "keep"]
+_Decision = Literal["promote", "challenge", "refuse", "keep", "same", "unregistered"]
 
 
 @dataclass(frozen=True)
@@ -270,7 +285,7 @@ class Verdict:
     "The decision of the gate about a version."
 
     model: str  # "celestial/3"
-    decision: _Decision  # becomes champion, waits for a person, is refused, or is champion already
+    decision: _Decision  # becomes champion, waits for a person, is refused, is champion already, is nothing new
     promoted: bool  # whether it's champion now
     reasons: tuple[str, ...]  # what failed, what passed, and the conclusion
     rules: tuple[Rule, ...]
@@ -315,9 +330,10 @@ def judge(
     p: Register,
     root: Path | None = None,  # that the images' paths are relative to; None: the project's
     by_hand: bool = False,  # a person asks, and decides what `p.promote` leaves open
+    unregistered: Path | None = None,  # a package that is only judged: its folder
 ) -> Verdict:
     "Check all rules, and decide."
-    folder, paired = published(model), None
+    folder, paired, twin = unregistered or published(model), None, False
     try:
         manifest = read_manifest(folder)
     except ModelError as e:  # the other rules have nothing to check
@@ -331,11 +347,15 @@ def judge(
         ]
         if champion is not None and champion != model:
             more, paired = champion_rules(manifest, evidence, champion, p, root or find_root() or Path.cwd())
-            rules += more
+            rules, twin = rules + more, same_answers(manifest, evidence, champion)
     failed = [rule for rule in rules if not rule.passed]
     decision, conclusion = _conclude(failed, rules, champion, paired, p, by_hand)
     if champion == model:
         decision, conclusion = "keep", f"it is the champion already; {conclusion}"
+    elif twin and not failed:
+        decision, conclusion = "same", f"nothing new: it answers as {champion} does, which stays champion"
+    if unregistered:
+        decision, conclusion = "unregistered", f"it isn't registered (register.publish), only judged: {conclusion}"
     reasons = (*(rule.why for rule in failed), *(rule.why for rule in rules if rule.passed), conclusion)
     return Verdict(model, decision, decision in ("promote", "keep"), reasons, tuple(rules), champion, paired)
 

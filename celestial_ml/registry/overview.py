@@ -35,6 +35,7 @@ def _row(model: str, state: State) -> dict[str, Any]:
     return {
         "model": model,
         "aliases": state.aliases(model),
+        "aside": state.aside.get(model),
         "retired": (manifest.retired or {}).get("successor"),
         "accuracy": metrics.accuracy,
         "low": accuracy.low if accuracy else None,

@@ -36,7 +36,8 @@ class State:
 
     line: tuple[str, ...] = ()  # champions, the current one last; without those that were rolled back or retired
     challenger: str | None = None  # passed the gate and waits for a person
-    candidates: dict[str, str] = field(default_factory=dict)  # by name, the version that was registered last
+    candidates: dict[str, str] = field(default_factory=dict)  # by name, the version registered last, unless set aside
+    aside: dict[str, str] = field(default_factory=dict)  # versions that were refused, or were nothing new → which
     retired: dict[str, dict[str, Any]] = field(default_factory=dict)  # with the evidence
     n: int = 0  # of the last entry
 
@@ -59,21 +60,27 @@ def _apply(state: State, entry: dict[str, Any]) -> State:
     "The state after one more decision."
     model, action = entry["model"], entry["action"]
     line, challenger, candidates = state.line, state.challenger, dict(state.candidates)
-    retired = dict(state.retired)
+    retired, aside, name = dict(state.retired), dict(state.aside), model.partition("/")[0]
     if action in ("promote", "adopt") and (not line or line[-1] != model):
         line = (*line, model)
     elif action == "rollback":
         line = line[:-1]
     elif action == "register":
-        candidates[model.partition("/")[0]] = model
+        candidates.pop(name, None)  # the newest of all names is the last one
+        candidates[name] = model
     elif action == "retire":
         line = tuple(m for i, m in enumerate(line) if m != model and (not i or line[i - 1] != m))
         retired[model] = entry["evidence"]
     if action == "challenge":
         challenger = model
-    elif challenger == model and action in ("promote", "refuse", "retire"):
+    elif challenger == model and action in ("promote", "refuse", "same", "retire"):
         challenger = None
-    return State(line, challenger, candidates, retired, entry["n"])
+    if action in ("refuse", "same"):
+        aside[model] = "refused" if action == "refuse" else "nothing new"
+        candidates = {key: version for key, version in candidates.items() if version != model}
+    elif action in ("promote", "challenge", "rollback"):
+        aside.pop(model, None)
+    return State(line, challenger, candidates, aside, retired, entry["n"])
 
 
 def state_of(
@@ -199,9 +206,8 @@ def resolve(
 ) -> str:  # "celestial/3"
     "The version of that name or alias; `CelestialError` where there is none."
     if model == "candidate":
-        newest = [e["model"] for e in read_log() if e["action"] == "register"]
-        if newest:
-            return newest[-1]
+        if state.candidates:
+            return list(state.candidates.values())[-1]
     elif model in ALIASES and getattr(state, model):
         return str(getattr(state, model))
     if model in ALIASES:

@@ -5,12 +5,13 @@
 # %% ../../nbs/registry/01_tracking.ipynb #3fa7a4a2
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sqlite3
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +19,14 @@ from urllib.parse import quote, unquote
 
 from ..core.database import find_database, table_lock
 from ..core.errors import refused_by_machine
-from ..core.files import atomic, home, make_folder
+from ..core.files import DamagedFile, atomic, home, make_folder, read_json, write_json
 from ..core.params import Track
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 # %% auto #0
-__all__ = ['tracking_uri', 'mlflow_client', 'open_experiment', 'Run', 'open_run', 'start_run', 'resume_run']
+__all__ = ['PARENT', 'tracking_uri', 'mlflow_client', 'open_experiment', 'Run', 'open_run', 'start_run', 'resume_run']
 
 # %% ../../nbs/registry/01_tracking.ipynb #tracking-uri
 def tracking_uri(track: Track) -> str:
@@ -124,6 +125,7 @@ class Run:
 
     client: MlflowClient
     id: str
+    recorded: int = -1  # the last epoch that it has, of a training that goes on
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         "Parameters; repeating the same values is allowed."
@@ -131,8 +133,8 @@ class Run:
             self.client.log_param(self.id, name, value)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        "Figures, at a step (an epoch)."
-        for name, value in metrics.items():
+        "Figures, at a step (an epoch); those of epochs that it has already are left out."
+        for name, value in metrics.items() if step > self.recorded else ():
             self.client.log_metric(self.id, name, float(value), step=step)
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
@@ -149,13 +151,16 @@ class Run:
         self.client.set_terminated(self.id, status)
 
 
+PARENT = "CELESTIAL_PARENT_RUN"  # environment variable with the id of the run that new ones are part of
+
+
 def open_run(
     track: Track,
     name: str,  # shown in MLflow's list
     parent: str | None = None,  # the id of the run that this one is part of
 ) -> Run:
-    "A new run in MLflow; the caller ends it."
-    client = mlflow_client(track)
+    "A new run in MLflow; the caller ends it. Within a sweep it's a part of that."
+    client, parent = mlflow_client(track), parent or os.environ.get(PARENT)
     tags = {"mlflow.parentRunId": parent} if parent else {}
     return Run(client, client.create_run(open_experiment(client, track), run_name=name, tags=tags).info.run_id)
 
@@ -165,15 +170,40 @@ def start_run(
     track: Track,
     name: str,  # shown in MLflow's list
     parent: str | None = None,  # the id of the run that this one is part of
+    note: Path | None = None,  # a file that remembers the run while it isn't finished, to go on with it
+    params: Mapping[str, Any] | None = None,  # a run of others is left alone
 ) -> Iterator[Run]:
-    "A new run in MLflow, finished or failed as the block ends."
-    run = open_run(track, name, parent)
+    "A run in MLflow, finished, failed or stopped as the block ends; the unfinished one of the note goes on."
+    run = (note and _unfinished(track, note, params or {})) or open_run(track, name, parent)
+    if note:
+        write_json(note, {"run": run.id, "params": _as_plain(params or {})})
+    run.log_params(params or {})
     try:
         yield run
-    except BaseException:
-        run.end("FAILED")
+    except BaseException as e:
+        run.end("FAILED" if isinstance(e, Exception) else "KILLED")
         raise
     run.end()
+    if note:
+        note.unlink(missing_ok=True)
+
+
+def _as_plain(params: Mapping[str, Any]) -> dict[str, Any]:
+    "As JSON has them."
+    return dict(json.loads(json.dumps(dict(params), default=str)))
+
+
+def _unfinished(track: Track, note: Path, params: Mapping[str, Any]) -> Run | None:
+    "The run that a note remembers; None where there is none of these parameters."
+    from mlflow.exceptions import MlflowException
+
+    with suppress(DamagedFile, OSError, MlflowException):  # it may be in another MLflow, or deleted
+        if (said := read_json(note, "run", "params"))["params"] == _as_plain(params):
+            client = mlflow_client(track)
+            client.update_run(said["run"], "RUNNING")
+            epochs = [metric.step for metric in client.get_metric_history(said["run"], "loss")]
+            return Run(client, said["run"], max(epochs, default=-1))
+    return None
 
 
 def resume_run(track: Track, run_id: str) -> Run:

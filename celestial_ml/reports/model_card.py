@@ -21,18 +21,30 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['verdict_words', 'count_table', 'weak_spots', 'make_card']
+__all__ = ['counted', 'verdict_words', 'count_table', 'unknown_counts', 'weak_spots', 'make_card']
 
 # %% ../../nbs/reports/00_model_card.ipynb #verdict-words
+def counted(
+    count: int,
+    images: int,  # of so many
+) -> str:  # "293 of 300 (97.7 %)"
+    "Some of the images, as a count and a share."
+    return f"{count} of {images} ({share(count / images)})" if images else f"{count} of {images}"
+
+
 def verdict_words(
     verdict: Mapping[str, Any],  # of `Verdict.to_dict`
 ) -> str:
     "The gate's decision in a sentence."
     if verdict["decision"] == "keep":
         missed = [rule["name"] for rule in verdict["rules"] if not rule["passed"]]
-        rules = f"misses {', '.join(missed)}" if missed else f"passes all {len(verdict['rules'])} rules"
+        unmeasured = [rule["name"] for rule in verdict["rules"] if rule.get("value", 0) is None]
+        rules = f"passes all {len(verdict['rules']) - len(unmeasured)} rules"
+        rules += f" that were measured (not measured: {', '.join(unmeasured)})" if unmeasured else ""
+        rules = f"misses {', '.join(missed)}" if missed else rules
         return f"It is champion already, and {rules}."
     words = {"promote": "It became champion", "challenge": "It is a challenger and waits for a person's decision"}
+    words |= {"same": "It wasn't promoted", "unregistered": "It can't be promoted"}
     return f"{words.get(verdict['decision'], 'The gate refused it')}: {verdict['reasons'][-1]}."
 
 # %% ../../nbs/reports/00_model_card.ipynb #count-table
@@ -48,16 +60,24 @@ def count_table(
     }
 
 # %% ../../nbs/reports/00_model_card.ipynb #limits
+def unknown_counts(
+    metrics: Metrics,
+) -> dict[str, tuple[int, int]]:  # kind → images taken for a class, and how many were tried
+    "The images of no class that are taken for one."
+    kinds = metrics.unknown.kinds.items()
+    return {kind: (row.images - round(row.unknown * row.images), row.images) for kind, row in kinds if row.images}
+
+
 def weak_spots(
     metrics: Metrics,
 ) -> dict[str, Any]:  # classes, corruptions, kinds of unknown images, false_alarms
     "Where the figures warn: few test images, sensitive to corruptions, unknown images taken for known ones, false alarms."
-    kinds = {kind.replace("_", " "): row.unknown for kind, row in metrics.unknown.kinds.items()}
+    kinds = {kind.replace("_", " "): counts for kind, counts in unknown_counts(metrics).items()}
     severities, least = metrics.robustness.per_corruption, (metrics.accuracy or 0) - 0.2
     return {
         "classes": [name for name, row in metrics.per_class.items() if row.images < 20],
         "corruptions": [name.replace("_", " ") for name, row in severities.items() if row[2] < least],
-        "kinds": [f"{kind} ({share(1 - rate)})" for kind, rate in kinds.items() if rate < 0.9],
+        "kinds": [f"{kind}, {counted(*counts)}" for kind, counts in kinds.items() if counts[0] > 0.1 * counts[1]],
         "false_alarms": metrics.unknown.false_alarm_rate or 0,
     }
 
@@ -109,7 +129,6 @@ def make_card(
         "warning": not_worth_it(metrics),
         "verdict": verdict,
         "verdict_words": verdict_words(verdict),
-        "rules": [(r["name"], r["kind"], "✓" if r["passed"] else "✗", r["why"]) for r in verdict["rules"]],
         "settings": ", ".join(settings),
         "size": parameters.get("prepare", {}).get("size"),
         "augmented": parameters.get("train", {}).get("augment"),

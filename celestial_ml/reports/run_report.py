@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import ceil, floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +19,15 @@ from ..package.published import published
 from ..registry.evidence import Evidence, Paired
 from ..registry.metric_comparison import Comparison, Difference, flat, make_comparison
 from ..registry.versions import read_version
-from .advice import baseline_rows, not_worth_it, what_to_try
+from .advice import baseline_rows
+from .answers import as_figure, changed_words, four_answers
 from .model_card import count_table, verdict_words, weak_spots
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['rival', 'against_version', 'changes', 'out_of_100', 'in_short', 'example_pictures', 'notebook_links', 'make_report']
+__all__ = ['rival', 'against_version', 'changes', 'example_pictures', 'notebook_links', 'make_report']
 
 # %% ../../nbs/reports/01_run_report.ipynb #rival
 def rival(
@@ -66,23 +66,10 @@ def against_version(
     )
 
 # %% ../../nbs/reports/01_run_report.ipynb #shown
-def _as_figure(
-    figure: Difference,
-    value: float | None,
-    signed: bool = False,  # a difference
-) -> str:
-    "A value of a figure as text, or a difference of two values."
-    if value is None:
-        return "–"
-    if not figure.as_share:
-        return f"{value:+.3f}" if signed else f"{value:.3f}"
-    return f"{100 * value:+.1f}" if signed else share(value)
-
-
 def _figure_row(figure: Difference) -> tuple[str, ...]:
     "A row of the table of figures."
-    theirs, ours = _as_figure(figure, figure.theirs), _as_figure(figure, figure.ours)
-    change, low, high = (_as_figure(figure, value, True) for value in (figure.difference, figure.low, figure.high))
+    theirs, ours = as_figure(figure, figure.theirs), as_figure(figure, figure.ours)
+    change, low, high = (as_figure(figure, value, True) for value in (figure.difference, figure.low, figure.high))
     how = {"paired": "same images", "intervals": "intervals"}.get(figure.how, "–")
     how += "" if figure.p is None else f", p = {figure.p:.2g}"
     return (figure.name, theirs, ours, change, "–" if figure.low is None else f"{low} to {high}", how, figure.verdict)
@@ -99,67 +86,11 @@ def changes(
     return {
         "ours": comparison.ours,
         "theirs": comparison.theirs,
-        "words": _changed_words(comparison),
+        "words": changed_words(comparison),
         "params": [(key, other, value) for key, (value, other) in comparison.params.items()],
         "figures": [_figure_row(figure) for figure in comparison.figures],
         "mistakes": mistakes[:most],
     }
-
-# %% ../../nbs/reports/01_run_report.ipynb #changed-words
-def _changed_words(comparison: Comparison) -> str:
-    "The outcome of a comparison in a sentence."
-    accuracy = comparison.accuracy
-    words = {
-        "better": "It is more accurate than",
-        "worse": "It is less accurate than",
-        "the same": "It is as accurate as",
-        "no clear difference": "It is neither clearly more nor clearly less accurate than",
-        "not tested": "Its accuracy wasn't tested against",
-    }
-    if accuracy.difference is None:
-        return f"The accuracy can't be compared with that of {comparison.theirs}."
-    low, high = (_as_figure(accuracy, end, True) for end in (accuracy.low, accuracy.high))
-    interval = "" if accuracy.low is None else f" (95 % interval {low} to {high})"
-    chance = "" if accuracy.p is None else f", p = {accuracy.p:.2g}"
-    return (
-        f"{words[accuracy.verdict]} {comparison.theirs}: {_as_figure(accuracy, accuracy.ours)} against "
-        f"{_as_figure(accuracy, accuracy.theirs)}, {100 * accuracy.difference:+.1f} points{interval}{chance}; {comparison.how}."
-    )
-
-# %% ../../nbs/reports/01_run_report.ipynb #out-of-100
-def out_of_100(
-    value: float,  # 0 … 1
-    low: float | None = None,  # of its interval
-    high: float | None = None,
-) -> str:
-    "A share in plain words."
-    number = round(100 * value)
-    words = "all" if number == 100 else "none" if number == 0 else f"about {number}"
-    return words if low is None or high is None else f"{words} (between {floor(100 * low)} and {ceil(100 * high)})"
-
-
-def in_short(
-    manifest: Manifest,
-    verdict: Mapping[str, Any],
-    comparison: Comparison | None,
-) -> list[str]:
-    "The report in three or four sentences."
-    metrics, unknown = manifest.metrics, manifest.metrics.unknown
-    accuracy = metrics.intervals["accuracy"]
-    right = out_of_100(accuracy.value, accuracy.low, accuracy.high)
-    sentences = [
-        f"Out of 100 such images it classifies {right} correctly, measured on {metrics.images} images it wasn't trained on."
-    ]
-    if unknown.detected is not None:
-        alarms = out_of_100(unknown.false_alarm_rate or 0)
-        sentences.append(
-            f"Out of 100 images of something else it recognises {out_of_100(unknown.detected)} as unknown; out of 100 known "
-            f"ones it calls {alarms} unknown by mistake."
-        )
-    sentences.append(_changed_words(comparison) if comparison else "There is no other version to compare it with.")
-    if warning := not_worth_it(metrics):
-        sentences = [f"{warning} What to try: {'; '.join(what_to_try(manifest))}.", *sentences]
-    return [*sentences, verdict_words(verdict)]
 
 # %% ../../nbs/reports/01_run_report.ipynb #example-blocks
 def example_pictures(
@@ -233,8 +164,7 @@ def make_report(
         "about": manifest,
         "verdict": verdict,
         "verdict_words": verdict_words(verdict),
-        "in_short": in_short(manifest, verdict, comparison),
-        "recognised": (metrics.unknown.detected, metrics.unknown.pictures) if metrics.unknown.kinds else None,
+        "answers": four_answers(manifest, verdict, comparison),
         "tried": [
             (c["network"], c["augment"], c["val"], c["cameras"], f"{c['seconds']:.0f}", "chosen" if c["chosen"] else "")
             for c in manifest.lineage.tried
@@ -245,17 +175,15 @@ def make_report(
         "checks": len(checks),
         "failed_checks": [f"{check['check']}: {check['saw']}" for check in checks if check["status"] != "pass"],
         "baselines": baseline_rows(metrics),
-        "confused": [f"{c.label} for {c.predicted} ({c.images})" for c in metrics.confused[:3]],
         "classes": [
             (name, round(row.recall * row.images), row.images, row.recall, row.precision)
-            for name, row in metrics.per_class.items()
+            for name, row in sorted(metrics.per_class.items(), key=lambda item: item[1].recall)
         ],
         "calibration_error": ece.value if (ece := metrics.intervals.get("ece")) else None,
         "changes": changes(comparison),
         "examples": example_pictures(predictions, read, manifest.ood_threshold),
-        "answers": len(predictions),
-        "wrong": int((~predictions.correct).sum()),
-        "unknown": int((predictions.ood_score > manifest.ood_threshold).sum()),
+        "wrong": metrics.images - round(metrics.intervals["accuracy"].value * metrics.images),
+        "unknown": round((metrics.unknown.false_alarm_rate or 0) * metrics.images),
         "weak": weak_spots(metrics),
         "notebooks": notebooks,
         "plots": {name: path for name, path in plots.items() if path.is_file()},

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,13 @@ from ..core.files import atomic
 from ..core.page_builder import Page, as_text, html_part
 from ..core.progress import as_time
 from ..flow.dag import failed_cell
-from ..flow.figures import run_metrics
+from ..flow.figures import epochs_of, run_metrics
 from ..flow.steps import run_folder
 from ..flow.sweep import Outcome
 
 # %% auto #0
-__all__ = ['LOW', 'lower_is_better', 'RunRow', 'rows_of', 'columns', 'best_row', 'parallel_coordinates', 'sweep_page',
-           'write_gallery']
+__all__ = ['LOW', 'lower_is_better', 'RunRow', 'rows_of', 'columns', 'is_test', 'decisive', 'best_row', 'parallel_coordinates',
+           'learning_curves', 'sweep_page', 'write_gallery']
 
 # %% ../../nbs/reports/03_sweep_page.ipynb #lower-is-better
 LOW = ("loss", "error", "ece", "brier", "mse", "mae", "rmse", "entropy", "seconds", "gap", "false", "perplexity")
@@ -43,6 +45,7 @@ class RunRow:
     outcome: Outcome
     metrics: dict[str, float]
     folder: Path
+    epochs: list[dict[str, float]] = field(default_factory=list)  # of its training, so far
 
     @property
     def name(self) -> str:
@@ -60,8 +63,20 @@ class RunRow:
 def rows_of(
     outcomes: Iterable[Outcome],
 ) -> list[RunRow]:
-    "The rows of the page; only finished runs have figures."
-    return [RunRow(o, run_metrics(o.run) if o.status == "done" else {}, run_folder(o.run)) for o in outcomes]
+    "The rows of the page; only finished runs have figures, one that runs has its learning curve."
+
+    def metrics(run: str) -> dict[str, float]:
+        return dict(_metrics(run, max((f.stat().st_mtime_ns for f in run_folder(run).glob("*.*")), default=0)))
+
+    return [
+        RunRow(o, metrics(o.run) if o.status == "done" else {}, run_folder(o.run), epochs_of(o.run)) for o in outcomes
+    ]
+
+
+@lru_cache(maxsize=1024)  # while a sweep runs its page is written again and again
+def _metrics(run: str, changed: int) -> tuple[tuple[str, float], ...]:
+    "The figures of a run as its files are now."
+    return tuple(run_metrics(run).items())
 
 # %% ../../nbs/reports/03_sweep_page.ipynb #columns
 def columns(
@@ -70,19 +85,36 @@ def columns(
     "What the table has a column for."
     keys = list(dict.fromkeys(key for row in rows for key in row.outcome.values))
     differ = [key for key in keys if len({repr(row.outcome.values.get(key)) for row in rows}) > 1 or len(rows) == 1]
-    return differ, list(dict.fromkeys(name for row in rows for name in row.metrics))
+    figures = dict.fromkeys(name for row in rows for name in row.metrics)
+    return differ, sorted(figures, key=is_test)
+
+
+def is_test(
+    name: str,  # of a figure
+) -> bool:
+    "Whether it was measured on the test images: a run that is chosen by it leaves none that are untouched."
+    return name.startswith("test_")
+
+
+def decisive(
+    rows: Sequence[RunRow],
+) -> str | None:  # None where no run has one
+    "The figure that decides: the validation images' cross-entropy or loss, as it is finer than an accuracy; never a test figure."
+    names = [name for name in columns(rows)[1] if not is_test(name)]
+    names.sort(key=lambda name: (name != "val_cross_entropy", name != "val_loss", not name.startswith("val_")))
+    having = [{name for name in names if math.isfinite(row.metrics.get(name, math.nan))} for row in rows if row.metrics]
+    shared = [name for name in names if all(name in one for one in having)]  # an older run may lack the first
+    return next(iter([*shared, *(name for name in names if any(name in one for one in having))]), None)
 
 
 def best_row(
     rows: Sequence[RunRow],
-    metrics: Sequence[str],
-) -> RunRow | None:  # None without figures
-    "The best run by the figure that decides: the loss where there is one, as it is finer than the accuracy."
-    for name in (*(n for n in ("loss", "val_loss") if n in metrics), *metrics):
-        having = [row for row in rows if math.isfinite(row.metrics.get(name, math.nan))]
-        if having:
-            return (min if lower_is_better(name) else max)(having, key=lambda row: row.metrics[name])
-    return None
+) -> RunRow | None:  # None without a figure that decides
+    "The best run by the figure that decides."
+    name = decisive(rows)
+    having = [row for row in rows if name and math.isfinite(row.metrics.get(name, math.nan))]
+    end = min if lower_is_better(name or "") else max
+    return end(having, key=lambda row: row.metrics[str(name)]) if having else None
 
 # %% ../../nbs/reports/03_sweep_page.ipynb #places
 def _places(values: Sequence[Any], flip: bool) -> tuple[list[float], list[tuple[float, str]]]:
@@ -131,8 +163,74 @@ def parallel_coordinates(
     "A line for each run, through its parameters and its figures."
     return html_part("charts", "parallel", *_coordinates(rows, best).values())
 
+# %% ../../nbs/reports/03_sweep_page.ipynb #curves
+_COLOURS = ("#3987e5", "#d58a1c", "#8e5bd0", "#c2508a", "#5f9ea0", "#8a6d3b", "#d0603a", "#7a8aa8")
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    "Round numbers between two values, four to ten of them."
+    step = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 7)
+    return [round(n * step, 10) for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def learning_curves(
+    rows: Sequence[RunRow],
+    best: RunRow | None,
+) -> list[dict[str, Any]]:  # name, better, ticks of both axes, lines
+    "The curves of all runs over each other, the best one last: of the loss that decides, and of the accuracy."
+    figures = {key for row in rows for one in row.epochs for key in one}
+    losses = [name for name in ("val_cross_entropy", "val_loss", "loss") if name in figures][:1]
+    charts = []
+    for name in losses + [name for name in ("val_accuracy", "accuracy") if name in figures][:1]:
+        points = [(row, [(one["epoch"], one[name]) for one in row.epochs if name in one]) for row in rows]
+        points = [(row, line) for row, line in points if line]
+        high = max(max(value for _, value in line) for _, line in points)
+        low = min(min(value for _, value in line) for _, line in points)
+        last, high = max(line[-1][0] for _, line in points), high if high > low else low + 1
+        lines = [
+            {
+                "run": row.name,
+                "best": row is best,
+                "live": row.outcome.status == "running",
+                "colour": "#2a9d5c" if row is best else _COLOURS[rows.index(row) % len(_COLOURS)],
+                "value": line[-1][1],
+                "epochs": int(line[-1][0]),
+                "points": [((x - 1) / max(1, last - 1), (y - low) / (high - low)) for x, y in line],
+            }
+            for row, line in points
+        ]
+        charts.append(
+            {
+                "name": name,
+                "better": "lower" if lower_is_better(name) else "higher",
+                "across": [((x - 1) / max(1, last - 1), f"{x:g}") for x in _ticks(1, max(2, last)) if x == int(x)],
+                "up": [((y - low) / (high - low), f"{y:g}") for y in _ticks(low, high)],
+                "lines": sorted(lines, key=lambda line: bool(line["best"])),
+            }
+        )
+    return charts
+
 # %% ../../nbs/reports/03_sweep_page.ipynb #pictures
-_FIRST = ("history", "confusion_matrix", "preview", "errors")  # of a run's plots these are shown before others
+_FIRST = ("confusion_matrix", "errors", "preview", "history")  # of the runs' plots these are shown before others
+_MOST = 12  # runs whose pictures are shown, the best ones
+
+
+def _shots(
+    rows: Sequence[RunRow], page: Path
+) -> list[tuple[str, list[tuple[str, Path, str]]]]:  # kind; run, file, address
+    "The pictures of the runs, a kind after the other: large, and beside each other, so that they can be compared."
+    order = {name: i for i, name in enumerate(_FIRST)}
+    kinds = {path.stem for row in rows for path in (row.folder / "plots").glob("*.png")}
+    kinds -= {"history"} if any(row.epochs for row in rows) else set()
+    name = decisive(rows)
+    sign = 1 if lower_is_better(name or "") else -1
+    ranked = sorted(rows, key=lambda row: sign * row.metrics.get(name or "", sign * math.inf))[:_MOST]
+    files = {kind: [(row, row.folder / f"plots/{kind}.png") for row in ranked] for kind in kinds}
+    return [
+        (kind.replace("_", " "), [(r.name, f, os.path.relpath(f, page.parent)) for r, f in files[kind] if f.is_file()])
+        for kind in sorted(kinds, key=lambda kind: (order.get(kind, len(order)), kind))[:3]
+    ]
 
 
 def _files(row: RunRow, page: Path) -> dict[str, Any]:
@@ -155,10 +253,11 @@ def sweep_page(
     name: str,  # of the sweep
     rows: Sequence[RunRow],
     page: Path,  # where it will be: links are relative to it
+    live: bool = False,  # it runs: the page renews itself
 ) -> Page:
     "The page of a sweep."
     parameters, metrics = columns(rows)
-    best = best_row(rows, metrics)
+    best, figure = best_row(rows), decisive(rows)
     ends = {metric: min if lower_is_better(metric) else max for metric in metrics}
     tops = {metric: end(row.metrics[metric] for row in rows if metric in row.metrics) for metric, end in ends.items()}
     runs = []
@@ -166,27 +265,45 @@ def sweep_page(
         values = [row.outcome.values.get(key) for key in parameters]
         cells = [(value, "number" if isinstance(value, int | float) else "") for value in values]
         figures = {metric: row.metrics.get(metric) for metric in metrics}
-        cells += [(value, "number top" if value == tops[metric] else "number") for metric, value in figures.items()]
+        kinds = {True: "number test", False: "number"}
+        cells += [
+            (value, "number top" if value == tops[metric] and not is_test(metric) else kinds[is_test(metric)])
+            for metric, value in figures.items()
+        ]
+        done, asked = len(row.epochs), row.outcome.status
+        so_far = f", epoch {done}" if asked == "running" and done else f", stopped in epoch {done}" if done else ""
         more = {"name": row.name, "outcome": row.outcome, "best": row is best, "time": as_time(row.outcome.seconds)}
+        more["so_far"] = so_far if asked in ("running", "left") else ""
         runs.append(_files(row, page) | more | {"cells": cells})
     counts = Counter(row.outcome.status for row in rows)
     data = {
         "title": name,
         "runs": runs,
         "best": best and best.name,
-        "counts": [f"{counts[status]} {status}" for status in ("done", "failed", "left") if counts[status]],
+        "value": best and figure and best.metrics[figure],
+        "figure": figure,
+        "end": "lowest" if lower_is_better(figure or "") else "highest",
+        "counts": [f"{counts[status]} {status}" for status in ("done", "failed", "running", "left") if counts[status]],
+        "live": live,
+        "now": time.strftime("%H:%M:%S"),
+        "written": int(1000 * time.time()),
+        "charts": learning_curves(rows, best),
+        "shots": _shots(rows, page),
+        "most": _MOST,
         "parameters": parameters,
-        "metrics": [f"{metric} {'↓' if end is min else '↑'}" for metric, end in ends.items()],
+        "pairs": [(key, False) for key in parameters],
+        "metrics": [(f"{metric} {'↓' if end is min else '↑'}", is_test(metric)) for metric, end in ends.items()],
     }
     return Page("sweep", data | _coordinates(rows, best))
 
-
+# %% ../../nbs/reports/03_sweep_page.ipynb #write-gallery
 def write_gallery(
     name: str,  # of the sweep
     outcomes: Iterable[Outcome],
+    live: bool = False,  # it runs: the page renews itself
 ) -> Path:
     "Write the page of a sweep into its folder."
     page = run_folder(name) / "index.html"
     with atomic(page) as f:
-        f.write_text(sweep_page(name, rows_of(outcomes), page).html(), encoding="utf-8")
+        f.write_text(sweep_page(name, rows_of(outcomes), page, live).html(), encoding="utf-8")
     return page

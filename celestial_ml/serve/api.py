@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import Enum
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -123,14 +124,29 @@ class Feedback(BaseModel):
 class Thanks(BaseModel):
     "The feedback was stored."
 
+    model_config = ConfigDict(json_schema_extra={"example": {"request_id": EXAMPLE["request_id"], "status": "kept"}})
+
     request_id: str
     status: str = "kept"
+
+# %% ../../nbs/serve/20_api.ipynb #model-info-form
+MODEL: dict[str, Any] = {
+    "name": "celestial",
+    "version": "celestial/3",
+    "classes": ["Jupiter", "Saturn"],
+    "ood_threshold": 16.9,
+    "sha256": EXAMPLE["sha256"],
+    "input": {"size": 64, "grayscale": False},
+    "metrics": {"accuracy": 0.98, "images": 300},
+    "lineage": {"run": "default"},
+    "card": "/model/card",
+}
 
 
 class ModelInfo(BaseModel):
     "The content of `model.json`, which may have more fields."
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra={"example": MODEL})
 
     name: str = ""
     version: str
@@ -145,6 +161,8 @@ class ModelInfo(BaseModel):
 
 class Status(BaseModel):
     "The state of the service."
+
+    model_config = ConfigDict(json_schema_extra={"example": {"status": "ready", "model_version": "celestial/3"}})
 
     status: str
     model_version: str | None = None
@@ -163,6 +181,9 @@ class Log(Protocol):
 
     def feedback(self, request_id: str, correct: bool, label: str | None, comment: str | None, who: str) -> None:
         "Take what a person says of an answer; `CelestialError` with a `status` where that can't be."
+
+    def find(self, request_id: str) -> dict[str, Any] | None:
+        "The answer that a person saw; None where there is none of that id."
 
     def figures(self) -> Iterable[tuple[str, str, str, dict[str, str], float]]:
         "Figures for the metrics."
@@ -317,7 +338,7 @@ async def _the_model(request: Request) -> Predictor:
 TheService = Annotated[Service, Depends(_the_service)]
 TheModel = Annotated[Predictor, Depends(_the_model)]
 
-api = APIRouter(tags=["celestial"])
+api = APIRouter()
 
 NO_MODEL = errors(no_model="there is no model yet")
 NO_KEY = errors(no_key="this needs an API key", too_many_requests="more than 600 requests a minute")
@@ -344,6 +365,10 @@ BAD_IMAGE = errors(
 )
 FOR_PICTURES = BAD_IMAGE | BUSY | NO_KEY
 
+# %% ../../nbs/serve/20_api.ipynb #route-groups
+PICTURES: list[str | Enum] = ["Pictures"]  # groups of /docs
+SERVICE: list[str | Enum] = ["Service"]
+
 # %% ../../nbs/serve/20_api.ipynb #a-form-x
 def a_form(field: str, several: bool = False) -> dict[str, Any]:  # for FastAPI's `openapi_extra`
     "Describes a form with a picture, for OpenAPI."
@@ -361,23 +386,32 @@ def as_json(content: dict[str, Any]) -> Response:
     return Response(json.dumps(content), media_type="application/json")
 
 
-@api.post("/predict", response_model=Answer, responses=FOR_PICTURES, openapi_extra=a_form("image"))
+@api.post(
+    "/predict",
+    summary="Classify a picture",
+    tags=PICTURES,
+    response_model=Answer,
+    responses=FOR_PICTURES,
+    openapi_extra=a_form("image"),
+)
 async def predict(request: Request) -> Response:
-    "Classify a picture: a JPEG, PNG or WebP image."
+    "The best class, how sure the model is, and whether it knows such pictures at all. JPEG, PNG or WebP, of any size."
     service: Service = request.app.state.service
     service.models.current
     [(_, content)] = await read_files(request, "image", 1)
     return as_json(await answer_picture(service, request, request.state.request_id, content))
 
-
+# %% ../../nbs/serve/20_api.ipynb #predict-batch
 @api.post(
     "/predict/batch",
+    summary="Classify several pictures",
+    tags=PICTURES,
     response_model=BatchAnswer,
     responses=BAD_FORM | BUSY | NO_KEY,
     openapi_extra=a_form("images", several=True),
 )
 async def predict_batch(request: Request, service: TheService, model: TheModel) -> Response:
-    "Classify several pictures; a bad one gets an error, the others their answers."
+    "An answer for each picture, in their order; a bad one gets an error, the others their answers."
     files = await read_files(request, "images", service.settings.max_files)
     if service.scorer.under_way + len(files) > max(service.settings.waiting, len(files)):
         raise busy()
@@ -399,7 +433,14 @@ async def _one_of_several(service: Service, request: Request, number: str, file:
         return {"file": file, "error": {"code": e.code, "message": e.message, "hint": e.hint}}
 
 # %% ../../nbs/serve/20_api.ipynb #explain
-@api.post("/explain", response_model=Explained, responses=FOR_PICTURES, openapi_extra=a_form("image"))
+@api.post(
+    "/explain",
+    summary="Classify a picture and explain the answer",
+    tags=PICTURES,
+    response_model=Explained,
+    responses=FOR_PICTURES,
+    openapi_extra=a_form("image"),
+)
 async def explain(request: Request, service: TheService, model: TheModel) -> Response:
     "The answer of /predict, a map of the parts of the picture that matter for it, and the most similar training pictures."
     [(_, content)] = await read_files(request, "image", 1)
@@ -452,19 +493,19 @@ async def store_judgement(
     return Thanks(request_id=judgement.request_id)
 
 
-@api.post("/feedback", responses=BAD_FEEDBACK | NO_LOG | NO_KEY)
+@api.post("/feedback", summary="Judge an answer", tags=["Feedback"], responses=BAD_FEEDBACK | NO_LOG | NO_KEY)
 async def feedback(request: Request, judgement: Feedback, service: TheService) -> Thanks:
-    "Judge an answer by its request_id: whether it was right and, if not, the correct label."
+    "Whether the answer of this `request_id` was right and, if not, the correct label; the last judgement of a person counts."
     return await store_judgement(service, judgement, request.scope.get("state", {}).get("who", ""))
 
 
-@api.get("/health")
+@api.get("/health", summary="Is the process alive?", tags=SERVICE)
 async def health() -> Status:
-    "Whether the process is alive."
+    "Answers as long as the process is alive; restart it if this fails."
     return Status(status="alive")
 
 
-@api.get("/ready", responses=NO_MODEL, response_model_exclude_none=True)
+@api.get("/ready", summary="Is a model loaded?", tags=SERVICE, responses=NO_MODEL, response_model_exclude_none=True)
 async def ready(service: TheService, model: TheModel) -> Status:
     "Whether a model is loaded, which one, and whether another one was refused."
     tried = service.models.challenger.predictor
@@ -474,21 +515,30 @@ async def ready(service: TheService, model: TheModel) -> Status:
     )
 
 # %% ../../nbs/serve/20_api.ipynb #model-info
-@api.get("/model", responses=NO_MODEL | NO_KEY)
+@api.get("/model", summary="Which model answers", tags=["Model"], responses=NO_MODEL | NO_KEY)
 async def model_info(model: TheModel) -> ModelInfo:
-    "The model that answers: its classes, metrics and lineage."
+    "Its version, classes, metrics and lineage."
     card = "/model/card" if (model.folder / "model_card.html").is_file() else None
     content = model.manifest.to_json()
     lineage = without_folders(content.get("lineage", {}))  # paths on the training machine are private
     return ModelInfo(**content | {"lineage": lineage, "card": card})
 
 
+METRICS: Any = {
+    200: {"content": {"text/plain": {"example": 'celestial_requests_total{path="/predict",status="200"} 12.0'}}}
+}
 NO_CARD = errors(no_card="this model has no card")
 
 
-@api.get("/model/card", response_class=HTMLResponse, responses=NO_CARD | NO_MODEL | NO_KEY)
+@api.get(
+    "/model/card",
+    summary="The model card",
+    tags=["Model"],
+    response_class=HTMLResponse,
+    responses=NO_CARD | NO_MODEL | NO_KEY,
+)
 async def model_card(model: TheModel) -> Response:
-    "The model card, as HTML."
+    "What the model is for, how good it is and where it fails, as one page of HTML."
     card = model.folder / "model_card.html"
     if not card.is_file():
         raise CelestialError("this model has no card", "Package and register it again.", "no_card")
@@ -497,12 +547,14 @@ async def model_card(model: TheModel) -> Response:
     return FileResponse(card, media_type="text/html", headers={"Content-Security-Policy": policy})
 
 
-@api.get("/metrics", responses=NO_KEY, response_class=Response)
+@api.get(
+    "/metrics", summary="Metrics for Prometheus", tags=SERVICE, responses=METRICS | NO_KEY, response_class=Response
+)
 async def metrics(service: TheService) -> Response:
-    "The metrics, for Prometheus."
+    "Counters and gauges of this process, in Prometheus's text format."
     return Response(service.metrics.page(), media_type="text/plain; version=0.0.4")
 
-
+# %% ../../nbs/serve/20_api.ipynb #add-docs
 def add_docs(app: FastAPI) -> None:
     "Serve `/docs` without the internet."
     app.mount("/docs/static", StaticFiles(directory=str(files("fastapi_offline") / "static")), "docs")

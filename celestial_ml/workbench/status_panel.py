@@ -124,14 +124,10 @@ def draw_states(
         column, kind = min(after, len(chain) - 1), states[name].kind
         sign, word, ink, sentence = _KINDS[kind]
         steps[name] = {
-            "name": name, "row": row, "column": column, "x": 2 + column * 100, "y": 24 + row * 84,
+            "name": name, "row": row, "column": column, "read": name in tasks[here].upstream,
             "kind": kind, "why": states[name].why, "sign": sign, "word": word, "ink": ink, "sentence": sentence,
-            "read": name in tasks[here].upstream,
         }  # fmt: skip
-    present = steps[here]
-    depths = [8 + (present["x"] - step["x"]) // 12 for step in steps.values() if step["read"] and not present["row"]]
-    height = max(step["y"] for step in steps.values()) + 46 + max(depths, default=0)  # the arrows hang below
-    return html_part("pipeline", "panel", run, list(steps.values()), present, 100 * len(chain) - 12, height)
+    return html_part("pipeline", "panel", run, list(steps.values()), steps[here])
 
 # %% ../../nbs/workbench/01_status_panel.ipynb #pipeline-states
 def pipeline_states(

@@ -281,7 +281,7 @@ def http_page() -> str:
     "Every route of the service, from its OpenAPI description."
     schemas = openapi()["components"]["schemas"]
     parts = [HTTP, "| | what it does |", "|---|---|"]
-    parts += [f"| [`{m.upper()} {p}`](#{_anchor(m, p)}) | {bar(one['description'])} |" for m, p, one in routes()]
+    parts += [f"| [`{m.upper()} {p}`](#{_anchor(m, p)}) | {bar(one['summary'])} |" for m, p, one in routes()]
     for method, path, one in routes():
         parts += ["", f"## {method.upper()} {path} {{ #{_anchor(method, path)} }}", "", one["description"], ""]
         body = next(iter(one.get("requestBody", {}).get("content", {}).items()), None)

@@ -33,6 +33,9 @@ log = get_plugin_logger("site")  # an error of it ends a strict build, even a qu
 FOLDERS = ("guides", "steps", *ROOMS)
 STYLES: dict[str, None] = {}  # of all pages; they are the same ones, so the site needs them once
 SYMBOLS: dict[str, str] = {}  # where the library reference tells of a public name that only one module has
+# What a page says that no run of these very cells has left outputs for.
+_BARE = '<div class="admonition note"><p>Shown without outputs: <code>%s</code>, then <code>make docs</code>, adds them.</p></div>'
+HOW_TO_RUN = {"guides": _BARE % "make guides", "steps": _BARE % "celestial run --with stress"}
 # `<!-- made: NAME -->` on a page stands for what these make.
 MADE = {
     "needed": lambda root: ", ".join(f"`{name}`" for name in needed(root)),
@@ -64,7 +67,12 @@ def on_config(config: MkDocsConfig) -> None:
     library = [{room: f"reference/library/{room}.md"} for room in rooms(root)]
     config.nav = [
         {"Home": "index.ipynb"},
-        {"Find your way": written("Find your way=find-your-way.md", "FAQ=faq.md", "Glossary=glossary.md")},
+        {
+            "Find your way": written(
+                *("Which command?=commands.md", "Find your way=find-your-way.md"),
+                *("FAQ=faq.md", "Glossary=glossary.md"),
+            )
+        },
         {"Guides": [*written("JupyterLab=lab.md"), *listed("guides")]},
         {"Pipeline": listed("steps")},
         {"Notebooks": [{room: listed(room)} for room in rooms(root)]},
@@ -138,6 +146,13 @@ def _calm(outputs: list[dict[str, Any]]) -> None:
             output["text"] = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
 
 
+def on_env(env: Any, config: MkDocsConfig, files: Files) -> None:
+    "The first tab is called Home, and not after the notebook's heading."
+    page = files.get_file_from_path("index.ipynb")
+    if page and page.page:
+        page.page.title = "Home"
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     "Fill in what is made from the code."
     return re.sub(r"<!-- made: ([\w-]+) -->", lambda m: MADE[m[1]](root_of(config)), markdown)
@@ -166,6 +181,8 @@ def _notebook(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     html = re.sub(r"<img (?![^>]*\balt=)", '<img alt="what the cell above shows" ', html)
     if page.file.abs_src_path != str(Path(config.docs_dir) / page.file.src_uri):
         html = _without_own_files(html, page, config)
+    elif how := HOW_TO_RUN.get(page.file.src_uri.partition("/")[0]):
+        html = html.replace("</blockquote>", f"</blockquote>{how}", 1)
     html = _linked(html, page, config, files, r'[^"]+')
     html = _own_anchors(html)
     whole = r'<pre.*?</pre>|<a .*?</a>|<code.*?</code>|<div [^>]*class="clipboard-copy-txt".*?</div>'

@@ -1,5 +1,5 @@
-// What the page needs beside Gradio: names for screen readers, a word where no answer comes, a paste that finds the
-// open tab, and the camera.
+// What the page needs beside Gradio: names for screen readers, the way to the answer on a phone, a word where no answer
+// comes, a paste that finds the open tab, and the camera.
 () => {
   const $ = (selector, root = document) => root.querySelector(selector);
   document.documentElement.lang = "en";
@@ -9,14 +9,86 @@
     if (element) Object.entries(attributes).forEach(([key, value]) => element.getAttribute(key) === value || element.setAttribute(key, value));
   };
   const label = () => {
-    name("#right", {"aria-live": "polite"});
     name("#why", {role: "region", "aria-label": "Why"});
-    name("#fool-answer", {"aria-live": "polite"});
     name("#many-table", {role: "region", "aria-label": "Answers", tabindex: "0"});
     document.querySelectorAll(".drop input[type=file]").forEach(input => input.setAttribute("aria-label", "Choose a picture"));
   };
+
+  // A screen reader says the answer alone, not the ten probabilities below it.
+  const spoken = document.createElement("p"), heard = {};
+  spoken.id = "spoken";
+  spoken.setAttribute("role", "status");
+  document.body.append(spoken);
+  const speak = () => ["#right", "#fool-answer", "#found", "#both", "#cell", "#many-table"].forEach(selector => {
+    const place = $(selector);
+    const words = place?.offsetParent ? [...place.querySelectorAll("h2, h3, .plain")].slice(0, 2).map(one => one.textContent).join(". ") : "";
+    if (words && heard[selector] !== words && performance.now() > 2000) spoken.textContent = words;
+    heard[selector] = words;
+  });
+
+  // On a phone the answer is below what was tapped: the page goes there, and stays there until a person moves it.
+  const narrow = matchMedia("(max-width: 820px)"), calm = matchMedia("(prefers-reduced-motion: reduce)");
+  const answers = {"[data-tile]": "#desk", "#fool-buttons .primary": "#found", "[data-cell]": "#cell"};
+  const drops = {"drop": "#desk", "compare-drop": "#compare", "many-drop": "#many-table", "folder-drop": "#many-table"};
+  let goal = null;
+  const go = () => $(goal)?.scrollIntoView({block: "start", behavior: calm.matches ? "auto" : "smooth"});
+  const aim = selector => { goal = narrow.matches && selector; if (goal) go(); };
+  ["pointerdown", "wheel", "touchmove", "keydown"].forEach(kind => document.addEventListener(kind, () => { goal = null; }, {passive: true, capture: true}));
+  document.addEventListener("click", event => {
+    const tapped = Object.keys(answers).find(one => event.target.closest(one));
+    if (tapped) aim(answers[tapped]);
+    if (event.target.closest("[role=tab]")) event.target.closest("[role=tab]").scrollIntoView({block: "nearest", inline: "center"});
+    const removed = event.target.closest("[data-remove]")?.closest(".dropper");
+    if (removed) $(".drop button", removed)?.focus({preventScroll: true});
+  });
+  // A link is copied where a page may do that; elsewhere it is followed, and stands in the address bar.
+  document.addEventListener("click", async event => {
+    const link = event.target.closest("[data-link]");
+    if (!link || !navigator.clipboard || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    const words = await navigator.clipboard.writeText(link.href).then(() => "Link copied", () => null);
+    if (!words) { location.assign(link.href); return; }
+    link.textContent = spoken.textContent = words;
+  });
+
+  // The answer as a page of its own, with what it needs.
+  const page = () => {
+    const copy = selector => {
+      const part = $(selector).cloneNode(true);
+      part.querySelectorAll(".offer, [data-remove], .sky p").forEach(one => one.remove());
+      return part.outerHTML;
+    };
+    const style = [...document.querySelectorAll("style")].map(one => one.textContent).filter(words => words.includes("--ink")).join("");
+    const dark = document.querySelector(".dark") ? "dark" : "", title = $("#right h2").textContent;
+    const line = $("#foot p").firstChild.textContent;
+    return [title, `<!doctype html><html lang="en" class="${dark}"><meta charset="utf-8"><meta name="viewport" content="width=device-width">` +
+      `<title></title><style>${style}</style><body class="gradio-container ${dark}"><main class="saved"><h1></h1><div id="desk">` +
+      `<div id="left" class="dropper">${copy("#left .sky")}</div><div id="right">${copy("#right .says")}</div><div id="why">${copy("#why .why")}</div></div>` +
+      `<p class="fine"></p></main></body></html>`, line];
+  };
+  document.addEventListener("click", event => {
+    if (!event.target.closest("[data-save]")) return;
+    const [title, html, line] = page(), saved = new DOMParser().parseFromString(html, "text/html");
+    saved.title = title;
+    $("h1", saved).textContent = $("#hero h1").textContent;
+    $("main > .fine", saved).textContent = `${line} Saved on ${new Date().toLocaleString("en-GB", {dateStyle: "long", timeStyle: "short"})}.`;
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob(["<!doctype html>", saved.documentElement.outerHTML], {type: "text/html"}));
+    link.download = `${title.replace(/[^\w-]+/g, " ").trim() || "answer"}.html`;
+    link.click();
+    URL.revokeObjectURL(link.href);
+  });
+  document.addEventListener("change", event => {
+    const drop = event.target.matches("input[type=file]") && event.target.closest(".drop");
+    if (drop) aim(drops[drop.id]);
+  }, true);
+
   label();
-  new MutationObserver(label).observe(document.body, {subtree: true, childList: true});
+  new MutationObserver(changes => {
+    label();
+    speak();
+    if (goal && changes.some(change => $(goal)?.contains(change.target))) go();
+  }).observe(document.body, {subtree: true, childList: true});
 
   const notice = document.createElement("p");
   notice.id = "notice";
@@ -53,6 +125,12 @@
     if (file) { event.preventDefault(); give(file); }
   });
 
+  const look = async () => {
+    const devices = await navigator.mediaDevices?.enumerateDevices().catch(() => []) ?? [];
+    document.documentElement.classList.toggle("has-camera", devices.some(one => one.kind === "videoinput"));
+  };
+  look();
+  navigator.mediaDevices?.addEventListener("devicechange", look);
   const camera = async () => {
     const dialog = document.createElement("dialog");
     dialog.className = "camera";

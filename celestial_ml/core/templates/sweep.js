@@ -1,7 +1,8 @@
-// A header of the table of runs sorts it; a run is lit wherever the page shows it.
+// A header of the table of runs sorts it; a run is lit wherever the page shows it; while the sweep runs the page renews itself.
 const body = document.querySelector(".runs tbody"), heads = [...document.querySelectorAll(".runs th")];
 heads.forEach((head, column) => head.querySelector("button")?.addEventListener("click", () => {
   const up = head.getAttribute("aria-sort") !== "ascending";
+  history.replaceState([column, up], "");
   heads.forEach((other) => other.hasAttribute("aria-sort") && other.setAttribute("aria-sort", "none"));
   head.setAttribute("aria-sort", up ? "ascending" : "descending");
   const key = (row) => row.cells[column].dataset.v, number = (v) => v !== "" && !isNaN(v);
@@ -15,3 +16,13 @@ heads.forEach((head, column) => head.querySelector("button")?.addEventListener("
 const runs = [...document.querySelectorAll("[data-run]")];
 runs.forEach((one) => ["mouseenter", "mouseleave"].forEach((event) => one.addEventListener(event, () =>
   runs.forEach((other) => other.dataset.run === one.dataset.run && other.classList.toggle("lit", event === "mouseenter")))));
+if (history.state) {  // as it was sorted before the page renewed itself
+  const [column, up] = history.state, button = heads[column]?.querySelector("button");
+  button?.click();
+  if (!up) button?.click();
+}
+const live = document.querySelector("[data-written]");
+if (live) {
+  if (Date.now() - live.dataset.written > 120000) live.textContent = "This page hasn't been renewed for minutes: the sweep was stopped. The same command goes on.";
+  setTimeout(() => location.reload(), 4000);
+}
