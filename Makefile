@@ -53,6 +53,10 @@ serve: $(READY)  ## the HTTP API and the demo on http://127.0.0.1:8000
 lab: $(READY)  ## JupyterLab: workspace, notebook diffs, reloaded modules; ARGS="--port=9999 --no-browser" go to it
 	@python -m celestial_ml.workbench.lab $(ARGS)
 
+.PHONY: mlflow
+mlflow: $(READY)  ## MLflow's page on the runs and versions, on http://127.0.0.1:5000
+	@celestial ui
+
 .PHONY: test
 test: $(READY)  ## all tests: library notebooks, contracts, pipeline, HTTP, browser
 	@pytest

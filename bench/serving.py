@@ -50,8 +50,8 @@ def tree(pid: int) -> list[int]:
 
 
 def resident_mb(pid: int) -> float:
-    "Megabytes of memory that a process and all below it take."
-    lines = [Path(f"/proc/{one}/status").read_text().split("VmRSS:")[1] for one in tree(pid)]
+    "Megabytes of memory that a process and all below it take; what they share counts once."
+    lines = [Path(f"/proc/{one}/smaps_rollup").read_text().split("Pss:")[1] for one in tree(pid)]
     return sum(int(line.split()[0]) for line in lines) / 1000
 
 

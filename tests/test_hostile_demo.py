@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -333,6 +334,26 @@ def test_uploads_count_for_the_rate_and_are_deleted_in_time(tmp_path: Path, monk
         while left(tmp_path):
             assert time.monotonic() < end, "they are still there"
             time.sleep(0.2)
+
+
+def test_nothing_served_names_a_folder_of_the_server(page: Page, url: str, folder: Path) -> None:
+    paths = (
+        "",
+        "config",
+        "gradio_api/info",
+        "docs",
+        "openapi.json",
+        "model",
+        "model/card",
+        "ready",
+        "health",
+        "metrics",
+    )
+    texts = [page.client.get(f"/{path}").text for path in (*paths, "nothing", "assets/nothing", "gradio_api/file=/etc")]
+    texts += [page.ask("drop", {"path": page.send(content)} | FILE).text for content in (neptune(), b"no picture")]
+    assert all(texts)
+    here = (str(folder), str(Path.cwd()), f"{Path.home()}/", f"{sys.prefix}/")
+    assert [place for place in here for text in texts if place in text] == []
 
 
 # ------------------------------------------------------------------------------------------------------ many at a time

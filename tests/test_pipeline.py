@@ -77,6 +77,10 @@ def test_mlflow_has_the_whole_run(smoke: Plan) -> None:
     assert run.data.tags["data_sha256"] == about["lineage"]["data_sha256"] and run.data.tags["code_revision"]
     assert run.data.metrics["test_accuracy"] == pytest.approx(about["metrics"]["accuracy"])
     assert [m.step for m in client.get_metric_history(run.info.run_id, "val_loss")] == [1, 2]
+    assert run.data.tags["kind"] == "training" and run.data.tags["gate"] == "unregistered"
+    assert read_json("output/smoke/report.json")["in_short"][0] in run.data.tags["mlflow.note.content"]
+    [images] = run.inputs.dataset_inputs
+    assert (images.dataset.name, images.dataset.digest) == ("render", about["lineage"]["data_sha256"][:36])
     kept = {f.path for folder in ("notebooks", "plots", "data") for f in client.list_artifacts(run.info.run_id, folder)}
     assert {
         "notebooks/train.ipynb",
@@ -140,7 +144,11 @@ def test_a_run_is_registered_where_somebody_asks_and_a_refused_one_is_set_aside(
     home = Path(os.environ["CELESTIAL_HOME"])
     assert (home / "models/celestial/1/model_card.html").read_text() == Path("output/smoke/model_card.html").read_text()
     assert not (home / "models/champion.json").exists() and published_versions() == {}, "nobody compares it"
-    assert MlflowClient(f"sqlite:///{home}/mlflow.db").get_registered_model("celestial").aliases == {}
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    assert client.get_registered_model("celestial").aliases == {}
+    assert client.get_model_version("celestial", "1").description.startswith(
+        read_json("output/smoke/report.json")["in_short"][0]
+    )
 
 
 def test_a_changed_parameter_reruns_what_depends_on_it(unspoilt: Path) -> None:

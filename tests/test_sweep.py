@@ -507,7 +507,7 @@ def test_a_stopped_training_goes_on_behind_its_last_epoch(project: Path, celesti
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
             seen = page.read_text() if page.is_file() else ""
-            if "running, epoch" in re.sub("<[^>]+>", "", seen) and min(len(epochs_of(run)) for run in runs) >= 2:
+            if "running, in epoch" in re.sub("<[^>]+>", "", seen) and min(len(epochs_of(run)) for run in runs) >= 2:
                 break
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)

@@ -123,6 +123,7 @@ def test_trials_are_runs_within_the_studys(tuned: dict, at_home: Path) -> None:
     assert parent.info.status == "FINISHED" and parent.data.metrics["val_cross_entropy"] == tuned["best"]["loss"]
     assert parent.data.tags["optuna.best_trial"] == str(tuned["best"]["trial"])
     assert {f.path for f in client.list_artifacts(parent.info.run_id, "plots")} >= {"plots/tune_history.png"}
+    assert parent.data.tags["kind"] == "study" and "on the validation images" in parent.data.tags["mlflow.note.content"]
     nested = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     by_id = {run.info.run_id: run for run in nested}
     trials = study("tune").trials

@@ -144,7 +144,12 @@ class Evaluate(Section):
     "What the model is measured on."
 
     on: Literal["val", "test"] = Field("test", description="the split that is measured")
-    false_alarms: float = Field(0.01, gt=0, lt=0.5, description="share of known pictures that may be called unknown")
+    false_alarms: float = Field(
+        0.02,
+        gt=0,
+        lt=0.5,
+        description="share of known pictures, those of other cameras included, that may be called unknown",
+    )
     bootstrap: int = Field(1000, ge=100, le=100_000, description="resamples behind each 95 % interval")
     min_slice: int = Field(15, ge=1, description="images that a slice needs to be judged")
     strangers: str | None = Field(

@@ -257,7 +257,8 @@ class Board:
             began, names = time.monotonic(), {*running}
             with suppress(OSError, CelestialError):  # files come and go while runs are at work: the next time will do
                 self.show([replace(o, status="running") if o.run in names else o for o in self.outcomes.values()])
-            self.due = time.monotonic() + max(3.0, 20 * (time.monotonic() - began)) if names else 0.0
+            took = time.monotonic() - began
+            self.due = time.monotonic() + max(3.0, min(30.0, 5 * took)) if names else 0.0
 
     def track(self, pool: Workers, job: Callable[..., str | None]) -> None:
         "Have a worker begin or end the sweep's own run in MLflow."
@@ -297,7 +298,10 @@ def run_sweep(
                     board.track(pool, make_tracking)
                     _run_all(board, todo, pool, retries, quiet)
             finally:  # also after Ctrl-C
-                with Workers(1, modules) as pool:
+                with (
+                    suppress(CelestialError),
+                    Workers(1, modules) as pool,
+                ):  # SIGTERM may have reached the fork server too
                     board.track(pool, end_tracking)
         return list(outcomes.values())
 

@@ -24,6 +24,7 @@ from ..core.params import Data, Model, Params, Track, Train, Tune, load_params
 from ..core.progress import say
 from ..data.sources import get_source
 from .dag import Executor, StepFailed
+from .grid import run_name
 from .pipeline import execute, make_plan, params_file, sigterm_as_ctrl_c
 from .workers import Ended, Owner, Workers
 from celestial_ml.model.tune import (
@@ -116,7 +117,7 @@ def study_run(
         except MlflowException:
             continue  # in another machine's MLflow
     run = open_run(track, f"study {study.study_name}")
-    run.log_tags({"optuna.study": study.study_name})
+    run.log_tags({"kind": "study", "optuna.study": study.study_name})
     study.set_user_attr("mlflow_runs", [*ids, run.id])
     return run
 
@@ -133,6 +134,8 @@ def end_study_run(
     run, best = study_run(study, track), best_trial(table)
     run.log_metrics({"val_cross_entropy": best.loss, "trials": len(table)}, step=len(table))
     run.log_tags({"optuna.best_trial": str(best.trial)})
+    words = f"the best of {len(table)}: cross-entropy {best.loss:.4g} on the validation images, which decide"
+    run.log_text([f"Trial {best.trial} is {words}.", "Test images took no part.", "Next: celestial run tuned"])
     for path in pictures:
         run.log_file(path, "plots")
     for trial in study.get_trials(deepcopy=False):
@@ -175,11 +178,11 @@ class Running:
         p, trial = self.search, self.study.ask()
         values = suggest(trial, p.tune.space)
         model, train = with_values(values, p.model, p.train.model_copy(update={"epochs": p.tune.tune_epochs}))
-        run = open_run(p.track, f"trial {trial.number}", self.parent.id)
+        run = open_run(p.track, f"trial {trial.number}: {run_name(values, values)}", self.parent.id)
         self.running[name := str(trial.number)] = trial, run
         trial.set_user_attr("mlflow_run", run.id)
         run.log_params({"seed": p.seed} | model.model_dump() | train.model_dump())
-        run.log_tags({"optuna.study": self.study.study_name, "optuna.trial": name})
+        run.log_tags({"kind": "trial", "optuna.study": self.study.study_name, "optuna.trial": name})
         log = self.logs / f"trial-{name}.log"
         self.pool.start(name, run_trial, *self.data, model, train, p.seed, log=log)
         self.beat = 0.0  # its first heartbeat is due

@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import accuracy_score, log_loss, precision_recall_fscore_support
 
+from .pretrained import at_once
+
 if TYPE_CHECKING:
     import keras
 
@@ -76,10 +78,10 @@ def with_embedding(
 def logits_and_embeddings(
     both: keras.Model,  # of `with_embedding`
     pixels: np.ndarray,  # uint8 (n, size, size, channels)
-    batch_size: int = 64,
 ) -> tuple[np.ndarray, np.ndarray]:  # float32 (n, classes) and (n, embedding)
     "What the network answers for each image, and what it answers from."
     # A call, not `predict`, which would trace the network anew for each network and size of a batch.
-    parts = [both(pixels[i : i + batch_size], training=False) for i in range(0, len(pixels), batch_size)]
+    step = at_once(pixels)
+    parts = [both(pixels[i : i + step], training=False) for i in range(0, len(pixels), step)]
     logits, embeddings = (np.concatenate([np.asarray(part) for part in arrays]) for arrays in zip(*parts, strict=True))
     return logits, embeddings

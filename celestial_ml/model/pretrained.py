@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['APPLICATIONS', 'CACHED', 'read_state_dict', 'efficientnet_lite0', 'application_names', 'keras_application',
+__all__ = ['APPLICATIONS', 'CACHED', 'read_state_dict', 'efficientnet_lite0', 'application_names', 'keras_application', 'at_once',
            'is_frozen', 'cached_features', 'frozen_head', 'frozen_logits', 'unfreeze']
 
 # %% ../../nbs/model/16_pretrained.ipynb #read-state-dict
@@ -202,6 +202,13 @@ def keras_application(x: Any, p: Model) -> Any:
         socket.setdefaulttimeout(before)
     return _embedded(picture, L.GlobalAveragePooling2D(name="features")(base.output), p)
 
+# %% ../../nbs/model/16_pretrained.ipynb #at-once
+def at_once(
+    pixels: np.ndarray,  # uint8 (n, size, size, channels)
+) -> int:
+    "How many pictures a network is shown at once: Keras keeps what every layer gives, which takes up to 0.7 GB."
+    return max(4, 2**18 // pixels.shape[1] ** 2)
+
 # %% ../../nbs/model/16_pretrained.ipynb #cached-features
 CACHED = 1_000_000_000  # bytes of features that are kept
 
@@ -217,7 +224,8 @@ def is_frozen(
 def _views(pixels: np.ndarray, level: str, seed: int, batch: int = 64) -> Iterator[np.ndarray]:
     "Another view of each picture; the batches' order is drawn, for a share of each is changed roughly."
     for i in range(0, len(pixels), batch):
-        yield np.asarray(augment(pixels[i : i + batch], np.array([seed % 2**31, i]), 0.4, level))
+        view = np.asarray(augment(pixels[i : i + batch], np.array([seed % 2**31, i]), 0.4, level))
+        yield from (view[j : j + at_once(pixels)] for j in range(0, len(view), at_once(pixels)))
 
 
 def cached_features(

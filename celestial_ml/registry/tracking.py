@@ -10,7 +10,8 @@ import logging
 import os
 import sqlite3
 import sys
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..core.files import DamagedFile, atomic, home, make_folder, read_json, writ
 from ..core.params import Track
 
 if TYPE_CHECKING:
+    import pandas as pd
     from mlflow import MlflowClient
 
 # %% auto #0
@@ -120,8 +122,8 @@ def open_experiment(client: MlflowClient, track: Track) -> str:
 
 # %% ../../nbs/registry/01_tracking.ipynb #run
 @dataclass(frozen=True)
-class Run:
-    "A run that is being recorded."
+class _Record:
+    "What is recorded of a run."
 
     client: MlflowClient
     id: str
@@ -150,7 +152,34 @@ class Run:
         "End the run: FINISHED, FAILED or KILLED."
         self.client.set_terminated(self.id, status)
 
+# %% ../../nbs/registry/01_tracking.ipynb #run-more
+@dataclass(frozen=True)
+class Run(_Record):
+    "A run that is being recorded."
 
+    def log_text(self, lines: Sequence[str]) -> None:
+        "The description that MLflow's page shows on top, a bullet a line."
+        self.log_tags({"mlflow.note.content": "\n".join(f"- {line}" for line in lines)})
+
+    def log_dataset(
+        self,
+        table: pd.DataFrame,  # a row an image, with its label
+        name: str,
+        source: str,  # where they come from: a path or a URL
+        digest: str,  # of the images
+        context: str = "training",
+    ) -> None:
+        "The images, as MLflow's page lists data sets: by which runs they were used."
+        from mlflow.data.pandas_dataset import from_pandas
+        from mlflow.entities import DatasetInput, InputTag
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # MLflow has two kinds of source for a local path
+            data = from_pandas(table, source=source, targets="label", name=name, digest=digest[:36])
+        tags = [InputTag("mlflow.data.context", context)]
+        self.client.log_inputs(self.id, [DatasetInput(data._to_mlflow_entity(), tags)])
+
+# %% ../../nbs/registry/01_tracking.ipynb #open-run
 PARENT = "CELESTIAL_PARENT_RUN"  # environment variable with the id of the run that new ones are part of
 
 

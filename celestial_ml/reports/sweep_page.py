@@ -248,6 +248,16 @@ def _files(row: RunRow, page: Path) -> dict[str, Any]:
         "notebooks": [(path.stem, f"{where}/{path.name}") for path in pages],
     }
 
+
+def _so_far(row: RunRow, notebooks: Sequence[tuple[str, str]]) -> str:
+    "How far a run is that runs or was stopped."
+    status, stopped = row.outcome.status, "" if row.outcome.status == "running" else "stopped "
+    if status not in ("running", "left"):
+        return ""
+    if (row.folder / ".checkpoint.npz").is_file():
+        return f", {stopped}in epoch {len(row.epochs) + (not stopped)}" if row.epochs else ""
+    return f", {stopped}after {notebooks[-1][0]}" if notebooks else ""
+
 # %% ../../nbs/reports/03_sweep_page.ipynb #gallery-html
 def sweep_page(
     name: str,  # of the sweep
@@ -270,11 +280,9 @@ def sweep_page(
             (value, "number top" if value == tops[metric] and not is_test(metric) else kinds[is_test(metric)])
             for metric, value in figures.items()
         ]
-        done, asked = len(row.epochs), row.outcome.status
-        so_far = f", epoch {done}" if asked == "running" and done else f", stopped in epoch {done}" if done else ""
         more = {"name": row.name, "outcome": row.outcome, "best": row is best, "time": as_time(row.outcome.seconds)}
-        more["so_far"] = so_far if asked in ("running", "left") else ""
-        runs.append(_files(row, page) | more | {"cells": cells})
+        files = _files(row, page)
+        runs.append(files | more | {"cells": cells, "so_far": _so_far(row, files["notebooks"])})
     counts = Counter(row.outcome.status for row in rows)
     data = {
         "title": name,

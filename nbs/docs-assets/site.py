@@ -31,6 +31,10 @@ log = get_plugin_logger("site")  # an error of it ends a strict build, even a qu
 
 # Every folder of notebooks has its place here; the notebooks in it are ordered by their numbers.
 FOLDERS = ("guides", "steps", *ROOMS)
+# The theme puts a <nav> into each block of code when it's shown, all without a name.
+_NAMES = """let blocks = 0;
+new MutationObserver(() => document.querySelectorAll("nav.md-code__nav:not([aria-label])")
+  .forEach(one => one.setAttribute("aria-label", `Code ${++blocks}`))).observe(document.body, {subtree: true, childList: true});"""
 STYLES: dict[str, None] = {}  # of all pages; they are the same ones, so the site needs them once
 SYMBOLS: dict[str, str] = {}  # where the library reference tells of a public name that only one module has
 # What a page says that no run of these very cells has left outputs for.
@@ -207,7 +211,9 @@ def _own_anchors(html: str) -> str:
 
 
 def on_post_page(html: str, page: Page, config: MkDocsConfig) -> str:
-    "The theme's search gets the name that screen readers want."
+    "What screen readers want: a name for the theme's search, no empty headers, names for blocks of code."
+    html = re.sub(r"<th([^>]*)>(?:\s|&nbsp;)*</th>", r"<td\1></td>", html)
+    html = html.replace("</body>", f"<script>{_NAMES}</script></body>")
     return html.replace(
         'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
     )
