@@ -116,7 +116,7 @@ def assert_served_as_trained(model) -> None:  # type: ignore[no-untyped-def]
     "The file that is served answers as the network does, its score too."
     pixels, labels = marks(16, 2)
     logits, embeddings = logits_and_embeddings(with_embedding(model), pixels)
-    ood = fit_ood_score(embeddings, labels, embeddings)
+    ood, _ = fit_ood_score(embeddings, labels, embeddings)
     session = onnxruntime.InferenceSession(serving_graph(model, Prepare(size=64), ood).SerializeToString())
     names = [output.name for output in session.get_outputs()]
     for i in range(4):
