@@ -270,8 +270,8 @@ def _fit_pretrained(
     strangers: np.ndarray | None,
 ) -> pd.DataFrame:
     "Train the head, then, with p.finetune_epochs, the whole network, which stays frozen unless its validation loss falls."
-    head, *on_features = frozen_head(model, train, val, p, seed, strangers)
-    history = fit(head, *on_features, seed, on_epoch, checkpoint)
+    head, embedded, watched, alone = frozen_head(model, train, val, p, seed, strangers)
+    history = fit(head, embedded, watched, alone, seed, on_epoch, checkpoint)
     if not (p.finetune_epochs and len(val[0])):
         return history
     frozen, weights = float(history.val_loss.min() if p.patience else history.val_loss.iloc[-1]), model.get_weights()
