@@ -30,8 +30,9 @@ def copy_project(root: Path, folder: Path) -> None:
     "What running needs, so that nothing is left in the project."
     for name in ("params", "nbs/steps", "celestial_ml"):
         shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in root.glob("pipeline*.yaml"):
-        shutil.copy2(path, folder)
+    for path in (*root.glob("pipeline*.yaml"), *root.glob("data/*.dvc")):
+        (folder / path.relative_to(root)).parent.mkdir(exist_ok=True)
+        shutil.copy2(path, folder / path.relative_to(root))
 
 
 def plain(folder: Path, until: str, seeds: range, env: dict[str, str]) -> float:

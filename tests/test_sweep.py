@@ -510,7 +510,7 @@ def test_a_stopped_training_goes_on_behind_its_last_epoch(project: Path, celesti
             if "running, in epoch" in re.sub("<[^>]+>", "", seen) and min(len(epochs_of(run)) for run in runs) >= 2:
                 break
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate(timeout=240)
         assert process.returncode == 130 and 'role="status"' in seen and "<polyline" in seen, "the page is live"
         left = {run: len(epochs_of(run)) for run in runs}
         assert all(2 <= epochs < 30 for epochs in left.values()), left

@@ -46,7 +46,7 @@ def test_the_page_shows_runs_their_parts_data_sets_and_aliases(at_home: Path, st
     process = subprocess.Popen(command, cwd=at_home, env=os.environ | {"CELESTIAL_HOME": str(state)})
     try:
         page, api = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{port}/api/2.0/mlflow"
-        until(lambda: answers(page), 120, 0.5)
+        until(lambda: answers(page), 300, 0.5)
         assert "<title>MLflow</title>" in httpx.get(page).text
         found = httpx.get(f"{api}/runs/get", params={"run_id": part.id}).json()["run"]
         tags = {tag["key"]: tag["value"] for tag in found["data"]["tags"]}
@@ -63,6 +63,6 @@ def test_the_page_shows_runs_their_parts_data_sets_and_aliases(at_home: Path, st
         assert busy.returncode == 2 and "--port" in busy.stderr
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        process.wait(120)
     until(lambda: not answers(page), 30, 0.5)
     assert not {path.name for path in at_home.iterdir()} & {"mlruns", "mlartifacts"}, "nothing is left behind"
