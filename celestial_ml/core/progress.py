@@ -83,7 +83,7 @@ def say(
 ) -> None:
     "Show one line of progress."
     since = time.monotonic() - _last_line()[0]
-    if _in_cell():
+    if "CELESTIAL_TERMINAL" not in os.environ:
         print(line)
     elif terminal := _terminal():  # a longer line would go on in the next one, and stay there
         print(f"\r\033[K  {line}"[: shutil.get_terminal_size().columns + 3], end="", file=terminal, flush=True)
