@@ -83,7 +83,7 @@ def say(
 ) -> None:
     "Show one line of progress."
     since = time.monotonic() - _last_line()[0]
-    if _in_cell():
+    if "CELESTIAL_TERMINAL" not in os.environ:
         print(line)
     elif terminal := _terminal():  # a longer line would go on in the next one, and stay there
         print(f"\r\033[K  {line}"[: shutil.get_terminal_size().columns + 3], end="", file=terminal, flush=True)
@@ -114,7 +114,9 @@ def meanwhile(
 def as_time(
     seconds: float,
 ) -> str:
-    "A duration for people."
+    "A duration for people; less than a second isn't nothing."
+    if 0 < seconds < 0.95:
+        return f"{max(seconds, 0.001):.1g} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
