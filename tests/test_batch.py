@@ -102,7 +102,7 @@ def test_the_command(name: str, photos: Path, model: Path, tmp_path: Path) -> No
     assert list(table.columns) == COLUMNS
     assert {Path(bad["path"]).name: bad["code"] for bad in bad_of(out)} == BAD
     page = Path(said["summary"]).read_text()
-    assert page.count("<img") == 24 + 4 and "half.jpg is damaged" in page
+    assert page.count("<img") == 28 + 4 and "28 of 36 are shown" in page and "half.jpg is damaged" in page
     assert out.is_dir() == (name == "scores") and pyarrow.dataset.dataset(out).count_rows() == 40
     again = command(photos, out, "--model", model)
     assert again.returncode == 0 and "nothing to do" in again.stderr

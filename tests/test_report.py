@@ -224,8 +224,9 @@ def test_no_sentence_contradicts_its_table(
         or not ours.unknown.kinds
     )
     if ours.unknown.kinds:
-        passed, tried = sentence(text, r"(\d+) of (\d+) \([^)]+\) images of something else")
+        passed, tried = sentence(text, r"(\d+) of (\d+) \([^)]+\) images that show none of the classes")
         kinds = table_with(card, "AUROC")
+        assert sum(int(row[0]) for row in table_with(text, "taken for a class").values()) == passed
         assert tried == sum(int(row[-1]) for row in kinds.values()) and (passed == 0) == (
             {row[0] for row in kinds.values()} == {"100.0 %"}
         )
@@ -339,7 +340,7 @@ def fill(root: Path, name: str, right: float, lr: float) -> Path:
     write_json(folder / "model.json", about)
     write_json(folder / "metrics.json", about["metrics"])
     write_json(folder / ".inputs/params.json", {"seed": 7, "train": {"lr": lr}})
-    reasons = ["accuracy is what it is", "it passes all 1 rules, and there is no champion yet"]
+    reasons = ["accuracy is what it is", "it passes all 1 rules, and there was no champion before"]
     rule = {"name": "accuracy", "kind": "floor", "passed": True, "why": reasons[0], "value": right, "limit": 0.5}
     told = {"model": "celestial/9", "decision": "promote", "promoted": True, "reasons": reasons, "rules": [rule]}
     write_json(folder / "register.json", told | {"champion": None, "comparison": None})

@@ -503,7 +503,7 @@ def test_a_stopped_training_goes_on_behind_its_last_epoch(project: Path, celesti
     os.chdir(project)
     try:
         seen = ""
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
             seen = page.read_text() if page.is_file() else ""

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ['SHOWN', 'BANDS', 'BINS', 'Doubt', 'Summary', 'summarise', 'charts', 'thumbnails', 'as_percent', 'write_page']
 
 # %% ../../nbs/batch/03_summary.ipynb #doubt
-SHOWN = 24  # images of each kind
+SHOWN = 48  # images of each kind
 BANDS = (0.999, 0.99, 0.95, 0.9, 0.7, 0.5, 0.0)  # of confidence, the highest first
 BINS = 40  # of the score; the threshold is in the middle
 
@@ -120,6 +120,9 @@ def summarise(
     return summary
 
 # %% ../../nbs/batch/03_summary.ipynb #class-chart
+_CLASS_HEADER = ("class", "recognised as it", "unknown, and nearest to it")
+
+
 def _class_rows(summary: Summary) -> list[tuple[str, int, int]]:  # name, known, unknown
     "The images of each class, the most first."
     labels = [label for label, _ in (summary.known + summary.unknown).most_common()]
@@ -149,7 +152,7 @@ def charts(
 ) -> dict[str, str]:  # HTML: classes, confidence, scores
     "The charts, for a notebook."
     return {
-        "classes": html_part("charts", "bars", _class_rows(summary)),
+        "classes": html_part("charts", "bars", _class_rows(summary), _CLASS_HEADER),
         "confidence": html_part("charts", "bars", _band_rows(summary)),
         "scores": html_part("charts", "histogram", *_score_bins(summary)),
     }
@@ -172,7 +175,7 @@ def thumbnails(
 # %% ../../nbs/batch/03_summary.ipynb #as-percent
 def as_percent(share: float) -> str:
     "A share as text; nearly all is not all."
-    return ">99.9%" if share > 0.999 else f"{100 * share:.1f}%"
+    return "> 99.9 %" if share > 0.999 else f"{100 * share:.1f} %"
 
 # %% ../../nbs/batch/03_summary.ipynb #write-page
 def write_page(
@@ -202,7 +205,10 @@ def write_page(
         "title": f"{summary.rows + bad:,} images, scored by {model.version}",
         "subtitle": source.name,
         "tiles": [(name, value, "") for name, value in tiles.items()],
+        "class_header": _CLASS_HEADER,
         "classes": _class_rows(summary),
+        "known_count": summary.known.total(),
+        "unknown_count": summary.unknown.total(),
         "bands": _band_rows(summary),
         "scores": _score_bins(summary),
         "unsure": [shown(doubt, f"{doubt.label} {as_percent(doubt.confidence)}") for doubt in summary.unsure],

@@ -79,6 +79,7 @@ def _summary(result: "Result", model: "Predictor", images: str, column: str | No
 def _print_result(result: "Result", summary: "Summary", as_json: bool) -> None:
     "The figures of the job, and where its files are."
     from celestial_ml.core.folders import PassedOver
+    from celestial_ml.core.many_classes import listed
 
     where, unknown = result.where, summary.unknown.total()
     if as_json:
@@ -93,6 +94,8 @@ def _print_result(result: "Result", summary: "Summary", as_json: bool) -> None:
         print(f"resumed after {result.before:,} pictures", file=sys.stderr)
     pace = f", {result.rate:,.0f} a second" if result.rate else ""
     print(f"{result.rows:,} pictures answered{pace}; {unknown:,} are unknown")
+    if summary.known:
+        print(listed(f"{name} {count:,}" for name, count in summary.known.most_common()))
     if result.bad:
         print(f"{result.bad:,} can't be read: {where.bad}")
     if drifted := ", ".join(name for name, one in summary.drift.result().items() if one["drifted"]):

@@ -38,12 +38,17 @@ class Control:
     high: float
     rest: float  # the value of the plain picture
     step: float
-    phrase: str  # "rolled to {:.0f}°"
+    phrase: str  # "rolled to {:.0f}°", or "made {:.0%} bluer|made {:.0%} redder": below and above rest
 
     @property
     def span(self) -> float:
         "From one end to the other."
         return self.high - self.low
+
+    def in_words(self, value: float) -> str:
+        "A value as a phrase."
+        below, _, above = self.phrase.partition("|")
+        return (above if value > self.rest else below).format(abs(value - self.rest)) if above else below.format(value)
 
 # %% ../../nbs/core/13_domains.ipynb #domain
 class Domain:

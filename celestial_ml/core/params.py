@@ -106,7 +106,8 @@ class Model(Section):
     "The network."
 
     network: str = Field(
-        "auto", description="auto, compact, residual, guide, efficientnet_lite0 (pretrained), or your own"
+        "auto",
+        description="auto, compact, residual, guide, efficientnet_lite0 (pretrained), keras.applications.NAME, or your own",
     )
     pool: int = Field(1, ge=1, le=8, description="side of the square of pixels that are averaged to one, to be quicker")
     width: int = Field(32, ge=4, le=512, description="filters of the first convolution")
@@ -127,6 +128,10 @@ class Train(Section):
         "too; sky: turned to any angle, half dark, with specks of light; auto: what the validation images favour",
     )
     views: int = Field(3, ge=0, le=50, description="views of each image behind the head of a pretrained network")
+    finetune_epochs: int = Field(
+        0, ge=0, le=1000, description="epochs that train a whole pretrained network after its head; 0: it stays frozen"
+    )
+    finetune_lr: float = Field(1e-4, gt=0, le=1, description="learning rate of these epochs, at its peak")
     label_smoothing: Fraction = Field(0.05, description="share of certainty that is taken from the label")
     class_weights: Literal["auto", "none", "balanced"] = Field(
         "auto",

@@ -114,7 +114,9 @@ def meanwhile(
 def as_time(
     seconds: float,
 ) -> str:
-    "A duration for people."
+    "A duration for people; less than a second isn't nothing."
+    if 0 < seconds < 0.95:
+        return f"{max(seconds, 0.001):.1g} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

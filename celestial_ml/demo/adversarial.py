@@ -71,7 +71,7 @@ class Subject:
     def in_words(self, start: Setting, setting: Setting) -> str:
         'What was changed, as "rolled to 40° and blurred by 2.0 % of the frame".'
         pairs = zip(self.controls, start, setting, strict=True)
-        return " and ".join(control.phrase.format(value) for control, before, value in pairs if before != value)
+        return " and ".join(control.in_words(value) for control, before, value in pairs if before != value)
 
 # %% ../../nbs/demo/03_adversarial.ipynb #ask
 def predict(model: Predictor, subject: Subject, setting: Setting) -> Prediction:

@@ -124,8 +124,12 @@ def calibration_report(
     return {"temperature": temperature, "before": scores(logits), "after": scores(logits / temperature)}
 
 # %% ../../nbs/model/08_calibrate.ipynb #reliability
-def _reliability(over: plt.Axes, under: plt.Axes, probabilities: np.ndarray, labels: np.ndarray, bins: int) -> None:
-    "One column of the diagram: right answers by confidence, above the number of images."
+def _by_confidence(
+    probabilities: np.ndarray, labels: np.ndarray, bins: int
+) -> tuple[
+    np.ndarray, ...
+]:  # of each bin with an image: its middle, the images, the share that is right, the confidence
+    "Right answers and confidence, bin by bin."
     confidence, bin_of = confidence_bins(probabilities, bins)
     count = np.bincount(bin_of, minlength=bins)
     some = count > 0
@@ -133,15 +137,7 @@ def _reliability(over: plt.Axes, under: plt.Axes, probabilities: np.ndarray, lab
         np.bincount(bin_of, weights=values, minlength=bins)[some] / count[some]
         for values in (probabilities.argmax(axis=1) == labels, confidence)
     )
-    middle = (np.flatnonzero(some) + 0.5) / bins
-    over.bar(middle, right, width=0.9 / bins, color="#a9c9ee", label="share of right answers")
-    over.plot([0, 1], [0, 1], color="gray", lw=1, ls="--")
-    over.hlines(sure, middle - 0.45 / bins, middle + 0.45 / bins, color="#d64545", lw=2.5, label="mean confidence")
-    for x, y, n in zip(middle, right, count[some], strict=True):
-        over.text(x, y + 0.015, n, ha="center", fontsize=7)
-    over.set(xlim=(0, 1), ylim=(0, 1.09), title=f"ECE {calibration_error(probabilities, labels, bins):.4f}")
-    under.bar(middle, count[some], width=0.9 / bins, color="#9a9a9a", log=True)
-    under.set(xlim=(0, 1), ylim=(0.5, 2 * len(labels)), xlabel="confidence")
+    return (np.flatnonzero(some) + 0.5) / bins, count[some], right, sure
 
 
 def plot_reliability(
@@ -150,13 +146,24 @@ def plot_reliability(
     labels: np.ndarray,  # int (n,)
     bins: int = 15,
 ) -> Figure:
-    "The reliability diagram before and after temperature scaling. Source: DeGroot and Fienberg 1983."
-    fig, axes = plt.subplots(2, 2, figsize=(8, 5), height_ratios=(3, 1), sharex=True, layout="constrained")
-    for column, probabilities in zip(axes.T, (before_probabilities, after_probabilities), strict=True):
-        _reliability(column[0], column[1], probabilities, labels, bins)
-    for ax, name in zip(axes[0], ("before", "after"), strict=True):
-        ax.set_title(f"{name}: {ax.get_title()}")
-    axes[0, 0].set_ylabel("share of right answers")
-    axes[1, 0].set_ylabel("images")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    "The reliability diagram after temperature scaling, and before. Source: DeGroot and Fienberg 1983."
+    fig, (over, under) = plt.subplots(2, 1, figsize=(6, 5.8), height_ratios=(3, 1), sharex=True, layout="constrained")
+    middle, count, right, sure = _by_confidence(after_probabilities, labels, bins)
+    over.bar(middle, right, width=0.9 / bins, color="#a9c9ee", label="share of right answers")
+    over.plot([0, 1], [0, 1], color="gray", lw=1, ls="--", label="where it should be")
+    over.hlines(sure, middle - 0.45 / bins, middle + 0.45 / bins, color="#d64545", lw=2.5, label="mean confidence")
+    for x, y, n in zip(middle, right, count, strict=True):
+        over.text(x, y + 0.015, n, ha="center", fontsize=9)
+    _, _, was_right, was_sure = _by_confidence(before_probabilities, labels, bins)
+    over.plot(was_sure, was_right, "o", color="#8a8a8a", markerfacecolor="none", label="before calibration")
+    after, before = (calibration_error(p, labels, bins) for p in (after_probabilities, before_probabilities))
+    over.set(
+        xlim=(0, 1),
+        ylim=(0, 1.09),
+        ylabel="share of right answers",
+        title=f"off by {100 * after:.1f} points on average, {100 * before:.1f} before calibration",
+    )
+    under.bar(middle, count, width=0.9 / bins, color="#9a9a9a", log=True)
+    under.set(xlim=(0, 1), ylim=(0.5, 2 * len(labels)), xlabel="confidence", ylabel="images")
+    fig.legend(loc="outside lower center", ncols=2)
     return fig

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import CelestialError, unknown
 from ..core.params import Model
 from ..core.plugins import find_plugin
-from .pretrained import efficientnet_lite0
+from .pretrained import APPLICATIONS, application_names, efficientnet_lite0, keras_application
 
 if TYPE_CHECKING:
     import keras
@@ -33,9 +33,13 @@ def network(function: Layers) -> Layers:
 def get_network(
     name: str,  # as in the parameter model.network
 ) -> Layers:
-    "The registered network of that name, or the project's own; `CelestialError` where there is none."
+    "The registered network of that name, Keras's, or the project's own; `CelestialError` where there is none."
     if name == "auto":  # until the evidence is in
         return compact
+    if name.startswith(APPLICATIONS):
+        if name not in (names := application_names()):
+            raise unknown("network (model.network)", name, names)
+        return keras_application
     if own := find_plugin("network (model.network)", name):
         return own
     if name not in NETWORKS:

@@ -32,17 +32,21 @@ def in_figure(
 
 # %% ../../nbs/model/04_plots.ipynb #plot-confusion
 def _plot_matrix(counts: np.ndarray, classes: list[str], title: str) -> Figure:
-    "A number in each cell."
+    "A number in each cell, right ones on blue and mistakes on red, to be read at half the width of a page, too."
     names = [in_figure(name) for name in classes]
     for_names = 0.08 * max(0, max(map(len, names)) - 10)  # inches
     fig, ax = plt.subplots(figsize=(min(max(1.5 + 0.55 * len(classes), 4) + for_names, 18),) * 2, layout="constrained")
-    ax.imshow(counts, cmap="Blues", vmin=0)
+    ax.imshow(matrix_image(counts))
+    size = 14 if len(classes) <= MANY / 2 else 10
     for (row, column), n in np.ndenumerate(counts):
         if n:
-            ax.text(column, row, n, ha="center", va="center", color="white" if n > counts.max() / 2 else "black")
-    ax.set_xticks(range(len(classes)), names, rotation=45, ha="right")
-    ax.set_yticks(range(len(classes)), names)
-    ax.set(xlabel="predicted", ylabel="true", title=title)
+            dark = n > 0.3 * counts[row].sum()
+            ax.text(column, row, n, ha="center", va="center", color="white" if dark else "black", fontsize=size)
+    ax.set_xticks(range(len(classes)), names, rotation=45, ha="right", fontsize=size)
+    ax.set_yticks(range(len(classes)), names, fontsize=size)
+    ax.set_xlabel("answer", fontsize=size)
+    ax.set_ylabel("true class", fontsize=size)
+    ax.set_title(title, fontsize=size)
     return fig
 
 # %% ../../nbs/model/04_plots.ipynb #matrix-image
@@ -89,7 +93,7 @@ def _plot_image(counts: np.ndarray, classes: list[str], title: str) -> Figure:
     names = [in_figure(classes[place], 16) for place in places]
     ax.set_xticks(places, names, rotation=45, ha="right", fontsize=8)
     ax.set_yticks(places, names, fontsize=8)
-    ax.set(xlabel=f"predicted, {len(places)} of {len(classes)} classes named", ylabel="true", title=title)
+    ax.set(xlabel=f"answer, {len(places)} of {len(classes)} classes named", ylabel="true class", title=title)
     fig.set_layout_engine("constrained", w_pad=0.15)
     _plot_pairs(pairs, counts, classes)
     return fig

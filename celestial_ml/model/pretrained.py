@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import pickle
+import socket
 from collections import OrderedDict
 from collections.abc import Iterator
 from importlib.resources import files
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['CACHED', 'read_state_dict', 'efficientnet_lite0', 'at_once', 'is_frozen', 'cached_features', 'frozen_head',
-           'frozen_logits']
+__all__ = ['APPLICATIONS', 'CACHED', 'read_state_dict', 'efficientnet_lite0', 'application_names', 'keras_application', 'at_once',
+           'is_frozen', 'cached_features', 'frozen_head', 'frozen_logits', 'unfreeze']
 
 # %% ../../nbs/model/16_pretrained.ipynb #read-state-dict
 _TYPES = {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
@@ -92,6 +93,24 @@ def _weights() -> dict[str, np.ndarray]:
         raise CelestialError(f"{path} is not the file of weights that was verified", hint)
     return read_state_dict(content)
 
+# %% ../../nbs/model/16_pretrained.ipynb #frozen-parts
+def _coloured(x: Any) -> Any:
+    "A picture of three channels."
+    from keras import layers as L
+
+    return L.Concatenate()([x, x, x]) if x.shape[-1] == 1 else x
+
+
+def _embedded(picture: Any, features: Any, p: Model) -> Any:
+    "Freeze what makes the features of a picture, and put a linear embedding behind them."
+    import keras
+    from keras import layers as L
+
+    for layer in keras.Model(picture, features).layers:
+        layer.trainable = False
+    embedding = L.Dense(4 * p.embedding, name="embedding", trainable=False)(features)
+    return L.Dropout(p.dropout)(embedding)
+
 # %% ../../nbs/model/16_pretrained.ipynb #effnet-layers
 # Stages: repeats, kernel, strides of the first, expansion, channels
 _STAGES = (
@@ -132,15 +151,12 @@ def efficientnet_lite0(x: Any, p: Model) -> Any:
     import keras
     from keras import layers as L
 
-    if x.shape[-1] == 1:
-        x = L.Concatenate()([x, x, x])
-    picture = x
-    stages = dict(_named_layers(L.Rescaling(255 / 128, -127 / 128)(x)))
+    picture = _coloured(x)
+    stages = dict(_named_layers(L.Rescaling(255 / 128, -127 / 128)(picture)))
     pooled = [L.GlobalAveragePooling2D()(stage) for stage in list(stages.values())[3:]]
     features = L.Concatenate(name="features")(pooled)
     tensors = _weights()
     for layer in keras.Model(picture, features).layers:
-        layer.trainable = False
         name = layer.name.replace("-", ".")
         if isinstance(layer, L.BatchNormalization):
             layer.set_weights([tensors[f"{name}.{part}"] for part in ("weight", "bias", "running_mean", "running_var")])
@@ -148,8 +164,43 @@ def efficientnet_lite0(x: Any, p: Model) -> Any:
             layer.set_weights([tensors[f"{name}.weight"].transpose(2, 3, 0, 1)])
         elif isinstance(layer, L.Conv2D):
             layer.set_weights([tensors[f"{name}.weight"].transpose(2, 3, 1, 0)])
-    embedding = L.Dense(4 * p.embedding, name="embedding", trainable=False)(features)
-    return L.Dropout(p.dropout)(embedding)
+    return _embedded(picture, features, p)
+
+# %% ../../nbs/model/16_pretrained.ipynb #keras-application
+APPLICATIONS = "keras.applications."  # what the names of Keras's networks begin with
+_SILENCE = 30  # seconds without an answer until a download has failed
+
+
+def application_names() -> list[str]:
+    "The networks of `keras.applications`, as model.network names them."
+    import keras
+
+    return [APPLICATIONS + name for name in vars(keras.applications) if name[0].isupper()]
+
+
+def keras_application(x: Any, p: Model) -> Any:
+    "A network of `keras.applications`, frozen as `efficientnet_lite0` is; `CelestialError` where Keras can't build it."
+    import keras
+    from keras import layers as L
+
+    function = getattr(keras.applications, p.network.removeprefix(APPLICATIONS))
+    module = getattr(keras.applications, function.__module__.rpartition(".")[2])
+    picture, before = _coloured(x), socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_SILENCE)  # Keras itself would wait for ever
+    try:
+        prepared = module.preprocess_input(picture * 255)
+        base = function(
+            include_top=False, weights="imagenet", input_tensor=prepared, input_shape=tuple(picture.shape[1:])
+        )
+    except Exception as e:  # Keras raises that itself
+        raise CelestialError(
+            f"{p.network}: Keras can't build it with ImageNet weights: {e}",
+            "Without a network, take efficientnet_lite0, whose weights are installed, or put the file into KERAS_HOME/models. "
+            "For pictures that are too small, set prepare.size.",
+        ) from e
+    finally:
+        socket.setdefaulttimeout(before)
+    return _embedded(picture, L.GlobalAveragePooling2D(name="features")(base.output), p)
 
 # %% ../../nbs/model/16_pretrained.ipynb #at-once
 def at_once(
@@ -166,7 +217,8 @@ def is_frozen(
     model: keras.Model,  # of `build_network`
 ) -> bool:
     "Whether only a head is trained on features that stay as they are."
-    return any(layer.name == "features" for layer in model.layers)
+    pretrained = any(layer.name == "features" for layer in model.layers)
+    return pretrained and all(weight.path.startswith("logits/") for weight in model.trainable_weights)
 
 
 def _views(pixels: np.ndarray, level: str, seed: int, batch: int = 64) -> Iterator[np.ndarray]:
@@ -186,12 +238,13 @@ def cached_features(
     import keras
 
     folder = home() / "features"
+    extractor = keras.Model(model.input, model.get_layer("features").output)
     about = f"{model.name} {level} {seed if level != 'none' else 0} {pixels.shape}"
-    path = folder / f"{sha256_of(about.encode() + np.ascontiguousarray(pixels).tobytes())}.npy"
+    arrays = (np.ascontiguousarray(array).tobytes() for array in (pixels, *extractor.get_weights()))
+    path = folder / f"{sha256_of(b''.join((about.encode(), *arrays)))}.npy"
     if path.is_file():
         path.touch()
         return np.load(path, allow_pickle=False)
-    extractor = keras.Model(model.input, model.get_layer("features").output)
     parts = [np.asarray(extractor(view, training=False)) for view in _views(pixels, level, seed)]
     features = np.concatenate(parts) if parts else np.zeros((0, extractor.output_shape[-1]), np.float32)
     folder.mkdir(parents=True, exist_ok=True)
@@ -239,7 +292,7 @@ def frozen_head(
     embed = model.get_layer("embedding")
     known, watched = (np.asarray(embed(f)) for f in (np.concatenate(views), cached_features(model, val[0])))
     embedded = keras.Input(known.shape[1:], name="embedded")
-    dropped = keras.layers.Dropout(next(n for n in model.layers if isinstance(n, keras.layers.Dropout)).rate)(embedded)
+    dropped = keras.layers.Dropout(model.layers[-2].rate)(embedded)
     head = keras.Model(embedded, model.get_layer("logits")(dropped), name=f"{model.name}-head")
     alone = p.model_copy(update={"augment": "none"})
     return head, (known, np.tile(labels, len(views))), (watched, val[1]), alone
@@ -251,3 +304,15 @@ def frozen_logits(
 ) -> np.ndarray:  # float32 (n, classes)
     "The answers, from features that are kept."
     return np.asarray(model.get_layer("logits")(model.get_layer("embedding")(cached_features(model, pixels))))
+
+# %% ../../nbs/model/16_pretrained.ipynb #unfreeze
+def unfreeze(
+    model: keras.Model,  # pretrained
+    on: bool = True,  # or freeze it again
+) -> None:
+    "Let all layers of a pretrained network learn, but for the embedding and batch normalisation."
+    import keras
+
+    for layer in model.layers:
+        stays = layer.name == "embedding" or isinstance(layer, keras.layers.BatchNormalization)
+        layer.trainable = layer.name == "logits" or (on and not stays)

@@ -112,7 +112,7 @@ def plot_robustness(
 ) -> Figure:
     "Accuracy by corruption and severity; the worst corruption on top."
     table = table.assign(mean=table.mean(axis=1)).sort_values("mean", kind="stable")
-    fig, ax = plt.subplots(figsize=(6.2, 1.3 + 0.3 * len(table)), layout="constrained")
+    fig, ax = plt.subplots(figsize=(7, 1.5 + 0.3 * len(table)), layout="constrained")
     image = ax.imshow(table, cmap="YlOrRd_r", vmin=0, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(table.to_numpy()):
         bold = "bold" if column == len(SEVERITIES) else "normal"
@@ -121,9 +121,16 @@ def plot_robustness(
             column, row, shown, ha="center", va="center", fontweight=bold, color="black" if value > 0.35 else "white"
         )
     ax.axvline(len(SEVERITIES) - 0.5, color="white", linewidth=4)
-    ax.set_xticks(range(len(table.columns)), [str(c) for c in table.columns])
-    ax.set_yticks(range(len(table)), [str(name).replace("_", " ") for name in table.index])
-    ax.set(xlabel="severity", title=title or f"{table['mean'].mean():.1%} of the answers on corrupted images are right")
+    ends = {"1": "1\nmild", "5": "5\nextreme"}
+    ax.set_xticks(range(len(table.columns)), [ends.get(str(c), str(c)) for c in table.columns])
+    names = [str(name).replace("_", " ") for name in table.index]
+    ax.set_yticks(
+        range(len(table)), ["saturation (1, 2 paler; 3–5 gaudier)" if n == "saturation" else n for n in names]
+    )
+    ax.set(
+        xlabel="severity; accuracy in per cent",
+        title=title or f"{table['mean'].mean():.1%} of the answers on corrupted images are right",
+    )
     ax.tick_params(length=0)
     for spine in ax.spines.values():
         spine.set_visible(False)

@@ -173,11 +173,13 @@ def _bins(name: str, values: pd.Series, min_images: int) -> dict[str, np.ndarray
     if not pd.api.types.is_numeric_dtype(values):
         return {str(one): (values == one).to_numpy() for one in sorted(present.unique())}
     ranges = _ranges(present.to_numpy(float), EDGES.get(name), min_images)
+    words = {2: ("low", "high"), 3: ("low", "middle", "high")}.get(len(ranges), ())
     bins = {}
     for i, (low, high) in enumerate(ranges):
         inside = values.ge(low) & (values.lt(high) if i + 1 < len(ranges) else values.notna())
         ends = f"{low:g}–{high:g}" if np.isfinite(high) else f"from {low:g}"
-        bins[ends + "°" * (name in DEGREES)] = inside.to_numpy()
+        word = words[i] + ", " if words and name not in EDGES else ""  # 0.23–0.44 alone tells a reader nothing
+        bins[word + ends + "°" * (name in DEGREES)] = inside.to_numpy()
     return bins
 
 # %% ../../nbs/model/09_slices.ipynb #slice-table
@@ -245,7 +247,7 @@ def plot_slices(
     "The accuracy on each kind of picture with its interval; the worst in red, the unjudged hollow."
     worst, mean = fairness(slices)["worst"], np.average(slices.accuracy, weights=slices.images)
     slices, left_out = _worst_bins(slices)
-    fig, ax = plt.subplots(figsize=(7, 1 + 0.21 * (len(slices) + slices["slice"].nunique())), layout="constrained")
+    fig, ax = plt.subplots(figsize=(7.5, 1.5 + 0.25 * (len(slices) + slices["slice"].nunique())), layout="constrained")
     places, names, y = [], [], 0.0
     for kind, rows in slices.groupby("slice", sort=False):
         for row in rows.to_dict("records"):
@@ -259,9 +261,15 @@ def plot_slices(
             y += 1
         y += 0.6
     ax.axvline(mean, color="gray", lw=1, ls=":")
-    ax.set_yticks(places, names, fontsize=8)
+    ax.set_yticks(places, names)
+    keys = {"the worst": ("#d64545", "#d64545"), "too few images to be judged": ("#9a9a9a", "white")}
+    handles = [plt.Line2D([], [], marker="o", ms=5, color=c, markerfacecolor=f, label=k) for k, (c, f) in keys.items()]
+    fig.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9)
+    ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
     ax.set(
-        ylim=(y - 0.6, -1), xlabel="accuracy, with its 95 % interval", xlim=(min(slices.low.min(), 0.9) - 0.01, 1.01)
+        ylim=(y - 0.6, -1),
+        xlabel="accuracy, with its 95 % interval; dotted: of all images",
+        xlim=(min(slices.low.min(), 0.9) - 0.01, 1.01),
     )
     ax.set_title(left_out, fontsize=9)
     ax.grid(axis="x", alpha=0.3)

@@ -20,7 +20,7 @@ from ..core.files import atomic, sha256_of
 from ..core.params import Train
 from ..core.progress import say
 from .augment import augment
-from .pretrained import frozen_head, is_frozen
+from .pretrained import frozen_head, is_frozen, unfreeze
 
 if TYPE_CHECKING:
     import keras
@@ -133,7 +133,8 @@ def training_key(
 ) -> str:  # 64 hexadecimal digits
     "What makes a training this one."
     parts = (model.to_json(), p.model_dump_json(), str(seed))
-    return sha256_of("".join([*parts, *(sha256_of(np.ascontiguousarray(a).tobytes()) for a in train)]).encode())
+    arrays = (*train, *model.get_weights())
+    return sha256_of("".join([*parts, *(sha256_of(np.ascontiguousarray(a).tobytes()) for a in arrays)]).encode())
 
 
 def save_checkpoint(
@@ -171,7 +172,7 @@ def epochs_since_best(
     course: Course,
 ) -> int:
     "How long ago the validation loss was lowest."
-    losses = [row["val_loss"] for row in course.rows]
+    losses = np.nan_to_num([row["val_loss"] for row in course.rows], nan=np.inf)  # a training that went astray
     return len(losses) - 1 - int(np.argmin(losses))
 
 # %% ../../nbs/model/02_train.ipynb #rough-share
@@ -233,7 +234,7 @@ def fit(
 ) -> pd.DataFrame:  # a row an epoch: epoch, accuracy, cross_entropy, loss, val_accuracy, val_cross_entropy, val_loss
     "Train the network; on one machine, the same arguments give the same weights, interrupted or not."
     if is_frozen(model):
-        model, train, val, p = frozen_head(model, train, val, p, seed, strangers)
+        return _fit_pretrained(model, train, val, p, seed, on_epoch, checkpoint, strangers)
     if p.patience and not len(val[0]):
         raise CelestialError("train.patience needs validation images", "Set data.val above 0, or train.patience to 0.")
     run = epoch_function(model, train, val, p, seed)
@@ -256,3 +257,33 @@ def fit(
     if course.best:
         model.set_weights(course.best)
     return pd.DataFrame(course.rows)
+
+# %% ../../nbs/model/02_train.ipynb #fine-tuned
+def _fit_pretrained(
+    model: keras.Model,  # frozen
+    train: tuple[np.ndarray, np.ndarray],
+    val: tuple[np.ndarray, np.ndarray],
+    p: Train,
+    seed: int,
+    on_epoch: Callable[[int, dict[str, float]], None] | None,
+    checkpoint: Path | None,
+    strangers: np.ndarray | None,
+) -> pd.DataFrame:
+    "Train the head, then, with p.finetune_epochs, the whole network, which stays frozen unless its validation loss falls."
+    head, embedded, watched, alone = frozen_head(model, train, val, p, seed, strangers)
+    history = fit(head, embedded, watched, alone, seed, on_epoch, checkpoint)
+    if not (p.finetune_epochs and len(val[0])):
+        return history
+    frozen, weights = float(history.val_loss.min() if p.patience else history.val_loss.iloc[-1]), model.get_weights()
+    say(f"fine-tuning {model.name}: val_loss {frozen:.3f} with frozen features")
+    unfreeze(model)
+    changes = {"epochs": p.finetune_epochs, "lr": p.finetune_lr, "patience": p.patience or p.finetune_epochs}
+    further = on_epoch and (lambda epoch, metrics: on_epoch(len(history) + epoch, metrics))
+    own = checkpoint and checkpoint.with_stem(f"{checkpoint.stem}-finetune")
+    more = fit(model, train, val, p.model_copy(update=changes), seed, further, own)
+    kept = more.val_loss.min() < frozen
+    if not kept:
+        model.set_weights(weights)
+        unfreeze(model, on=False)
+    say(f"val_loss {more.val_loss.min():.3f} fine-tuned: " + ("kept" if kept else "the frozen network is kept"))
+    return pd.concat([history, more.assign(epoch=more.epoch + len(history))], ignore_index=True)

@@ -59,7 +59,7 @@ class Planets(Domain):
         Control("phase", "Phase (0 is full, 90 half)", 0, 160, 20, 1, "lit at a phase of {:.0f}°"),
         Control("size", "Size", 0.1, 1.6, 1, 0.01, "shown at {:.2f} of its size"),
         Control("exposure", "Exposure", 0.05, 4, 1, 0.05, "exposed {:.2f} times"),
-        Control("warmth", "Colour cast (blue to red)", -0.5, 0.5, 0, 0.01, "cast by {:+.2f} in colour"),
+        Control("warmth", "Colour cast (blue to red)", -0.5, 0.5, 0, 0.01, "made {:.0%} bluer|made {:.0%} redder"),
     )
     slices = ("phase", "lit share", "size", "brightness", "sharpness", "saturation", "latitude", "source", "class")
     harmless = ("roll", "mirror", "jpeg")

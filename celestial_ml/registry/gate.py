@@ -311,7 +311,7 @@ def _conclude(
     if p.promote == "by_hand" and not by_hand:
         return "challenge", f"{passes}; a person decides, as register.promote says"
     if champion is None:
-        return "promote", f"{passes}, and there is no champion yet"
+        return "promote", f"{passes}, and there was no champion before"
     better = paired is not None and paired.p < p.alpha and paired.difference > 0
     if p.promote == "better" and not by_hand and not better:
         return "challenge", f"{passes}, but isn't significantly better than the champion ({champion})"

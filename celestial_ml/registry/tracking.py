@@ -113,8 +113,9 @@ def open_experiment(client: MlflowClient, track: Track) -> str:
         if experiment := client.get_experiment_by_name(track.experiment):
             return str(experiment.experiment_id)
         artifacts = f"{(home() / 'artifacts').as_uri()}/{quote(track.experiment)}" if local else None
+        tags = {"mlflow.experimentKind": "custom_model_development"}  # or MLflow's page shows traces of language models
         try:
-            return str(client.create_experiment(track.experiment, artifact_location=artifacts))
+            return str(client.create_experiment(track.experiment, artifact_location=artifacts, tags=tags))
         except MlflowException:  # another process was first
             if experiment := client.get_experiment_by_name(track.experiment):
                 return str(experiment.experiment_id)

@@ -69,18 +69,18 @@ class Answer:
         return " ".join([self.question, f"{self.short}.", *self.sentences])
 
 # %% ../../nbs/reports/06_answers.ipynb #an-good
-def _missed(verdict: Mapping[str, Any], *kinds: str) -> list[str]:
-    "The rules of some kinds that aren't met."
-    return [r["name"] for r in verdict.get("rules", []) if not r["passed"] and (not kinds or r["kind"] in kinds)]
+_NOT_QUALITY = ("latency", "size")  # floors of the gate that say nothing about the answers
 
 
 def _good(manifest: Manifest, verdict: Mapping[str, Any]) -> Answer:
-    metrics, missed = manifest.metrics, _missed(verdict, "floor", "baseline")
+    metrics = manifest.metrics
+    rules = [rule for rule in verdict.get("rules", []) if rule["kind"] in ("floor", "baseline") and not rule["passed"]]
+    missed = [rule["name"] for rule in rules if rule["name"] not in _NOT_QUALITY]
     warning, accuracy = not_worth_it(metrics), metrics.intervals["accuracy"]
     right = round(accuracy.value * metrics.images)
     sentences = [
         f"{counted(right, metrics.images)} test images are classified correctly; the network never saw them before.",
-        f"Of other images like these, {share(accuracy.low)} to {share(accuracy.high)} would be (95 % interval).",
+        f"Expect {share(accuracy.low)} to {share(accuracy.high)} right on other images like these (95 % interval).",
     ]
     if metrics.margins and not warning:
         best = max(metrics.margins, key=lambda name: metrics.baseline[name])
@@ -96,7 +96,9 @@ def _good(manifest: Manifest, verdict: Mapping[str, Any]) -> Answer:
 def _better(comparison: Comparison | None) -> Answer:
     question = "Is it better than before?"
     if comparison is None:
-        return Answer(question, "Nothing to compare it with", "", ["There is no other version to compare it with."])
+        return Answer(
+            question, "No champion before it", "", ["There is no version to compare it with: none was served before."]
+        )
     short, tone = {
         "better": ("Yes", "good"),
         "worse": ("No, it is worse", "bad"),
@@ -117,14 +119,22 @@ def _unknown_sentences(metrics: Metrics) -> list[str]:
     if passed:
         taken, images = (sum(column) for column in zip(*passed.values(), strict=True))
         worst = max(passed, key=lambda kind: passed[kind][0] / passed[kind][1])
-        most = (
-            f"; the most of {worst.replace('_', ' ')}: {counted(*passed[worst])}" if taken and len(passed) > 1 else ""
-        )
-        sentences.append(f"{counted(taken, images)} images of something else are taken for a class{most}.")
+        most = f", worst with {worst.replace('_', ' ')}: {counted(*passed[worst])}" if taken and len(passed) > 1 else ""
+        sentences.append(f"{counted(taken, images)} images that show none of the classes are taken for one{most}.")
     if (rate := metrics.unknown.false_alarm_rate) is not None:
         alarms = counted(round(rate * metrics.images), metrics.images)
         sentences.append(f"{alarms} images of the classes are called unknown by mistake.")
     return sentences
+
+
+def _worst_kind(metrics: Metrics) -> list[str]:
+    "The kind of image that it is worst on, where that is more than chance."
+    fairness = metrics.fairness
+    if not (fairness and fairness.worst and (fairness.gap or 0) > (fairness.gap_by_chance or 0)):
+        return []
+    worst = fairness.worst
+    right = counted(round(worst.accuracy * worst.images), worst.images)
+    return [f"The worst kind of image is {worst.slice} {worst.bin}: {right} right."]
 
 
 def _wrong(metrics: Metrics) -> Answer:
@@ -137,7 +147,7 @@ def _wrong(metrics: Metrics) -> Answer:
     weakest = min(metrics.per_class, key=lambda name: metrics.per_class[name].recall, default=None)
     if weakest and (row := metrics.per_class[weakest]).recall < 1:
         sentences.append(f"The worst class is {weakest}: {counted(round(row.recall * row.images), row.images)} right.")
-    sentences += _unknown_sentences(metrics)
+    sentences += [*_worst_kind(metrics), *_unknown_sentences(metrics)]
     return Answer("What does it get wrong?", f"{wrong or 'None'} of {metrics.images} images", "", sentences)
 
 # %% ../../nbs/reports/06_answers.ipynb #an-four
@@ -148,13 +158,15 @@ def four_answers(
 ) -> list[Answer]:
     "The report in four answers, all from the figures that its tables show."
     short, tone, next_step = {
-        "promote": ("Yes", "good", "It is the version that is served from now on."),
-        "keep": ("Yes", "good", "It is the version that is served."),
+        "promote": ("Yes", "good", "The champion is the version that is served."),
+        "keep": ("Yes", "good", "The champion is the version that is served."),
         "same": ("Nothing new", "wait", "The version that is served stays."),
         "unregistered": ("Not asked", "wait", "To register it: the same run with --set register.publish=true."),
         "challenge": ("A person decides", "wait", f"To promote it: celestial models promote {verdict['model']}."),
-    }.get(verdict["decision"], ("No", "bad", "The version that is served stays."))
-    ship = Answer("May it be shipped?", short, tone, [verdict_words(verdict), next_step])
+    }.get(verdict["decision"], ("No", "bad", "The version that is served, if there is one, stays."))
+    ship = Answer(
+        "May it be shipped?", short, tone, [verdict_words(verdict), next_step, "What it isn't for stands under Limits."]
+    )
     return [_good(manifest, verdict), _better(comparison), _wrong(manifest.metrics), ship]
 
 

@@ -21,7 +21,7 @@ from ..registry.metric_comparison import Comparison, Difference, flat, make_comp
 from ..registry.versions import read_version
 from .advice import baseline_rows
 from .answers import as_figure, changed_words, four_answers
-from .model_card import count_table, verdict_words, weak_spots
+from .model_card import count_table, unknown_counts, verdict_words, weak_spots
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -185,6 +185,13 @@ def make_report(
         "wrong": metrics.images - round(metrics.intervals["accuracy"].value * metrics.images),
         "unknown": round((metrics.unknown.false_alarm_rate or 0) * metrics.images),
         "weak": weak_spots(metrics),
+        "passed_for_known": sorted(
+            (
+                (kind.replace("_", " "), taken, images, taken / images)
+                for kind, (taken, images) in unknown_counts(metrics).items()
+            ),
+            key=lambda row: -row[-1],
+        ),
         "notebooks": notebooks,
         "plots": {name: path for name, path in plots.items() if path.is_file()},
     }
