@@ -5,6 +5,7 @@
 # %% ../../nbs/model/07_export.ipynb #544ec271
 from __future__ import annotations
 
+import gc
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,10 +33,16 @@ def network_graph(
 
     both = keras.Model(model.input, {"logits": model.output, "embedding": model.get_layer("embedding").output})
     both(np.zeros((1, *model.input_shape[1:]), np.uint8))  # Keras exports only what has been called once
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "network.onnx")
-        both.export(path, format="onnx", verbose=False)
-        graph = onnx.load(path)
+    patience = gc.get_threshold()
+    gc.set_threshold(5000, 2, 0)  # the conversion makes a gigabyte of garbage in few objects: collect it often
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder) / "network.onnx")
+            both.export(path, format="onnx", verbose=False)
+            graph = onnx.load(path)
+    finally:
+        gc.set_threshold(*patience)
+        gc.collect()
     graph = version_converter.convert_version(graph, OPSET)
     graph.ir_version = 10
     return graph
