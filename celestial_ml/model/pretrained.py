@@ -120,7 +120,7 @@ _STAGES = (
 
 
 def _named_layers(x: Any) -> Iterator[tuple[str, Any]]:
-    "Each stage's output of EfficientNet-Lite0, then the head's; layers are named as in the PyTorch file."
+    "Each stage's output of EfficientNet-Lite0, then the head's; layers are named as in the PyTorch file, less an underscore."
     from keras import layers as L
 
     def normed(x: Any, name: str, relu: bool = True) -> Any:
@@ -130,10 +130,10 @@ def _named_layers(x: Any) -> Iterator[tuple[str, Any]]:
     def convolution(x: Any, name: str, width: int, kernel: int = 1, strides: int = 1) -> Any:
         return L.Conv2D(width, kernel, strides=strides, padding="same", use_bias=False, name=name)(x)
 
-    x, block = normed(convolution(x, "_conv_stem", 32, 3, 2), "_bn0"), 0
+    x, block = normed(convolution(x, "conv_stem", 32, 3, 2), "bn0"), 0
     for repeats, kernel, first, expansion, width in _STAGES:
         for strides in (first, *[1] * (repeats - 1)):
-            at, y = f"_blocks-{block}-", x
+            at, y = f"blocks-{block}-", x
             if expansion > 1:
                 y = normed(convolution(y, f"{at}_expand_conv", x.shape[-1] * expansion), f"{at}_bn0")
             depthwise = L.DepthwiseConv2D(
@@ -143,7 +143,7 @@ def _named_layers(x: Any) -> Iterator[tuple[str, Any]]:
             y = normed(convolution(y, f"{at}_project_conv", width), f"{at}_bn2", relu=False)
             x, block = L.Add()([x, y]) if strides == 1 and x.shape[-1] == width else y, block + 1
         yield f"stage-{width}", x
-    yield "head", normed(convolution(x, "_conv_head", 1280), "_bn1")
+    yield "head", normed(convolution(x, "conv_head", 1280), "bn1")
 
 # %% ../../nbs/model/16_pretrained.ipynb #efficientnet
 def efficientnet_lite0(x: Any, p: Model) -> Any:
@@ -157,7 +157,7 @@ def efficientnet_lite0(x: Any, p: Model) -> Any:
     features = L.Concatenate(name="features")(pooled)
     tensors = _weights()
     for layer in keras.Model(picture, features).layers:
-        name = layer.name.replace("-", ".")
+        name = "_" + layer.name.replace("-", ".")
         if isinstance(layer, L.BatchNormalization):
             layer.set_weights([tensors[f"{name}.{part}"] for part in ("weight", "bias", "running_mean", "running_var")])
         elif isinstance(layer, L.DepthwiseConv2D):
