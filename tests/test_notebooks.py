@@ -48,6 +48,7 @@ def test_notebook_is_clean(notebook: Path) -> None:
     assert set(content["metadata"]) <= {"kernelspec", "language_info"}
     for cell in content["cells"]:
         assert source(cell).strip(), "an empty cell"
+        assert not re.match(r"`?(<{7}|={7}|>{7})", source(cell)), "half of a merge"
         assert set(cell["metadata"]) <= {"tags"}, "run `nbdev_clean`"
         assert "injected-parameters" not in cell["metadata"].get("tags", [])
         if cell["cell_type"] == "code":
