@@ -17,6 +17,12 @@ from celestial_ml.core.testing import mlflow_database
 from celestial_ml.flow.pipeline import Plan, make_plan
 
 
+@pytest.fixture(autouse=True)
+def any_width() -> None:
+    "Tables without a terminal are as wide as they are, whatever a library or another test has put into the environment."
+    os.environ.pop("COLUMNS", None)
+
+
 @pytest.fixture(scope="session")
 def guide_images() -> Path:
     "The guide's 1,500 images, from `CELESTIAL_GUIDE_DATA`, `data/raw` or a folder beside the repository; else skip."

@@ -523,7 +523,7 @@ def test_a_stopped_training_goes_on_behind_its_last_epoch(project: Path, celesti
         os.chdir(before)
     database = sqlite3.connect(state / "mlflow.db")
     recorded = database.execute(
-        "SELECT name, status, run_uuid FROM runs WHERE name LIKE '%stop%' ORDER BY name"
+        "SELECT name, status, run_uuid FROM runs WHERE name LIKE 'stop/%' OR name = 'sweep stop' ORDER BY name"
     ).fetchall()
     assert [(name, status) for name, status, _ in recorded] == [(n, "FINISHED") for n in (*runs, "sweep stop")]
     stop = max(child.stat().st_mtime for child in (folder / "logs").iterdir())
