@@ -231,19 +231,24 @@ def fit_ood_score(
     held_out: np.ndarray,  # float (m, d), of known images that were not trained on
     strangers: Sequence[np.ndarray] = (),  # float (k, d) a kind: pictures of no class
     folds: int = 0,  # of the training images, to calibrate on them too, where the network has not learned from them
+    cameras: tuple[np.ndarray, np.ndarray] | None = None,  # the training and the held-out images by other cameras
 ) -> tuple[OodScore, np.ndarray]:  # the score, and what it gives known images that it was not fitted on
     """The score that fits these classes and strangers.
 
     Sources: Ren et al. 2021, relative Mahalanobis, arXiv:2106.09022; Hendrycks et al. 2019, outlier exposure, arXiv:1812.04606."""
-    unscaled = _unscaled(embeddings, labels, strangers)
-    calibration = [unscaled.parts(held_out)]
+    views = [embeddings] if cameras is None else [embeddings, cameras[0]]
+
+    def fitted(rows: np.ndarray) -> OodScore:
+        return _unscaled(np.concatenate([view[rows] for view in views]), np.tile(labels[rows], len(views)), strangers)
+
+    unscaled = fitted(np.arange(len(labels)))
+    clean = [unscaled.parts(held_out)]
     folds = min(folds, int(np.unique(labels, return_counts=True)[1].min()))
     if folds > 1:
-        for fitted, left_out in StratifiedKFold(folds, shuffle=True, random_state=0).split(labels, labels):
-            part = _unscaled(embeddings[fitted], labels[fitted], strangers)
-            calibration.append(part.parts(embeddings[left_out]))
-    parts = np.concatenate(calibration)
-    middle, edge = np.quantile(parts, [0.5, 0.99], axis=0)
+        for rows, left_out in StratifiedKFold(folds, shuffle=True, random_state=0).split(labels, labels):
+            clean.append(fitted(rows).parts(embeddings[left_out]))
+    middle, edge = np.quantile(np.concatenate(clean), [0.5, 0.99], axis=0)
+    parts = np.concatenate(clean if cameras is None else [*clean, unscaled.parts(cameras[1])])
     factor = 1 / np.maximum(edge - middle, 1e-6)
     offset = -middle * factor
     scaled = OodScore(
