@@ -1,5 +1,6 @@
 "What several test files use: a project of one's own, and the guide's images where they are."
 
+import logging
 import os
 import shutil
 import subprocess
@@ -75,6 +76,9 @@ def celestial_here(at_home: Path) -> Celestial:
     "The command `celestial` in this process: what a run needs for seconds is imported already."
 
     def run(*arguments: object) -> subprocess.CompletedProcess:
+        for handler in [*logging.root.handlers]:  # a service that ran in this process has left one
+            if getattr(getattr(handler, "stream", None), "closed", False):
+                logging.root.removeHandler(handler)
         done = CliRunner().invoke(app, list(map(str, arguments)))
         assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
         return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
