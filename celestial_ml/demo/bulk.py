@@ -29,7 +29,7 @@ from ..data.images import SUFFIXES
 from .elements import picture_uri, sky
 from .identify import QUIET, Host, drop_area, http_request
 from .uploads import Uploads, forget_uploads, read_file
-from .wording import SORRY, part, text
+from .wording import SORRY, as_sentence, part, text
 from ..serve.predictor import Prediction
 
 # %% ../../nbs/demo/06_bulk.ipynb #find-pictures
@@ -86,7 +86,7 @@ async def _answer_one(host: Host, request: Request, request_id: str, picture: Me
         assert scored.picture is not None
         image = await run_in_threadpool(picture_uri, scored.picture, 72, 80)
     except CelestialError as e:
-        return Result(picture.name, problem=SORRY.get(e.code) or f"{e.message[0].upper()}{e.message[1:]}.")
+        return Result(picture.name, problem=SORRY.get(e.code) or as_sentence(e.message))
     return Result(picture.name, scored.prediction, image, request_id=request_id)
 
 
@@ -160,7 +160,7 @@ async def table_of(
         try:
             pictures, left_out = await run_in_threadpool(find_pictures, paths, host.uploads, stack)
         except CelestialError as e:
-            return f"<p class=plain>{text(f'{e.message[0].upper()}{e.message[1:]}. {e.hint}')}</p>"
+            return f"<p class=plain>{text(f'{as_sentence(e.message)} {e.hint}')}</p>"
         results: list[Result] = []
         async for some in answer_all(host, request, pictures):
             results += some
