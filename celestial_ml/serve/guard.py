@@ -364,7 +364,8 @@ class Guard:
             return await self.app(scope, receive, send)
         path = get_route_path(scope)
         exchange = _Exchange(scope, send, self.metrics.route(path))
-        counts = exchange.route != "demo"  # a page of the demo keeps its connection open
+        # A page of the demo keeps its connection open, but what it sends is answered.
+        counts = exchange.route != "demo" or scope["method"] == "POST"
         self.metrics.answering += counts
         try:
             await self.answer(exchange, path, scope, receive)
