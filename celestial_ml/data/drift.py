@@ -7,7 +7,7 @@ __all__ = ['LEVELS', 'FEATURES', 'ALPHA', 'LEAST', 'describe', 'Drift']
 
 # %% ../../nbs/data/15_drift.ipynb #drift-imports
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ FEATURES = tuple(image_statistics(np.zeros((8, 8, 3), np.uint8)))  # brightness,
 
 def describe(
     values: np.ndarray,  # float (n, features), of `image_statistics`, in the order of `FEATURES`
+    names: Sequence[str] = FEATURES,  # of other features
 ) -> dict[str, dict[str, Any]]:  # feature → images, mean, deviation, quantiles; empty without images
     "How the features of some images are distributed."
     return {
@@ -30,7 +31,7 @@ def describe(
             "deviation": float(column.std()),
             "quantiles": np.quantile(column, LEVELS).tolist(),
         }
-        for name, column in zip(FEATURES, np.asarray(values, float).T, strict=True)
+        for name, column in zip(names, np.asarray(values, float).T, strict=True)
         if len(column)
     }
 
@@ -44,8 +45,10 @@ class Drift:
     def __init__(
         self,
         statistics: Mapping[str, Mapping[str, Any]],  # of `describe`; empty for older packages, which have none
+        names: Sequence[str] = FEATURES,  # the columns of what is added
     ):
-        self.statistics = {name: statistics[name] for name in FEATURES if name in statistics}
+        self.names = names
+        self.statistics = {name: statistics[name] for name in names if name in statistics}
         self.grid = np.array([one["quantiles"] for one in self.statistics.values()])
         self.below, self.up_to = (np.zeros(self.grid.shape) for _ in range(2))  # pictures below each quantile, or at it
         self.sums, self.images = np.zeros(len(self.grid)), 0
@@ -55,7 +58,7 @@ class Drift:
         values: np.ndarray,  # float (n, features), in the order of `FEATURES`
     ) -> None:
         "Count some pictures."
-        chosen = np.asarray(values, float)[:, [FEATURES.index(name) for name in self.statistics]]
+        chosen = np.asarray(values, float)[:, [self.names.index(name) for name in self.statistics]]
         chosen = chosen[~np.isnan(chosen).any(axis=1)]  # answers of another kind have none
         self.images += len(chosen)
         self.sums += chosen.sum(0)
