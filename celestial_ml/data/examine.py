@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from threadpoolctl import threadpool_limits
 
 from ..core.errors import CelestialError
 from ..core.files import atomic, write_json
@@ -57,9 +58,9 @@ def examine(
     paths = [root / path for path in catalog.path.to_numpy()[looks.table.row.to_numpy(int)]]
     seen = Seen(catalog, looks, embed(paths) if embed else None)
     findings = run_checks(catalog, p)
-    if len(looks):
-        findings += [check(seen, p) for check in PICTURE_CHECKS]
-    now = profile_of(seen)
+    with threadpool_limits(1):  # threads wait for each other longer than problems so small take
+        findings += [check(seen, p) for check in PICTURE_CHECKS] if len(looks) else []
+        now = profile_of(seen)
     if reference:
         findings += [schema_skew(now, reference, p), value_skew(seen, now, reference, p)]
     return Examination([f for f in findings if f.status != "off"], now)  # type: ignore[comparison-overlap]

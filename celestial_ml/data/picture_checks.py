@@ -117,7 +117,7 @@ def in_focus(seen: Seen, p: Check) -> Finding:
     "Is any picture much less sharp than others of its class?"
     sharp = seen.looks.table.sharp.to_numpy(float)
     middle = pd.Series(sharp).groupby(seen.labels).transform("median").to_numpy()
-    blurred = (_unlike_its_class(sharp, seen.labels) > 5) & (sharp < 0.6 * middle) & ~seen.blank
+    blurred = (_unlike_its_class(sharp, seen.labels) > 4) & (sharp < 0.6 * middle) & ~seen.blank
     return seen.finding("in_focus", blurred, "blurred", p.pictures)
 
 
