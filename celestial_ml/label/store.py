@@ -102,7 +102,7 @@ def _first(op: Operations) -> None:
         *(Column(name, LargeBinary) for name in ("probabilities", "embedding")),
     )
 
-
+# %% ../../nbs/label/00_store.ipynb #st-open
 LABEL_SCHEMA = Schema("celestial_label_version", (_first,))
 
 
