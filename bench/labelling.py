@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from celestial_ml.model.warm_start import warm_start
 
 from celestial_ml.core.params import Model, Prepare, Train
 from celestial_ml.core.seeds import set_seed
@@ -27,10 +26,11 @@ from celestial_ml.model.networks import build_network
 from celestial_ml.model.pretrained import cached_features
 from celestial_ml.model.train import fit
 from celestial_ml.model.unknown import false_alarm_threshold, fit_distance
+from celestial_ml.model.warm_start import warm_start
 
 STEP, MOST, GOAL = 50, 500, 350  # labels of a round, of random, and with which a strategy has to be as good
 STEPS = 300  # of the optimiser, in a round of the compact network
-COMPACT, AUGMENT = Model(network="compact"), "sky"
+COMPACT = Model(network="compact")
 Answer = tuple[np.ndarray, np.ndarray]  # probabilities (n, classes), embeddings (n, d)
 
 
@@ -48,7 +48,7 @@ class Compact:
         if self.model is not None:
             warm_start(model, [*map(str, classes)], self.model, [*map(str, self.classes)])
         steps = -(-len(rows) // 16)
-        train = Train(augment=AUGMENT, epochs=max(2, round(STEPS / steps)))
+        train = Train(augment="sky", epochs=max(2, round(STEPS / steps)))
         none = self.pixels[:0], np.zeros(0, int)
         fit(model, (self.pixels[rows], np.searchsorted(classes, labels)), none, train, self.seed)
         self.model, self.classes = model, classes
@@ -81,7 +81,7 @@ class Frozen:
         return self.head.predict_proba(self.features[rows]), self.features[rows]
 
 
-def badge(pool: Pool, rng: np.random.Generator) -> np.ndarray:
+def typiclust(pool: Pool, rng: np.random.Generator) -> np.ndarray:
     "scikit-activeml's TypiClust, beside ours."
     from skactiveml.pool import TypiClust
 
@@ -93,7 +93,7 @@ def badge(pool: Pool, rng: np.random.Generator) -> np.ndarray:
     return ranks
 
 
-STRATEGIES["skactiveml-typiclust"] = badge
+STRATEGIES["skactiveml-typiclust"] = typiclust
 
 
 def read(folder: Path, size: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
