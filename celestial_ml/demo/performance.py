@@ -134,7 +134,7 @@ def _framed(card: Path, title: str) -> str:
     "A card in a frame of its own, without its links to the other one; nothing where there is none."
     if not card.is_file():
         return ""
-    return part("card", title=title, page=card.read_text(encoding="utf-8").replace('class="links"', "hidden"))
+    return part("framed", title=title, page=card.read_text(encoding="utf-8").replace('class="links"', "hidden"))
 
 
 def performance_page(model: Predictor | None) -> tuple[str, str]:  # above and below the pictures of a cell

@@ -530,21 +530,18 @@ METRICS: Any = {
 NO_CARD = errors(no_card="this model has no card")
 
 
-@api.get(
-    "/model/card",
-    summary="The model card",
-    tags=["Model"],
-    response_class=HTMLResponse,
-    responses=NO_CARD | NO_MODEL | NO_KEY,
-)
+CARD: Any = {"tags": ["Model"], "response_class": HTMLResponse, "responses": NO_CARD | NO_MODEL | NO_KEY}
+
+
+@api.get("/model/card", summary="The model card", **CARD)
 async def model_card(model: TheModel) -> Response:
     "What the model is for, how good it is and where it fails, as one page of HTML."
     return _card(model, "model_card.html")
 
 
-@api.get("/model/data_card.html", include_in_schema=False, responses=NO_CARD | NO_MODEL | NO_KEY)
+@api.get("/model/data_card.html", summary="The data card", **CARD)
 async def data_card(model: TheModel) -> Response:
-    "Where the model's images come from: what the model card links to."
+    "Where the model's images come from, what they are and under which licence, as one page of HTML."
     return _card(model, "data_card.html")
 
 
