@@ -254,7 +254,7 @@ class Register(Section):
         "not_worse", description="better or not_worse than the champion: it takes over; by_hand: a person decides"
     )
 
-# %% ../../nbs/core/04_params.ipynb #span
+# %% ../../nbs/core/04_params.ipynb #card
 class Card(Section):
     "Your own images in the data card: of what `data.folder`, `data.maps` or your own source holds."
 
@@ -263,7 +263,7 @@ class Card(Section):
     creator: str | None = Field(None, description="the people or the organisation that made them")
     url: str | None = Field(None, pattern="^https?://", description="the web page of the images")
 
-
+# %% ../../nbs/core/04_params.ipynb #span
 class Span(Section):
     "A range of numbers to search."
 
