@@ -70,7 +70,7 @@ FAULTS = {
     "nameless": "name no picture",
     "gone": "name a picture that is not there",
     "ambiguous": "name a picture of which there are several",
-    "unreadable": "name a file that is not a picture",
+    "unreadable": "name a picture that can't be read",
     "shapes": "have boxes or shapes where a class of the whole picture is wanted",
     "several": "give one picture several classes",
     "unknown_label": "have a label that is not a class",
