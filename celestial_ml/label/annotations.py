@@ -142,7 +142,9 @@ def _via_rows(content: bytes, name: str) -> tuple[list[tuple[str, dict[str, Any]
         entries = list(value.get("_via_img_metadata", value).values())
         regions = [entry.get("regions") or [] for entry in entries]  # of version 1 by number
         shapes = [[one["region_attributes"] for one in (r.values() if isinstance(r, dict) else r)] for r in regions]
-        return [(e["filename"], e.get("file_attributes") or {}, s) for e, s in zip(entries, shapes, strict=True)], options
+        return [
+            (e["filename"], e.get("file_attributes") or {}, s) for e, s in zip(entries, shapes, strict=True)
+        ], options
     rows: dict[str, tuple[str, dict[str, Any], list[Any]]] = {}
     table = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
     if "file_attributes" not in (table.fieldnames or ()):

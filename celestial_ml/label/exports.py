@@ -24,7 +24,7 @@ __all__ = ['FORMATS', 'picture_name', 'write_cvat', 'write_via', 'write_folders'
 # %% ../../nbs/label/12_exports.ipynb #ex-files
 def picture_name(content: bytes, sha256: str) -> str:
     "A picture's name in an export: its checksum, with the suffix of its format."
-    return f"{sha256}{ {'JPEG': '.jpg', 'PNG': '.png', 'WEBP': '.webp'}[open_image(content).format]}"
+    return f"{sha256}{ {'JPEG': '.jpg', 'PNG': '.png', 'WEBP': '.webp'}[open_image(content).format] }"
 
 
 def write_cvat(rows: Iterable[Judgement], target: Path, url: str | None = None) -> None:
@@ -40,7 +40,9 @@ def write_cvat(rows: Iterable[Judgement], target: Path, url: str | None = None) 
             size = f'width="{head.width}" height="{head.height}"'
             images.append(f'  <image id="{number}" name={quoteattr(name)} {size}>{tags}</image>')
             labels += of_picture
-        named = "".join(f"<label><name>{_text(label)}</name><type>tag</type></label>" for label in dict.fromkeys(labels))
+        named = "".join(
+            f"<label><name>{_text(label)}</name><type>tag</type></label>" for label in dict.fromkeys(labels)
+        )
         meta = f"<meta><task><labels>{named}</labels></task><dumped>{datetime.now(UTC)}</dumped></meta>"
         head_ = '<?xml version="1.0" encoding="utf-8"?>\n<annotations><version>1.1</version>'
         archive.writestr("annotations.xml", "\n".join((f"{head_}{meta}", *images, "</annotations>\n")))

@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from unicodedata import normalize
@@ -149,14 +149,9 @@ def judge(annotations: Iterable[Annotation], find: Find, options: Options) -> Ju
             continue
         if picture is not None:
             judged.pictures[sha256] = picture
-        time = {} if one.time is None else {"time": one.time}
-        judged.judgements.append(Judgement(sha256, label, who, options.source, **time, **_kept(one)))
+        made = Judgement(sha256, label, who, options.source, note=one.note, model_version=one.model_version)
+        judged.judgements.append(made if one.time is None else replace(made, time=one.time))
     return judged
-
-
-def _kept(one: Annotation) -> dict[str, Any]:
-    "What a judgement keeps of an annotation as it is."
-    return {"note": one.note, "model_version": one.model_version}
 
 
 def in_folder(pictures: Pictures) -> Find:

@@ -153,7 +153,10 @@ def send_pictures(
     there = {task.data.get("sha256") for task in client.tasks.list(project=project, fields="all")}
     new = [sha256 for sha256 in pictures if sha256 not in there]
     for begin in range(0, len(new), _TOGETHER):
-        contents = {s: path.read_bytes() if (path := pictures[s]) else read_picture(s, url) for s in new[begin : begin + _TOGETHER]}
+        contents = {
+            s: path.read_bytes() if (path := pictures[s]) else read_picture(s, url)
+            for s in new[begin : begin + _TOGETHER]
+        }
         places = _upload(client, project, contents)
         tasks = [task_of(s, content, places[s], control, predictor) for s, content in contents.items()]
         client.projects.import_tasks(project, request=tasks)
@@ -216,4 +219,8 @@ def send_to_team(
     names = sorted(known_classes(url) | {*classes, *(predictor.classes if predictor else ())})
     with connect(address) as client:
         project, control = open_project(client, title, names)
-        return {"project": project, "title": title, "sent": send_pictures(client, project, control, pictures, predictor, url)}
+        return {
+            "project": project,
+            "title": title,
+            "sent": send_pictures(client, project, control, pictures, predictor, url),
+        }

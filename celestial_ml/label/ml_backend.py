@@ -99,7 +99,9 @@ async def _admit(request: Request) -> None:
             backend.logins.add(digest)
             return
     hint = "In Label Studio, choose basic authentication for the model."
-    raise CelestialError("this needs a login", hint, "no_login", headers={"WWW-Authenticate": 'Basic realm="celestial"'})
+    raise CelestialError(
+        "this needs a login", hint, "no_login", headers={"WWW-Authenticate": 'Basic realm="celestial"'}
+    )
 
 # %% ../../nbs/label/15_ml_backend.ipynb #mb-routes
 routes = APIRouter()
@@ -181,7 +183,7 @@ async def webhook(request: Request) -> dict[str, Any]:
     if not isinstance(task, dict) or not all(isinstance(one, dict) for one in some):
         raise CelestialError("the event has no task or no annotation", "Send the payload.", "bad_request")
     classes = frozenset(_choices(about.get("project"))) or None
-    options = {} if classes is None else {"classes": classes}
+    options: dict[str, Any] = {} if classes is None else {"classes": classes}
     tasks, key = [task | {"annotations": some}], backend.authorization(_project(about.get("project")))
     try:
         stored = await asyncio.to_thread(take_tasks, tasks, backend.images, key, "the event", **options)
@@ -207,7 +209,9 @@ def build_backend(
     settings: ServeSettings | None = None,  # its `demo_login` are the logins
 ) -> FastAPI:
     "The backend as one ASGI app."
-    settings = (settings or ServeSettings()).model_copy(update={"api_keys": {}, "rate_limit": ""})  # Label Studio sends none
+    settings = (settings or ServeSettings()).model_copy(
+        update={"api_keys": {}, "rate_limit": ""}
+    )  # Label Studio sends none
     app = FastAPI(title="celestial for Label Studio", version=__version__, docs_url=None, redoc_url=None, openapi_url=None,
                   exception_handlers=HANDLERS)  # fmt: skip
     service = app.state.service = Service(folder, settings)

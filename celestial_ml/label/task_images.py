@@ -36,7 +36,11 @@ def origin(
         host, port = parts.hostname or "", parts.port or _PORTS[parts.scheme]
     except (ValueError, KeyError):
         host, port = "", 0
-    if not re.fullmatch(r"[a-z0-9._-]+|[0-9a-f:.]+", host) or not re.fullmatch(r"[!-\[\]-~]*", address) or "@" in parts.netloc:
+    if (
+        not re.fullmatch(r"[a-z0-9._-]+|[0-9a-f:.]+", host)
+        or not re.fullmatch(r"[!-\[\]-~]*", address)
+        or "@" in parts.netloc
+    ):
         shown = "".join(c if "!" <= c <= "~" else "?" for c in address.partition("?")[0])[:100]
         raise CelestialError(f"{shown} is not an address of the web", "Write http://host:port", "bad_request")
     return parts.scheme, host, port
