@@ -15,15 +15,18 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
 from PIL import Image
 from programs import free_port
-from serving import tiny_model
+from serving import running, tiny_model
+from typer.testing import CliRunner
 
+from celestial_ml.cli.label import label_app
+from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.files import sha256_of
 from celestial_ml.label.imports import import_labels
 from celestial_ml.label.label_studio import KEY, label_config
@@ -63,6 +66,7 @@ def celestial(*words: str, before: str = "pass", **env: str) -> subprocess.Compl
 # A process that is killed
 
 
+@pytest.mark.slow
 def test_a_killed_import_leaves_all_or_nothing(tmp_path: Path) -> None:
     "At 12 moments of an import of 1,500 pictures; the same command again brings all of them."
     names = pictures(tmp_path / "in", 1500)
@@ -130,10 +134,6 @@ def test_a_bad_file_is_answered_and_nothing_stored(kind: str, tmp_path: Path) ->
             archive.write(tmp_path / "in" / name, f"images/{name}")
     before = read_judgements()
     for words in ([str(tmp_path / "a.xml"), "--images", str(tmp_path / "in")], [str(tmp_path / "a.zip")]):
-        from typer.testing import CliRunner
-
-        from celestial_ml.cli.label import label_app
-
         result = CliRunner().invoke(label_app, ["import", *words])
         assert result.exit_code == 2 and "Traceback" not in result.output, result.output
     assert read_judgements() == before
@@ -141,8 +141,6 @@ def test_a_bad_file_is_answered_and_nothing_stored(kind: str, tmp_path: Path) ->
 
 def test_archives_of_strangers(tmp_path: Path) -> None:
     "A bomb, members outside of their folder, and a picture that is none."
-    from celestial_ml.core.errors import CelestialError
-
     members = {
         "bomb": {"annotations.xml": "<annotations>" + " " * 60_000_000},
         "outside": {"../annotations.xml": cvat(["0.png"]), "../0.png": "x"},
@@ -163,19 +161,16 @@ def test_archives_of_strangers(tmp_path: Path) -> None:
 # The model for Label Studio
 
 
-@contextmanager
-def backend(model: Path, log: Path, *words: str, **env: str) -> Iterator[str]:
-    "`celestial label serve`, until the end of the block."
-    code = [sys.executable, "-c", MAIN.format("pass"), "label", "serve", "--port", "0", "--model", str(model), *words]
-    with log.open("w") as file:
-        process = subprocess.Popen(code, env=os.environ | env, stdout=subprocess.PIPE, stderr=file, text=True)
-    try:
-        assert process.stdout is not None
-        lines = iter(process.stdout.readline, "")
-        yield next(line.split()[-1] for line in lines if "http://" in line)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(20)
+SERVE = """
+from celestial_ml.label.ml_backend import serve_backend
+from celestial_ml.label.task_images import TaskImages
+serve_backend({model!r}, TaskImages({studio!r}), port=0)
+"""
+
+
+def backend(model: Path, log: Path, studio: str) -> AbstractContextManager[str]:
+    "As `celestial label serve` does it, until the end of the block."
+    return running(model, log, serve=SERVE.format(model=str(model), studio=studio))
 
 
 def ask(url: str, body: object = None, **headers: str) -> dict:
@@ -194,7 +189,7 @@ def test_the_key_is_in_no_log(tmp_path: Path) -> None:
         "access_token": key,
     }
     answers = []
-    with backend(model, tmp_path / "log", "--label-studio", f"http://127.0.0.1:{free_port()}") as url:
+    with backend(model, tmp_path / "log", f"http://127.0.0.1:{free_port()}") as url:
         for body in (about, about | {"schema": "<a>"}, about | {"schema": 3}, [about], about | {"access_token": [key]}):
             try:
                 answers.append(str(ask(f"{url}/setup", body)))
@@ -222,7 +217,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         ("ML_BLOCK_LOCAL_IP", "SSRF_PROTECTION_ENABLED", "COLLECT_ANALYTICS", "LATEST_VERSION_CHECK"), "false"
     )
     env = os.environ | off | {"LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN": "true", "LABEL_STUDIO_BASE_DATA_DIR": str(folder)}
-    env = {name: value for name, value in env.items() if name != "PYTHONPATH"}
+    env.pop("PYTHONPATH", None)
     words = ["start", "--no-browser", "--internal-host", "127.0.0.1", "--port", str(port), "--user-token", TOKEN]
     words += ["--username", "anna@example.org", "--password", "per-aspera-ad-astra"]
     with (folder / "log").open("w") as log:
@@ -295,7 +290,7 @@ def test_a_team_in_label_studio(studio: str, tmp_path: Path) -> None:
     other = tiny_model(tmp_path / "other")  # the next version
     about = json.loads((other / "model.json").read_text()) | {"version": "8"}
     (other / "model.json").write_text(json.dumps(about))
-    with backend(other, tmp_path / "log", "--label-studio", studio) as url:
+    with backend(other, tmp_path / "log", studio) as url:
         connected = ask(f"{studio}/api/ml/", {"url": url, "project": project, "title": "celestial"}, **token)
         assert connected["state"] == "CO", connected
         file = [
