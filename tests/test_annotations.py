@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -213,17 +214,20 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if not program.is_file():
         pytest.skip("CELESTIAL_LABEL_STUDIO names no environment with Label Studio")
     folder, port = tmp_path_factory.mktemp("studio"), free_port()
+    tables = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "celestial_ml/label_studio.sqlite3"
+    if tables.exists():  # making them takes minutes
+        shutil.copy(tables, folder)
     off = dict.fromkeys(
         ("ML_BLOCK_LOCAL_IP", "SSRF_PROTECTION_ENABLED", "COLLECT_ANALYTICS", "LATEST_VERSION_CHECK"), "false"
     )
     env = os.environ | off | {"LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN": "true", "LABEL_STUDIO_BASE_DATA_DIR": str(folder)}
     env.pop("PYTHONPATH", None)
     words = ["start", "--no-browser", "--internal-host", "127.0.0.1", "--port", str(port), "--user-token", TOKEN]
-    words += ["--username", "anna@example.org", "--password", "per-aspera-ad-astra"]
+    words += ["--username", "a@example.org", "--password", "per-aspera-ad-astra"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen([str(program), *words], env=env, stdout=log, stderr=log, start_new_session=True)
     try:
-        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 300
+        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 900
         while True:
             try:
                 assert ask(f"{url}/health")["status"] == "UP"
@@ -231,6 +235,9 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             except OSError:
                 assert process.poll() is None and time.monotonic() < until, (folder / "log").read_text()[-2000:]
                 time.sleep(1)
+        if not tables.exists():
+            tables.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / "label_studio.sqlite3", tables)
         yield url
     finally:
         os.killpg(process.pid, signal.SIGTERM)

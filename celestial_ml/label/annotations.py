@@ -39,7 +39,7 @@ class Annotation:
     note: str | None = None
     model_version: str | None = None  # of the model whose guess the person saw
 
-
+# %% ../../nbs/label/10_annotations.ipynb #an-broken
 def _broken(name: str, why: object) -> CelestialError:
     "The error for a file that can't be read."
     return CelestialError(f"{printable(name)} can't be read: {why}", "Export it again.", "damaged")
@@ -133,7 +133,7 @@ def read_json_bytes(content: bytes, name: str) -> Any:
     except (ValueError, RecursionError) as e:
         raise _broken(name, f"it is not JSON ({e})") from None
 
-
+# %% ../../nbs/label/10_annotations.ipynb #an-via-rows
 def _via_rows(content: bytes, name: str) -> tuple[list[tuple[str, dict[str, Any], list[Any]]], dict[str, Any]]:
     "Of each picture its name, the attributes of the file and of its regions; and what a project says of attributes."
     if content.lstrip()[:1] == b"{":
@@ -183,7 +183,7 @@ def read_via(
         shapes = tuple(label for one in regions for label in _via_labels(one.get(key), None) or ("",))
         yield Annotation(str(picture), f"entry {number}", labels, shapes)
 
-
+# %% ../../nbs/label/10_annotations.ipynb #an-via-labels
 def _via_labels(value: Any, option: Any) -> tuple[str, ...]:
     "The labels that a value of an attribute stands for; a checkbox has several."
     values = [one for one, ticked in value.items() if ticked] if isinstance(value, dict) else [value]
@@ -223,7 +223,7 @@ def read_tasks(
     except (AttributeError, KeyError, TypeError) as e:
         raise _broken(name, f"it is not what Label Studio writes ({type(e).__name__}: {e})") from None
 
-
+# %% ../../nbs/label/10_annotations.ipynb #an-task-picture
 def _task_picture(data: dict[str, Any]) -> str:
     "The picture of a task: the only value that is a path or an address, or that of a usual name."
     for key in ("image", "img", "picture", *data):

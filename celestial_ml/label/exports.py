@@ -19,15 +19,15 @@ from ..data.images import open_image
 from .store import Judgement, accepted, read_judgements, read_picture
 
 # %% auto #0
-__all__ = ['FORMATS', 'picture_name', 'write_cvat', 'write_via', 'write_folders', 'export_labels']
+__all__ = ['FORMATS', 'picture_name', 'export_labels']
 
 # %% ../../nbs/label/12_exports.ipynb #ex-files
 def picture_name(content: bytes, sha256: str) -> str:
     "A picture's name in an export: its checksum, with the suffix of its format."
     return f"{sha256}{ {'JPEG': '.jpg', 'PNG': '.png', 'WEBP': '.webp'}[open_image(content).format] }"
 
-
-def write_cvat(rows: Iterable[Judgement], target: Path, url: str | None = None) -> None:
+# %% ../../nbs/label/12_exports.ipynb #ex-cvat
+def _write_cvat(rows: Iterable[Judgement], target: Path, url: str | None = None) -> None:
     "A ZIP in CVAT's format for images, version 1.1; a picture with several labels has several tags."
     labels, images = list[str](), list[str]()
     with zipfile.ZipFile(target, "w") as archive:  # pictures are compressed already
@@ -47,7 +47,7 @@ def write_cvat(rows: Iterable[Judgement], target: Path, url: str | None = None) 
         head_ = '<?xml version="1.0" encoding="utf-8"?>\n<annotations><version>1.1</version>'
         archive.writestr("annotations.xml", "\n".join((f"{head_}{meta}", *images, "</annotations>\n")))
 
-
+# %% ../../nbs/label/12_exports.ipynb #ex-by-picture
 def _by_picture(rows: Iterable[Judgement]) -> dict[str, list[Judgement]]:
     "The judgements of each picture."
     by: dict[str, list[Judgement]] = {}
@@ -61,7 +61,7 @@ def _text(label: str) -> str:
     return quoteattr(label)[1:-1]
 
 # %% ../../nbs/label/12_exports.ipynb #ex-write
-def write_via(rows: Iterable[Judgement], target: Path, url: str | None = None) -> None:
+def _write_via(rows: Iterable[Judgement], target: Path, url: str | None = None) -> None:
     "A folder with a project of VIA 2 and its pictures; the first label of a picture is its class."
     data, options = {}, dict[str, str]()
     target.mkdir()
@@ -78,8 +78,8 @@ def write_via(rows: Iterable[Judgement], target: Path, url: str | None = None) -
     about |= {"_via_data_format_version": "2.0.10", "_via_image_id_list": [*data]}
     (target / "via.json").write_text(json.dumps(about, ensure_ascii=False), "utf-8")
 
-
-def write_folders(rows: Iterable[Judgement], target: Path, url: str | None = None) -> None:
+# %% ../../nbs/label/12_exports.ipynb #ex-folders
+def _write_folders(rows: Iterable[Judgement], target: Path, url: str | None = None) -> None:
     "A folder for each class, and labels.csv with who labelled what; the first label of a picture is its class."
     target.mkdir()
     with (target / "labels.csv").open("w", newline="", encoding="utf-8") as file:
@@ -96,7 +96,7 @@ def write_folders(rows: Iterable[Judgement], target: Path, url: str | None = Non
 
 
 FORMATS: dict[str, Callable[[Iterable[Judgement], Path, str | None], None]] = {
-    "cvat": write_cvat, "via": write_via, "folder": write_folders
+    "cvat": _write_cvat, "via": _write_via, "folder": _write_folders
 }  # fmt: skip
 
 # %% ../../nbs/label/12_exports.ipynb #ex-export

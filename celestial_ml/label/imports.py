@@ -25,8 +25,8 @@ from .annotations import MOST_BYTES, Annotation, read_cvat, read_json_bytes, rea
 from .store import UNKNOWN, Judgement, check_label, label_table, open_labels, propose, read_judgements
 
 # %% auto #0
-__all__ = ['FAULTS', 'Source', 'Find', 'plain_name', 'Pictures', 'Options', 'Judged', 'label_of', 'judge', 'in_folder',
-           'fault_error', 'store_judged', 'unpacked', 'read_annotations', 'known_classes', 'in_store', 'import_labels']
+__all__ = ['FAULTS', 'plain_name', 'Pictures', 'Options', 'Judged', 'label_of', 'judge', 'in_folder', 'fault_error',
+           'store_judged', 'unpacked', 'read_annotations', 'known_classes', 'in_store', 'import_labels']
 
 # %% ../../nbs/label/11_imports.ipynb #im-find
 def plain_name(
@@ -41,7 +41,7 @@ def plain_name(
             text = re.sub(r"^/data/upload/\d+/(?:[0-9a-f]{8}-)?", "", text)
     return "/".join(part for part in text.split("/") if part not in ("", "."))
 
-
+# %% ../../nbs/label/11_imports.ipynb #im-pictures
 class Pictures:
     "Pictures by their names."
 
@@ -80,21 +80,20 @@ _MENDS = {
     "shapes": "--boxes takes the class of a picture's boxes where it is only one.",
     "unknown_label": "--new-class NAME adds a class.",
 }
-Source = Literal["cvat", "via", "label-studio", "folder"]
 
-
+# %% ../../nbs/label/11_imports.ipynb #im-option
 @dataclass(frozen=True)
 class Options:
     "How annotations are read."
 
-    source: Source
+    source: Literal["cvat", "via", "label-studio", "folder"]
     annotator: str = ""  # instead of whom the file names
     otherwise: str = "unknown"  # who it is where the file names nobody
     classes: frozenset[str] = frozenset()  # that exist; empty: any label is one
     new: frozenset[str] = frozenset()  # classes that may be new
     boxes: bool = False  # whether boxes of one class stand for the picture
 
-
+# %% ../../nbs/label/11_imports.ipynb #im-judged
 @dataclass
 class Judged:
     "What annotations come to."
@@ -127,7 +126,7 @@ def label_of(one: Annotation, options: Options) -> str:  # "": nobody labelled t
 # %% ../../nbs/label/11_imports.ipynb #im-judge
 Find = Callable[[Annotation], tuple[str, Path | bytes | None]]  # checksum and file; None: the store has it
 
-
+# %% ../../nbs/label/11_imports.ipynb #im-judge-all
 def judge(annotations: Iterable[Annotation], find: Find, options: Options) -> Judged:
     "Labels for pictures, and what is wrong with the others."
     judged, seen = Judged(), dict[tuple[str, str], str]()
@@ -153,7 +152,7 @@ def judge(annotations: Iterable[Annotation], find: Find, options: Options) -> Ju
         judged.judgements.append(made if one.time is None else replace(made, time=one.time))
     return judged
 
-
+# %% ../../nbs/label/11_imports.ipynb #im-in-folder
 def in_folder(pictures: Pictures) -> Find:
     "Find pictures among files."
 
@@ -179,7 +178,7 @@ def fault_error(judged: Judged, name: str) -> CelestialError:
     message = f"{count} of {total} annotations in {name} can't be taken, so nothing was stored\n" + "\n".join(lines)
     return CelestialError(message, hint, next(iter(judged.faults)))
 
-
+# %% ../../nbs/label/11_imports.ipynb #im-store
 def store_judged(judged: Judged, name: str, skip: bool = False, url: str | None = None) -> dict[str, Any]:
     "Propose what was judged, all of it in one transaction; `CelestialError` for faults, unless they are left out."
     if judged.faults and not skip:
@@ -227,9 +226,9 @@ def _of_folders(pictures: Iterable[tuple[str, Path]]) -> Iterator[Annotation]:
 def read_annotations(
     table: tuple[str, Path] | None,  # the name and the path of a file of annotations; None: folders
     pictures: Sequence[tuple[str, Path]],
-    source: Source | None = None,  # None: by the file's name and beginning
+    source: str | None = None,  # None: by the file's name and beginning
     attribute: str | None = None,  # of VIA, that holds the class
-) -> tuple[Source, Iterator[Annotation]]:
+) -> tuple[Any, Iterator[Annotation]]:
     "The annotations in a file, and their format."
     if table is None or source == "folder":
         return "folder", _of_folders(pictures)
@@ -260,7 +259,7 @@ def known_classes(url: str | None = None) -> frozenset[str]:  # empty where ther
     classes = read_manifest(published(pointer.model)).classes if pointer else ()
     return frozenset({*classes, *(one.label for one in read_judgements("accepted", url=url))} - {UNKNOWN})
 
-
+# %% ../../nbs/label/11_imports.ipynb #im-in-store
 def in_store(find: Find, url: str | None = None) -> Find:
     "Take the pictures that the store has by their checksum, and find the others."
     from sqlalchemy import select
@@ -272,7 +271,7 @@ def in_store(find: Find, url: str | None = None) -> Find:
 # %% ../../nbs/label/11_imports.ipynb #im-import
 def import_labels(
     path: Path | str,  # a file of annotations, a ZIP or a folder
-    source: Source | None = None,  # None: by what it is
+    source: str | None = None,  # a format; None: by what it is
     images: Path | str | None = None,  # the pictures' folder; None: where the annotations are
     skip: bool = False,  # leave out what can't be taken
     attribute: str | None = None,  # of VIA, that holds the class

@@ -38,7 +38,7 @@ def label_config(classes: Iterable[str]) -> str:
     choice = f'<Choices name="class" toName="image" choice="single" showInLine="true">{choices}</Choices>'
     return f'<View><Image name="image" value="$image"/>{choice}</View>'
 
-
+# %% ../../nbs/label/14_label_studio.ipynb #ls-control
 @dataclass(frozen=True)
 class Control:
     "The choices of an interface."
@@ -59,7 +59,7 @@ class Control:
         label, score = (answer.label, answer.confidence) if answer.known else (UNKNOWN, 0.0)
         return {"result": self.result(label), "score": score, "model_version": answer.model_version}
 
-
+# %% ../../nbs/label/14_label_studio.ipynb #ls-find-control
 def find_control(
     config: str,  # an interface, which a stranger may have written
 ) -> Control:
@@ -129,7 +129,7 @@ def task_of(sha256: str, content: bytes, place: str, control: Control, predictor
         task["predictions"] = [control.guess(predictor.predict(content))]
     return task
 
-
+# %% ../../nbs/label/14_label_studio.ipynb #ls-open-project
 def open_project(client: Any, title: str, classes: Iterable[str]) -> tuple[int, Control]:  # its number, and its choices
     "The project of a title, made if need be; `CelestialError` where there is none to make, or it has no choices."
     for one in client.projects.list():
@@ -140,7 +140,7 @@ def open_project(client: Any, title: str, classes: Iterable[str]) -> tuple[int, 
     config = label_config(names)
     return client.projects.create(title=title, label_config=config).id, find_control(config)
 
-
+# %% ../../nbs/label/14_label_studio.ipynb #ls-send-pictures
 def send_pictures(
     client: Any,  # of `connect`
     project: int,
@@ -162,7 +162,7 @@ def send_pictures(
         client.projects.import_tasks(project, request=tasks)
     return len(new)
 
-
+# %% ../../nbs/label/14_label_studio.ipynb #ls-upload
 def _upload(client: Any, project: int, contents: Mapping[str, bytes]) -> dict[str, str]:  # checksum → place
     "Upload files without making tasks of them, which the SDK has no method for."
     files = {s: (picture_name(content, s), content) for s, content in contents.items()}
@@ -195,7 +195,7 @@ def take_tasks(
     judged = judge(read_tasks(tasks, name), in_store(find, url), chosen)
     return {"format": "label-studio"} | store_judged(judged, name, skip, url)
 
-
+# %% ../../nbs/label/14_label_studio.ipynb #ls-fetch-labels
 def fetch_labels(address: str, title: str, **more: Any) -> dict[str, Any]:  # as `take_tasks` takes and answers it
     "Propose what people chose in a project of Label Studio's."
     with connect(address) as client:

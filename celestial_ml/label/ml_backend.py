@@ -61,7 +61,7 @@ class Backend:
         while len(self.keys) > _MOST_PROJECTS:
             self.keys.popitem(last=False)
 
-
+# %% ../../nbs/label/15_ml_backend.ipynb #mb-project
 def _project(value: Any) -> str:
     "A project's number; Label Studio writes it as `3.1795899091` with its time, or as what it knows of the project."
     number = value.get("id") if isinstance(value, dict) else value
@@ -122,7 +122,7 @@ async def versions(request: Request) -> dict[str, Any]:
     await _admit(request)
     return {"versions": [request.app.state.backend.service.models.current.version]}
 
-
+# %% ../../nbs/label/15_ml_backend.ipynb #mb-setup
 @routes.post("/setup")
 async def setup(request: Request) -> dict[str, Any]:
     "Check a project's interface, and keep its key."
@@ -220,7 +220,7 @@ def build_backend(
     app.include_router(routes)
     return app
 
-
+# %% ../../nbs/label/15_ml_backend.ipynb #mb-serve
 def serve_backend(
     folder: Path | str | None,  # as `build_backend`
     images: TaskImages,

@@ -145,7 +145,7 @@ def _file(images: TaskImages, name: str) -> bytes:
         raise CelestialError(f"the file has more than {images.most:,} bytes", "Make it smaller.", "too_large")
     return content
 
-
+# %% ../../nbs/label/13_task_images.ipynb #ti-images-z
 def _get(images: TaskImages, url: str, authorization: str) -> bytes:
     "What is at an address that may be asked, over at most three redirects."
     until = time.monotonic() + images.seconds
