@@ -22,7 +22,7 @@ from ..core.files import atomic
 from ..core.params import Data
 from ..core.progress import progress
 from ..data.images import decode_image, find_pictures
-from ..data.sources import Source, image_folder
+from ..data.sources import Origin, Source, image_folder
 from .bodies import BODIES
 from .renderer import View, linear, picture, render_many, sample_view
 from .unknown_bodies import UNKNOWN_BODIES
@@ -131,6 +131,18 @@ def _fetch(data: Data, seed: int, root: Path, run: Path) -> Path:
 RENDERED = Source(
     fetch=_fetch,
     inputs=lambda data, root: None if data.maps is None else image_folder("data.maps", data.maps, root),
+    origin=lambda data: (
+        Origin(
+            "Drawn on this machine by the renderer of celestial_ml, each from a seed of its own; no camera took them.",
+            "Apache-2.0",
+            "The celestial_ml authors",
+            "https://github.com/celestial-ml/celestial_ml",
+        )
+        if data.maps is None
+        else Origin(
+            "Drawn on this machine by the renderer of celestial_ml, with surface maps from a folder (data.maps)."
+        )
+    ),
 )
 
 # %% ../../nbs/planets/03_source.ipynb #choose-views
