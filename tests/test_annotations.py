@@ -177,7 +177,7 @@ def backend(model: Path, log: Path, studio: str) -> AbstractContextManager[str]:
 def ask(url: str, body: object = None, **headers: str) -> dict:
     data = None if body is None else json.dumps(body).encode()
     with urlopen(Request(url, data, {"Content-Type": "application/json"} | headers), timeout=120) as answer:
-        return json.loads(answer.read())
+        return json.loads(answer.read() or "{}")
 
 
 def test_the_key_is_in_no_log(tmp_path: Path) -> None:
