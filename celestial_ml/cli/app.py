@@ -89,9 +89,8 @@ def run(
     manifest, verdict = read_manifest(folder), read_json(folder / "register.json")
     metrics = manifest.metrics
     if json_:
-        print(
-            json.dumps({"run": plan.run, "ran": list(plan.stale), "metrics": metrics.to_json(), "registered": verdict})
-        )
+        about = {"run": plan.run, "ran": list(plan.stale), "metrics": metrics.to_json(), "registered": verdict}
+        print(json.dumps(about))
         return
     roles = {"challenge": "is challenger", "refuse": "is refused", "same": "is set aside"}
     role = "is champion" if verdict["promoted"] else roles.get(verdict["decision"], "is not registered")

@@ -71,10 +71,8 @@ def command_group(
     help: str | None = None,  # None: its commands stand among those of the group above
 ) -> typer.Typer:
     "A group of commands."
-    alone = help is not None
-    return typer.Typer(
-        help=help, no_args_is_help=alone, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
-    )
+    plain: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+    return typer.Typer(help=help, no_args_is_help=help is not None, **plain)
 
 
 def command(group: typer.Typer, name: str, example: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -114,9 +112,8 @@ def table(
         widths[spare.index(max(spare))] -= 1
     lines = []
     for row in rows:
-        cells = [
-            textwrap.wrap(cell, max(width, 1), break_on_hyphens=False) for cell, width in zip(row, widths, strict=True)
-        ]
+        pairs = zip(row, widths, strict=True)
+        cells = [textwrap.wrap(cell, max(width, 1), break_on_hyphens=False) for cell, width in pairs]
         for parts in zip_longest(*cells, fillvalue="") if any(row) else [row]:
             line = "  ".join(f"{part:<{width}}" for part, width in zip(parts, widths, strict=True))
             lines.append(f"{' ' * indent}{line}".rstrip())

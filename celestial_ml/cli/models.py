@@ -85,9 +85,8 @@ def models_list(json_: AsJson = False) -> None:
         print("\nMLflow's aliases lag behind: they follow within seconds of a decision, or with celestial models sync")
     champion = any("champion" in row["aliases"] for row in rows)
     able = [row["model"] for row in rows if not (row["aside"] or row["retired"])]
-    print(
-        f"\nnext:  celestial {'models show champion' if champion else 'models promote ' + able[-1] if able else 'run'}"
-    )
+    after = "models show champion" if champion else f"models promote {able[-1]}" if able else "run"
+    print(f"\nnext:  celestial {after}")
 
 
 _COLUMNS = ["version", "alias", "accuracy", "macro F1", "images", "source", "run", "made"]

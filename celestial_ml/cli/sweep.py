@@ -94,14 +94,11 @@ def _registers(best: "Outcome", files: list[str], settings: list[str]) -> str:
     "The command that registers a run of a sweep, which registers none: nothing else of it is done again."
     from celestial_ml.flow.grid import as_text
 
-    values = {key: as_text(value) for key, value in best.values.items() if key != "params"} | {
-        "register.publish": "true"
-    }
+    values = [f"{key}={as_text(value)}" for key, value in best.values.items() if key != "params"]
     file = next((file for file in files if Path(file).stem == best.values.get("params")), (files or ["default"])[0])
-    chosen = [*settings, *(f"{key}={value}" for key, value in values.items())]
-    return shlex.join(
-        ["celestial", "run", file, *(part for one in chosen for part in ("--set", one)), "--run", best.run]
-    )
+    chosen = [*settings, *values, "register.publish=true"]
+    options = [part for one in chosen for part in ("--set", one)]
+    return shlex.join(["celestial", "run", file, *options, "--run", best.run])
 
 # %% ../../nbs/cli/05_sweep.ipynb #params
 @command(sweep_app, "params", "celestial params train guide > train.yaml")
