@@ -98,7 +98,7 @@ def _first(op: Operations) -> None:
         Column("time", Double, nullable=False),
         *(Column(name, String) for name in ("source", "request_id", "model_version", "guess")),
         Column("known", Boolean),
-        Column("confidence", Double),
+        *(Column(name, Double) for name in ("confidence", "rank")),
         *(Column(name, LargeBinary) for name in ("probabilities", "embedding")),
     )
 

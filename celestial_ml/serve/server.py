@@ -140,7 +140,7 @@ def why_no_demo(
     return f"The demo is off: everybody who can reach {host} could use it. {login}. Or open it to all: --open-demo"
 
 # %% ../../nbs/serve/21_server.ipynb #uvicorn-config
-def _uvicorn_config(app: "FastAPI", settings: ServeSettings, service: "Service") -> uvicorn.Config:
+def uvicorn_config(app: "FastAPI", settings: ServeSettings, service: "Service") -> uvicorn.Config:
     "Uvicorn with connections, proxies and logs of our own."
     from celestial_ml.serve.connections import Connection, Connections
 
@@ -192,7 +192,7 @@ def serve(
                 print(f"\n{why}", flush=True)
             logging.disable(logging.NOTSET)
             try:
-                Server(_uvicorn_config(app, settings, service), service).run(sockets=[listener])
+                Server(uvicorn_config(app, settings, service), service).run(sockets=[listener])
             finally:
                 service.close()
     except KeyboardInterrupt:
