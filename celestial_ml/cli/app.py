@@ -196,7 +196,7 @@ def serve(
     model: ModelOption = None,
     demo: Annotated[bool, typer.Option(help="serve the demo at / too")] = True,
     open_demo: Annotated[
-        bool, typer.Option("--open-demo", help="allow the demo without a login where other machines reach --host")
+        bool, typer.Option("--open-demo", help="no login, though other machines reach --host")
     ] = False,
     challenger: Annotated[str | None, typer.Option(help="off, shadow:SHARE or canary:SHARE of the requests")] = None,
 ) -> None:

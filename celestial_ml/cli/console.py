@@ -58,9 +58,7 @@ def errors_as_text() -> Iterator[None]:
 
 # %% ../../nbs/cli/00_console.ipynb #command
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
-Executor = Annotated[
-    Literal["inline", "kernel"], typer.Option(help="inline: one process, fast; kernel: one a step, isolated")
-]
+Executor = Annotated[Literal["inline", "kernel"], typer.Option(help="inline: one fast process; kernel: one a step")]
 ModelOption = Annotated[str | None, typer.Option(help="a folder, a run or a version; default: the champion")]
 ParamsFile = Annotated[str, typer.Argument(help="a file in params/: default, smoke, guide, …")]
 RunName = Annotated[str | None, typer.Option("--run", help="name of the run, a folder under output/; default: PARAMS")]

@@ -165,9 +165,7 @@ def models_promote(
     model: Model,
     who: Who = None,
     why: Why = "",
-    params: Annotated[
-        str | None, typer.Option(help="the params file with the rules; those it was registered by")
-    ] = None,
+    params: Annotated[str | None, typer.Option(help="params file with the rules; those it was registered by")] = None,
     json_: AsJson = False,
 ) -> None:
     "Make a version champion if it passes the gate. Exits with 1 if it doesn't."
@@ -235,9 +233,7 @@ def models_retire(
 # %% ../../nbs/cli/01_models.ipynb #models-audit
 @command(models_app, "audit", "celestial models audit --verify")
 def models_audit(
-    verify_: Annotated[
-        bool, typer.Option("--verify", help="only check the chain; exits with 1 if it is broken")
-    ] = False,
+    verify_: Annotated[bool, typer.Option("--verify", help="only check the chain; exit 1 if it is broken")] = False,
     last: Annotated[int, typer.Option(min=1, help="how many entries")] = 20,
     restart: Annotated[bool, typer.Option("--restart", help="begin a new log; a damaged one is kept")] = False,
     who: Who = None,

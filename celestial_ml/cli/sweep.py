@@ -32,9 +32,7 @@ def sweep(
     notebook: Annotated[list[str] | None, typer.Option(help="these notebooks instead of the pipeline")] = None,
     until: Annotated[str | None, typer.Option(help="the pipeline up to this step; default: all of it")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="runs side by side; default: one for each core")] = None,
-    memory: Annotated[
-        float | None, typer.Option(min=0.1, help="gigabytes for all; default: 0.9 of the free memory")
-    ] = None,
+    memory: Annotated[float | None, typer.Option(min=0.1, help="GB for all; default: 0.9 of the free memory")] = None,
     retries: Annotated[int, typer.Option(min=0, help="repetitions of a run that failed unexpectedly")] = 1,
     run: Annotated[str | None, typer.Option(help="name of the sweep; default: PARAMS-sweep")] = None,
     json_: AsJson = False,

@@ -61,9 +61,7 @@ class Data(Section):
     )
     val: Fraction = Field(0.15, description="share of the images that training watches but doesn't learn from")
     test: Fraction = Field(0.2, description="share of the images that nobody looks at before `evaluate`")
-    test_source: str | None = Field(
-        None, description="the source of the test images, where it isn't the same: none is trained on"
-    )
+    test_source: str | None = Field(None, description="source of the test images, if another: none is trained on")
 
     @property
     def learned(self) -> list[str]:
@@ -152,19 +150,13 @@ class Evaluate(Section):
     )
     bootstrap: int = Field(1000, ge=100, le=100_000, description="resamples behind each 95 % interval")
     min_slice: int = Field(15, ge=1, description="images that a slice needs to be judged")
-    strangers: str | None = Field(
-        None, description="a folder of pictures that show none of the classes; null: drawn ones alone"
-    )
+    strangers: str | None = Field(None, description="a folder of pictures of none of the classes; null: drawn ones")
     ood_images: int = Field(60, ge=4, le=10_000, description="pictures of each kind of thing that is not a known class")
     photos: str | None = Field(
         None, description="a folder of photographs from elsewhere, a folder a class; other folders should be unknown"
     )
-    domain: str = Field(
-        "auto", description="what is known of the classes beyond their images: auto, none, or the name of a plug-in"
-    )
-    slice_by: list[str] | None = Field(
-        None, description="the kinds of picture that are judged apart; null: those of the domain"
-    )
+    domain: str = Field("auto", description="what is known beyond the images: auto, none, or the name of a plug-in")
+    slice_by: list[str] | None = Field(None, description="kinds of picture that are judged apart; null: the domain's")
 
 # %% ../../nbs/core/04_params.ipynb #params-stress
 class Stress(Section):
@@ -209,9 +201,7 @@ class Register(Section):
     name: str = Field(
         "celestial", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]{0,99}$", description="name of the model in the registry"
     )
-    publish: bool = Field(
-        True, description="enter it in the registry; false: only judge it, as smoke runs and sweeps do"
-    )
+    publish: bool = Field(True, description="register it; false: only judge it, as smoke runs and sweeps do")
     min_accuracy: float = Field(0.9, ge=0, le=1, description="accuracy on held-out images, at least")
     min_macro_f1: float = Field(0.9, ge=0, le=1, description="mean F1 of the classes, at least")
     min_class_f1: float = Field(0.7, ge=0, le=1, description="F1 of the worst class, at least")
@@ -237,13 +227,9 @@ class Register(Section):
     require_stress: bool = Field(
         False, description="refuse what stress hasn't measured; else an unmeasured baseline is named and not judged"
     )
-    min_paired: int = Field(
-        20, ge=1, description="images that neither learned from, for a comparison with the champion"
-    )
+    min_paired: int = Field(20, ge=1, description="images that neither learned from, for comparing with the champion")
     alpha: float = Field(0.05, gt=0, lt=0.5, description="level of the paired tests: a smaller p is not chance")
-    not_worse_by: float = Field(
-        0.0, ge=0, lt=1, description="accuracy it may lose to the champion even where that's no chance"
-    )
+    not_worse_by: float = Field(0.0, ge=0, lt=1, description="accuracy it may lose to the champion beyond chance")
     max_doubt: float = Field(
         0.05, ge=0, le=1, description="accuracy it may lose by the comparison's interval, to take over by itself"
     )
