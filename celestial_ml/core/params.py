@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'ParamsError', 'Section', 'Data', 'Check', 'Prepare', 'Model', 'Train', 'Evaluate', 'Stress', 'Explain',
-           'Package', 'Register', 'Span', 'Tune', 'Score', 'Track', 'Params', 'allowed', 'known_keys', 'typed',
+           'Package', 'Register', 'Card', 'Span', 'Tune', 'Score', 'Track', 'Params', 'allowed', 'known_keys', 'typed',
            'parse_yaml', 'params_path', 'load_params', 'default_yaml']
 
 # %% ../../nbs/core/04_params.ipynb #feca52bd
@@ -237,6 +237,15 @@ class Register(Section):
         "not_worse", description="better or not_worse than the champion: it takes over; by_hand: a person decides"
     )
 
+# %% ../../nbs/core/04_params.ipynb #card
+class Card(Section):
+    "Your own images in the data card: of what `data.folder`, `data.maps` or your own source holds."
+
+    origin: str | None = Field(None, description="what the images are, who made them, how, when and with whose consent")
+    licence: str | None = Field(None, description="an SPDX expression, such as CC-BY-4.0, or a sentence")
+    creator: str | None = Field(None, description="the people or the organisation that made them")
+    url: str | None = Field(None, pattern="^https?://", description="the web page of the images")
+
 # %% ../../nbs/core/04_params.ipynb #span
 class Span(Section):
     "A range of numbers to search."
@@ -296,6 +305,7 @@ class Params(Section):
     explain: Explain = Explain()
     package: Package = Package()
     register_: Register = Field(Register(), alias="register")  # BaseModel has a method of that name
+    card: Card = Card()
     stress: Stress = Stress()
     score: Score = Score()
     tune: Tune = Tune()

@@ -103,7 +103,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "evaluate": ("seed", "evaluate"),
     "explain": ("explain",),
     "package": ("package",),
-    "register": ("register", "track"),
+    "register": ("register", "card", "track"),
     "score": ("score",),  # beside the chain, as the next ones
     "stress": ("seed", "stress"),
     "tune": ("seed", "model", "train", "tune", "track"),

@@ -525,16 +525,24 @@ METRICS: Any = {200: {"content": {"text/plain": {"example": _FIGURE}}}}
 NO_CARD = errors(no_card="this model has no card")
 
 
-@api.get(
-    "/model/card",
-    summary="The model card",
-    tags=["Model"],
-    response_class=HTMLResponse,
-    responses=NO_CARD | NO_MODEL | NO_KEY,
-)
+CARD: Any = {"tags": ["Model"], "response_class": HTMLResponse, "responses": NO_CARD | NO_MODEL | NO_KEY}
+
+
+@api.get("/model/card", summary="The model card", **CARD)
 async def model_card(model: TheModel) -> Response:
     "What the model is for, how good it is and where it fails, as one page of HTML."
-    card = model.folder / "model_card.html"
+    return _card(model, "model_card.html")
+
+
+@api.get("/model/data_card.html", summary="The data card", **CARD)
+async def data_card(model: TheModel) -> Response:
+    "Where the model's images come from, what they are and under which licence, as one page of HTML."
+    return _card(model, "data_card.html")
+
+
+def _card(model: Predictor, name: str) -> Response:
+    "A card that was published with the model."
+    card = model.folder / name
     if not card.is_file():
         raise CelestialError("this model has no card", "Package and register it again.", "no_card")
     # No scripts and nothing from other sites: the card contains its pictures and styles.
