@@ -91,9 +91,8 @@ def run(
     manifest, verdict = read_manifest(folder), read_json(folder / "register.json")
     metrics = manifest.metrics
     if json_:
-        print(
-            json.dumps({"run": plan.run, "ran": list(plan.stale), "metrics": metrics.to_json(), "registered": verdict})
-        )
+        about = {"run": plan.run, "ran": list(plan.stale), "metrics": metrics.to_json(), "registered": verdict}
+        print(json.dumps(about))
         return
     roles = {"challenge": "is challenger", "refuse": "is refused", "same": "is set aside"}
     role = "is champion" if verdict["promoted"] else roles.get(verdict["decision"], "is not registered")
@@ -197,7 +196,7 @@ def serve(
     model: ModelOption = None,
     demo: Annotated[bool, typer.Option(help="serve the demo at / too")] = True,
     open_demo: Annotated[
-        bool, typer.Option("--open-demo", help="allow the demo without a login where other machines reach --host")
+        bool, typer.Option("--open-demo", help="no login, though other machines reach --host")
     ] = False,
     challenger: Annotated[str | None, typer.Option(help="off, shadow:SHARE or canary:SHARE of the requests")] = None,
 ) -> None:
