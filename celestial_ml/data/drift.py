@@ -34,25 +34,6 @@ def describe(
         if len(column)
     }
 
-# %% ../../nbs/data/15_drift.ipynb #describe
-LEVELS = np.linspace(0, 1, 21)  # of the quantiles
-
-
-def describe(
-    values: np.ndarray,  # float (n, features), in the order of `FEATURES`
-) -> dict[str, dict[str, Any]]:  # feature → images, mean, deviation, quantiles; empty without images
-    "How the features of some images are distributed."
-    return {
-        name: {
-            "images": len(column),
-            "mean": float(column.mean()),
-            "deviation": float(column.std()),
-            "quantiles": np.quantile(column, LEVELS).tolist(),
-        }
-        for name, column in zip(names, np.asarray(values, float).T, strict=True)
-        if len(column)
-    }
-
 # %% ../../nbs/data/15_drift.ipynb #drift
 ALPHA, LEAST = 0.01, 0.1  # false alarms, as a share of sets of pictures; the smallest distance that matters
 
