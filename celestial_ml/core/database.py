@@ -197,9 +197,7 @@ class Schema:
 
 # %% ../../nbs/core/13_database.ipynb #log-tables
 @lru_cache(maxsize=8)
-def schema_tables(
-    schema: Schema,
-) -> MetaData:
+def schema_tables(schema: Schema) -> MetaData:
     "The tables as the last revision leaves them: `schema_tables(schema).tables['predictions']`."
     from sqlalchemy import MetaData, Table
 
@@ -250,6 +248,8 @@ def open_database(
     patience: float = 5.0,  # seconds to wait for a lock, or a connection
 ) -> Engine:
     "The database with its tables up to date; `CelestialError` where it can't be used."
+    if database.file and database.file.parent == home().resolve():  # a folder that somebody names has to exist
+        home().mkdir(parents=True, exist_ok=True)
     with database_errors(database):
         engine = make_engine(database, patience)
         try:
