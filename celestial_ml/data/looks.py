@@ -51,7 +51,7 @@ def measure(
     border = np.concatenate([border[0], border[-1], border[:, 0], border[:, -1]])
     ground = tuple(_quantile(channel, 0.5)[0] for channel in border.T)
     subject = _brightest(ImageChops.difference(picture, Image.new("RGB", picture.size, ground))) > _GROUND
-    clipped = np.count_nonzero(subject & (_brightest(picture) >= 254)) / max(1, np.count_nonzero(subject))
+    clipped = float((subject & (_brightest(picture) >= 254)).sum()) / max(1.0, float(subject.sum()))
     low, high = _quantile(gray, 0.005, 0.995)
     step = np.diff(gray.astype(np.int16), axis=1)
     size = np.abs(step).astype(np.uint8)
@@ -161,7 +161,7 @@ def _basis(some: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _some(count: int) -> np.ndarray:
-    "At most 4,000 rows; so many are enough to find components."
+    "At most 2,000 rows; so many are enough to find components."
     return np.random.default_rng(0).permutation(count)[:4000]
 
 

@@ -23,7 +23,9 @@ def standardised(
     for start in range(0, len(gray), 2048):
         x = gray[start : start + 2048].astype(np.float32)
         strength = np.sqrt(x.var(axis=(1, 2), keepdims=True))
-        x = np.fft.irfft2(np.fft.rfft2(x - x.mean(axis=(1, 2), keepdims=True)) * soft, s=(side, side))
+        x = np.fft.irfft2(np.fft.rfft2(x - x.mean(axis=(1, 2), keepdims=True)) * soft, s=(side, side)).astype(
+            np.float32
+        )
         length = np.sqrt((x**2).sum(axis=(1, 2), keepdims=True)) + 1e-6
         found[start : start + 2048] = x / length * strength / (strength + 4)
     return found
@@ -86,12 +88,10 @@ def near_pairs(
     real = (other < len(near)) & (one != other)
     pairs = np.unique(np.sort(np.stack([one, other], axis=1)[real], axis=1), axis=0)
     apart = distances(thumbnails, pairs)
-    nearest = pd.Series(np.full(len(gray), FAR * 4))
+    nearest = np.full(len(gray), FAR * 4)
     for side in (0, 1):
-        nearest = np.minimum(
-            nearest, pd.Series(apart).groupby(pairs[:, side]).min().reindex(nearest.index, fill_value=9)
-        )
-    limit = (nearest.groupby(labels).transform("median") / 4).clip(NEAR, FAR).to_numpy()
+        np.minimum.at(nearest, pairs[:, side], apart)
+    limit = (pd.Series(nearest).groupby(labels).transform("median") / 4).clip(NEAR, FAR).to_numpy()
     kept = apart <= limit[pairs].max(axis=1)
     pairs, apart = pairs[kept], apart[kept]
     hue = colours.mean(axis=(1, 2), dtype=np.float32)
