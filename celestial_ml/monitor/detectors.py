@@ -46,8 +46,8 @@ class ClassScale:
         values: np.ndarray,  # float (n, columns), of training images
         labels: Sequence[str],  # (n,), the model's answers for them
     ):
-        values, labels = np.asarray(values, float), np.asarray(labels)
-        groups = {"": values} | {str(name): values[labels == name] for name in np.unique(labels)}
+        values, answers = np.asarray(values, float), np.asarray(labels)
+        groups = {"": values} | {str(name): values[answers == name] for name in np.unique(answers)}
         self.mean = {name: rows.mean(axis=0) for name, rows in groups.items()}
         self.deviation = {name: np.maximum(rows.std(axis=0), 1e-6) for name, rows in groups.items()}
 
@@ -113,7 +113,8 @@ class Detector:
         self.ranked = [np.sort(column).tolist() for column in self.reference.T]
         self.evidence = np.zeros((len(self.names), 2 * len(_POWERS) * len(_SHARES)))
         self.recent, self.began = np.ones(self.evidence.shape), np.zeros(self.evidence.shape, int)
-        self.first, self.alarm = self.images, None
+        self.first = self.images
+        self.alarm: Alarm | None = None
 
     def look(
         self,
@@ -139,4 +140,5 @@ class Detector:
         shares = self.weights * self.evidence
         if shares.sum() >= self.promise.threshold:
             place = divmod(int(shares.argmax()), shares.shape[1])
-            self.alarm = Alarm(self.images, *self.names[place[0]], int(self.began[place]))
+            group, column = self.names[place[0]]
+            self.alarm = Alarm(self.images, group, column, int(self.began[place]))
