@@ -86,6 +86,12 @@ def _rank(
     ranked.insert(last, value)
     return (len(ranked) - 1 - last + draw * (last - first + 1)) / len(ranked)
 
+
+def _weights(groups: Mapping[str, Sequence[str]], two_sided: np.ndarray) -> np.ndarray:  # float (columns, 1)
+    "The weight of each bet on a column: each group's sum to the same."
+    held = len(_POWERS) * len(_SHARES) * (1 + two_sided)
+    return 1 / (held * [len(groups) * len(columns) for columns in groups.values() for _ in columns])[:, None]
+
 # %% ../../nbs/monitor/11_detectors.ipynb #detector
 class Detector:
     "Looks at one image after the other; an alarm stays until `restart`. Source: Shin, Ramdas and Rinaldo 2022."
@@ -102,10 +108,7 @@ class Detector:
         self.names = [(group, column) for group, columns in groups.items() for column in columns]
         self.reference = np.asarray(reference, float).reshape(-1, len(self.names))
         self.two_sided = np.array([column not in one_sided for _, column in self.names])
-        held = len(_POWERS) * len(_SHARES) * (1 + self.two_sided)
-        each = np.array([len(groups) * len(groups[group]) for group, _ in self.names])
-        self.weights = 1 / (held * each)[:, None]
-        self.images = 0
+        self.weights, self.images = _weights(groups, self.two_sided), 0
         self.restart()
 
     def restart(self) -> None:
@@ -139,6 +142,5 @@ class Detector:
         self.recent = np.maximum(self.recent, 1) * factors
         shares = self.weights * self.evidence
         if shares.sum() >= self.promise.threshold:
-            place = divmod(int(shares.argmax()), shares.shape[1])
-            group, column = self.names[place[0]]
-            self.alarm = Alarm(self.images, group, column, int(self.began[place]))
+            place = np.unravel_index(shares.argmax(), shares.shape)
+            self.alarm = Alarm(self.images, *self.names[place[0]], since=int(self.began[place]))
