@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -116,8 +117,7 @@ class Detector:
         self.ranked = [np.sort(column).tolist() for column in self.reference.T]
         self.evidence = np.zeros((len(self.names), 2 * len(_POWERS) * len(_SHARES)))
         self.recent, self.began = np.ones(self.evidence.shape), np.zeros(self.evidence.shape, int)
-        self.first = self.images
-        self.alarm: Alarm | None = None
+        self.first, self.alarm = self.images, cast("Alarm | None", None)
 
     def look(
         self,
@@ -134,8 +134,8 @@ class Detector:
 
     def _bet(self, row: np.ndarray) -> None:
         "Bet on an image."
-        draws = self.rng.random(len(row))
-        p = np.array([_rank(*column) for column in zip(self.ranked, row.tolist(), draws, strict=True)])
+        columns = zip(self.ranked, row.tolist(), self.rng.random(len(row)), strict=True)
+        p = np.array([_rank(*column) for column in columns])
         factors = bets(p, self.two_sided)
         self.evidence = (1 + self.evidence) * factors
         self.began[self.recent <= 1] = self.images  # of the evidence since its best beginning, as CUSUM has it
