@@ -137,7 +137,7 @@ def make_data_set(
 
     catalogs = _catalogs(data, seed, root, run)
     held_out = data if data.test_source is None else data.model_copy(update={"test": 0.0})
-    parts = [with_split(catalogs[name], held_out, seed) for name in data.learned]
+    parts = [with_split(catalogs[name], held_out, seed, root) for name in data.learned]
     if data.test_source is not None:
         parts.append(_test_images(data, parts, catalogs[data.test_source]))
     catalog = pd.concat(parts, ignore_index=True)
