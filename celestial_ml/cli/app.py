@@ -36,6 +36,7 @@ from celestial_ml.cli.console import (
     table,
 )
 from .keys import keys_app
+from .label import label_app
 from .log import log_app
 from .models import models_app
 from .new import new_app
@@ -60,7 +61,8 @@ data_app = command_group("The images: fetch, validate, look at.")
 data_app.add_typer(versions_app)
 for group in (batch_app, sweep_app, report_app, new_app, ui_app):
     app.add_typer(group)
-for name, group in {"data": data_app, "log": log_app, "keys": keys_app, "models": models_app}.items():
+_groups = {"data": data_app, "label": label_app, "log": log_app, "keys": keys_app, "models": models_app}
+for name, group in _groups.items():
     app.add_typer(group, name=name, short_help=str(group.info.help))
 
 # %% ../../nbs/cli/09_app.ipynb #run

@@ -18,9 +18,10 @@ from markupsafe import Markup
 from ..core.domains import Domain
 from ..core.files import read_json
 from ..core.many_classes import FEW, MANY, few_of
+from ..core.page_builder import share
 from ..data.thumbnails import data_uri
 from .identify import QUIET, Host, sorry
-from .wording import part, share_floor
+from .wording import part
 from ..package.metrics import Metrics, Slice
 from ..serve.predictor import Predictor
 
@@ -39,19 +40,19 @@ def headline_figures(metrics: Metrics, domain: Domain) -> str:
     figures = []  # value, name, more
     if metrics.accuracy is not None:
         interval = metrics.intervals.get("accuracy")
-        between = f"95 %: {share_floor(interval.low)} to {share_floor(interval.high)}" if interval else ""
+        between = f"95 %: {share(interval.low)} to {share(interval.high)}" if interval else ""
         figures.append((metrics.accuracy, f"right, of {metrics.images:,} pictures", between))
     if calibrated := metrics.calibration.after:
         figures.append((calibrated.ece, "calibration error", "how far confidence is off, on average"))
     damaged, worst = metrics.robustness.mean_accuracy, metrics.robustness.worst_at_3
     if damaged is not None and worst:
-        more = f"worst: {_in_words(worst.corruption)}, {share_floor(worst.accuracy)}"
+        more = f"worst: {_in_words(worst.corruption)}, {share(worst.accuracy)}"
         figures.append((damaged, "right when disturbed", more))
     if kinds := metrics.unknown.kinds:
         near = [kinds[name] for name in domain.near_ood if name in kinds]
         counted = near or kinds.values()
         caught = sum(kind.unknown * kind.images for kind in counted) / sum(kind.images for kind in counted)
-        alarms = f"{share_floor(metrics.unknown.false_alarm_rate or 0)} false alarms"
+        alarms = f"{share(metrics.unknown.false_alarm_rate or 0.0)} false alarms"
         figures.append((caught, f"of strange {domain.plural if near else 'pictures'} caught", alarms))
     return part("figures", items=figures)
 

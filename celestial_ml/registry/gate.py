@@ -355,7 +355,7 @@ def judge(
     elif twin and not failed:
         decision, conclusion = "same", f"nothing new: it answers as {champion} does, which stays champion"
     if unregistered:
-        decision, conclusion = "unregistered", f"it isn't registered (register.publish), only judged: {conclusion}"
+        decision, conclusion = "unregistered", f"only judged, as register.publish is false: {conclusion}"
     reasons = (*(rule.why for rule in failed), *(rule.why for rule in rules if rule.passed), conclusion)
     return Verdict(model, decision, decision in ("promote", "keep"), reasons, tuple(rules), champion, paired)
 

@@ -146,7 +146,7 @@ def why_no_demo(
     )
 
 # %% ../../nbs/serve/21_server.ipynb #uvicorn-config
-def _uvicorn_config(app: "FastAPI", settings: ServeSettings, service: "Service") -> uvicorn.Config:
+def uvicorn_config(app: "FastAPI", settings: ServeSettings, service: "Service") -> uvicorn.Config:
     "Uvicorn with connections, proxies and logs of our own."
     from celestial_ml.serve.connections import Connection, Connections
 
@@ -198,7 +198,7 @@ def serve(
                 print(f"\n{why}", flush=True)
             logging.disable(logging.NOTSET)
             try:
-                Server(_uvicorn_config(app, settings, service), service).run(sockets=[listener])
+                Server(uvicorn_config(app, settings, service), service).run(sockets=[listener])
             finally:
                 service.close()
     except KeyboardInterrupt:

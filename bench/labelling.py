@@ -1,0 +1,211 @@
+"""How many labels a model needs: learning curves of the strategies against random, and what a new class takes.
+
+`python -m bench labelling --data FOLDER [--network compact|frozen] [--strategy NAME]… [--seed N]…`. FOLDER holds a folder
+of images a class. With `compact` each round trains our own network on, by a warm start, as a labelling project does; with
+`frozen` a linear head is fitted anew on features of EfficientNet-Lite0. Accuracy is on held-out images that nobody labels.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from celestial_ml.core.params import Model, Prepare, Train
+from celestial_ml.core.seeds import set_seed
+from celestial_ml.data.catalog import image_files
+from celestial_ml.data.images import decode_image
+from celestial_ml.data.prepare import Preparer
+from celestial_ml.label.strategies import STRATEGIES, Pool, order
+from celestial_ml.model.evaluate import logits_and_embeddings, softmax, with_embedding
+from celestial_ml.model.networks import build_network
+from celestial_ml.model.pretrained import cached_features
+from celestial_ml.model.train import fit
+from celestial_ml.model.unknown import false_alarm_threshold, fit_distance
+from celestial_ml.model.warm_start import warm_start
+
+STEP, MOST, GOAL = 50, 500, 350  # labels of a round, of random, and with which a strategy has to be as good
+STEPS = 300  # of the optimiser, in a round of the compact network
+COMPACT = Model(network="compact")
+Answer = tuple[np.ndarray, np.ndarray]  # probabilities (n, classes), embeddings (n, d)
+
+
+class Compact:
+    "Our own network, which goes on from round to round."
+
+    def __init__(self, pixels: np.ndarray, seed: int):
+        self.pixels, self.seed, self.model, self.classes = pixels, seed, None, np.zeros(0, int)
+
+    def learn(self, rows: np.ndarray, labels: np.ndarray) -> None:
+        "Train on with all labels."
+        set_seed(self.seed, tensorflow=True)
+        classes = np.unique(labels)
+        model = build_network(COMPACT, self.pixels.shape[1:], len(classes))
+        if self.model is not None:
+            warm_start(model, [*map(str, classes)], self.model, [*map(str, self.classes)])
+        steps = -(-len(rows) // 16)
+        train = Train(augment="sky", epochs=max(2, round(STEPS / steps)))
+        none = self.pixels[:0], np.zeros(0, int)
+        fit(model, (self.pixels[rows], np.searchsorted(classes, labels)), none, train, self.seed)
+        self.model, self.classes = model, classes
+
+    def answer(self, rows: np.ndarray) -> Answer:
+        "What the network answers."
+        assert self.model is not None
+        logits, embeddings = logits_and_embeddings(with_embedding(self.model), self.pixels[rows])
+        return softmax(logits), embeddings
+
+
+class Frozen:
+    "A linear head on features that never change."
+
+    def __init__(self, pixels: np.ndarray, seed: int):
+        built = build_network(Model(network="efficientnet_lite0"), pixels.shape[1:], 2)
+        features = cached_features(built, pixels)
+        self.features = (features - features.mean(axis=0)) / (features.std(axis=0) + 1e-3)
+        self.seed, self.classes = seed, np.zeros(0, int)
+
+    def learn(self, rows: np.ndarray, labels: np.ndarray) -> None:
+        "Fit the head anew."
+        from sklearn.linear_model import LogisticRegression
+
+        self.head, self.classes = LogisticRegression(C=0.01, max_iter=300), np.unique(labels)
+        self.head.fit(self.features[rows], labels)
+
+    def answer(self, rows: np.ndarray) -> Answer:
+        "What the head answers."
+        return self.head.predict_proba(self.features[rows]), self.features[rows]
+
+
+def typiclust(pool: Pool, rng: np.random.Generator) -> np.ndarray:
+    "scikit-activeml's TypiClust, beside ours."
+    from skactiveml.pool import TypiClust
+
+    x = np.concatenate([pool.embeddings, pool.labelled])
+    y = np.concatenate([np.full(len(pool.embeddings), np.nan), np.zeros(len(pool.labelled))])
+    chosen = TypiClust(random_state=int(rng.integers(2**31))).query(x, y, batch_size=min(STEP, len(pool.embeddings)))
+    ranks = np.full(len(pool.embeddings), np.inf)
+    ranks[chosen] = np.arange(len(chosen))
+    return ranks
+
+
+STRATEGIES["skactiveml-typiclust"] = typiclust
+
+
+def read(folder: Path, size: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    "The pixels of every image, its class's number, and the classes."
+    prepare, files = Preparer(Prepare(size=size)), image_files(folder)
+    pixels = [prepare(decode_image(path)) for paths in files.values() for path in paths]
+    numbers = np.repeat(np.arange(len(files)), [len(paths) for paths in files.values()])
+    return np.stack(pixels), numbers, [*files]
+
+
+def parted(labels: np.ndarray, seed: int, share: float = 0.3) -> tuple[np.ndarray, np.ndarray]:  # pool, held out
+    "Every class parted alike."
+    rng = np.random.default_rng(seed)
+    held = [
+        rng.permutation(np.flatnonzero(labels == c))[: round(share * (labels == c).sum())] for c in np.unique(labels)
+    ]
+    out = np.concatenate(held)
+    return np.setdiff1d(np.arange(len(labels)), out), out
+
+
+def curve(make: Callable[[], Any], labels: np.ndarray, strategy: str, seed: int, most: int) -> dict[int, float]:
+    "Accuracy on held-out images by the number of labels."
+    pool, held = parted(labels, seed)
+    model, rng, curve = make(), np.random.default_rng(seed), {}
+    known = np.ones(len(labels), bool)
+    labelled = np.zeros(0, int)
+    first = "random" if strategy == "random" else "typical" if strategy in ("auto", "typical") else "random"
+    while len(labelled) < most:
+        rest = np.setdiff1d(pool, labelled)
+        if not len(labelled):  # nothing has been learned; an untrained network's embedding says nothing either
+            space = (
+                model.features[rest]
+                if hasattr(model, "features")
+                else model.pixels[rest, ::8, ::8].reshape(len(rest), -1) / 255
+            )
+            waiting = Pool(np.ones((len(rest), 1)), space, known[rest], space[:0], np.zeros(0, str))
+            chosen = order(first, waiting, seed)[:STEP]
+        else:
+            probabilities, space = model.answer(rest)
+            waiting = Pool(probabilities, space, known[rest], model.answer(labelled)[1], labels[labelled].astype(str))
+            chosen = order(strategy, waiting, int(rng.integers(2**31)))[:STEP]
+        labelled = np.concatenate([labelled, rest[chosen]])
+        model.learn(labelled, labels[labelled])
+        answers = model.classes[model.answer(held)[0].argmax(axis=1)]
+        curve[len(labelled)] = float((answers == labels[held]).mean())
+    return curve
+
+
+def new_class(make: Callable[[], Any], labels: np.ndarray, body: int, seed: int, most: int = 30) -> dict[str, float]:
+    "A class is new: recall with so many labels that `auto` chooses, and the accuracy of the old classes before and after."
+    pool, held = parted(labels, seed)
+    old, rng = pool[labels[pool] != body], np.random.default_rng(seed)
+    old = rng.permutation(old)
+    learned, others = old[: 2 * len(old) // 3], old[2 * len(old) // 3 :]  # the rest waits, unlabelled, with the new one
+    waiting = np.concatenate([others, pool[labels[pool] == body]])
+    model = make()
+    model.learn(learned, labels[learned])
+    space = model.answer(learned)[1]
+    distance = fit_distance(space, labels[learned])
+    check = held[labels[held] != body]
+    before = float((model.classes[model.answer(check)[0].argmax(axis=1)] == labels[check]).mean())
+    threshold = false_alarm_threshold(distance(model.answer(others[: len(others) // 2])[1]), 0.02)
+    probabilities, vectors = model.answer(waiting)
+    scores = distance(vectors)
+    chosen = order("auto", Pool(probabilities, vectors, scores <= threshold, space, labels[learned].astype(str)), seed)[
+        :most
+    ]
+    rows = np.concatenate([learned, waiting[chosen]])
+    model.learn(rows, labels[rows])
+    answers = model.classes[model.answer(held)[0].argmax(axis=1)]
+    right, new = answers == labels[held], labels[held] == body
+    return {
+        "recall": float(right[new].mean()), "of the labels, new": int((labels[waiting[chosen]] == body).sum()),
+        "old before": before, "old after": float(right[~new].mean()),
+    }  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    "Measure, and print a line of JSON for each figure."
+    parser = argparse.ArgumentParser(prog="bench labelling", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--network", choices=("compact", "frozen"), default="compact")
+    parser.add_argument("--strategy", action="append")
+    parser.add_argument("--seed", action="append", type=int)
+    parser.add_argument("--new", action="append", help="a class to be new, in the place of curves; all: each in turn")
+    parser.add_argument("--size", type=int, default=64)
+    told = parser.parse_args(arguments)
+    pixels, labels, classes = read(told.data, told.size)
+    networks: dict[str, Any] = {"compact": Compact, "frozen": Frozen}
+    for seed in told.seed or (7, 8, 9):
+
+        def make(seed: int = seed) -> Any:
+            return networks[told.network](pixels, seed)
+
+        for name in classes if told.new == ["all"] else told.new or []:
+            began = time.monotonic()
+            figures = new_class(make, labels, classes.index(name), seed)
+            print(
+                json.dumps(
+                    {"network": told.network, "seed": seed, "new": name}
+                    | figures
+                    | {"seconds": round(time.monotonic() - began)}
+                ),
+                flush=True,
+            )
+        for strategy in () if told.new else told.strategy or ("random", "auto", "margin"):
+            began = time.monotonic()
+            most = MOST if strategy == "random" else GOAL
+            points = curve(make, labels, strategy, seed, most)
+            line = {"network": told.network, "seed": seed, "strategy": strategy, "accuracy": points}
+            print(json.dumps(line | {"seconds": round(time.monotonic() - began)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
