@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from celestial_ml.core.errors import CelestialError
+from celestial_ml.core.files import write_json
 from celestial_ml.core.params import Data
 from celestial_ml.data.catalog import stable_split, stratified_split, with_split
 from celestial_ml.data.sources import make_data_set
@@ -87,6 +88,24 @@ def test_near_duplicates_that_are_added_follow_their_picture(globes: Path) -> No
     same = copies.split.to_numpy() == second.split[copies.index.str.replace("-copy", "")].to_numpy()
     assert same.mean() > 0.95, "what is near enough to be taken for one picture"
     assert (second.groupby("group_key").split.nunique() == 1).all()
+
+
+def test_a_stable_run_begins_with_its_own_catalog(globes: Path) -> None:
+    "Copies that are larger than their pictures, and so would lead the group, follow all the same."
+    data, run = Data(source="folder", folder=str(globes / "photos"), split="stable", groups=["near"]), globes / "run"
+    first = make_data_set(data, 7, globes, run)
+    run.mkdir()
+    first.to_parquet(run / "catalog.parquet")  # as the step writes them
+    write_json(run / "acquire.json", {"seed": 7} | data.model_dump())
+    for path in sorted((globes / "photos").rglob("*.png")):
+        larger = Image.open(path).resize((96, 96), Image.Resampling.BICUBIC)
+        save(path.parent.parent, path.parent.name, f"a{path.stem}.png", np.asarray(larger))
+    second = make_data_set(data, 7, globes, run).set_index("path")
+    assert (second.split[first.path] == first.split.to_numpy()).all()
+    grouped = second.groupby("group_key").filter(lambda rows: len(rows) > 1)
+    assert len(grouped) > 60 and (grouped.groupby("group_key").split.nunique() == 1).all()
+    other = make_data_set(data.model_copy(update={"test": 0.4}), 7, globes, run).set_index("path")
+    assert (other.split == "test").mean() > 0.25, "other parameters, another split"
 
 
 def test_groups_of_a_column_are_never_torn_apart(globes: Path) -> None:

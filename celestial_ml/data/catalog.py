@@ -299,7 +299,8 @@ def with_split(
     rule, attrs = _rule(data, "part" in catalog), dict(catalog.attrs)
     keys = group_keys(catalog, data.groups, root)
     given = pd.Series(None, index=catalog.index, dtype=object)
-    if file := splits_path(data, root):
+    file = splits_path(data, root)
+    if file:
         given, torn = _follow(given_split(catalog, file, some=len(data.learned) == 1), keys)
         if torn.any():
             passed = PassedOver(Counter(attrs.get("passed_over", {})), dict(attrs.get("examples", {})))
@@ -318,7 +319,7 @@ def with_split(
     }[rule]()
     catalog = catalog.drop(columns="part", errors="ignore").assign(split=given.where(given.notna(), split))
     catalog = catalog.assign(group_key=keys) if data.groups else catalog
-    catalog.attrs = attrs | {"split_by": f"{data.split_file}, {rule}" if data.split_file else rule}
+    catalog.attrs = attrs | {"split_by": f"{file.name}, {rule}" if file else rule}
     return catalog
 
 # %% ../../nbs/data/04_catalog.ipynb #catalog-checksum

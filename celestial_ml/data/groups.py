@@ -83,8 +83,11 @@ def group_keys(
     own = catalog.sha256.where(catalog.sha256 != "", catalog.path)
     for name in (name for name in groups if name != NEAR):
         own = (name + "=" + catalog[name].astype(str)).where(catalog[name].notna(), own)
-    size = pd.DataFrame({"pixels": catalog.width * catalog.height, "bytes": catalog.bytes, "sha": catalog.sha256})
-    first = size.assign(group=group).sort_values(["pixels", "bytes", "sha"], ascending=[False, False, True])
+    size = pd.DataFrame(
+        {"pixels": -catalog.width * catalog.height, "name": catalog.path.str.rpartition("/")[2].str.len()}
+    )
+    size = size.assign(bytes=-catalog.bytes, sha=catalog.sha256)
+    first = size.assign(group=group).sort_values([*size.columns])
     anchor = first.reset_index(names="row").groupby("group").row.first()
     return own.loc[anchor[group]].set_axis(catalog.index)
 
@@ -126,20 +129,7 @@ def given_split(
         )
     return given
 
-
-def splits_path(
-    data: Data,
-    root: Path | None = None,  # the project's
-) -> Path | None:
-    "The table of splits; `CelestialError` where it is not there."
-    if data.split_file is None:
-        return None
-    path = ((root or Path()) / check_path(data.split_file).expanduser()).resolve()
-    if not path.is_file():
-        raise CelestialError(f"there is no table of splits {path}", "Name a CSV with columns file_name and split.")
-    return path
-
-
+# %% ../../nbs/data/04_groups.ipynb #split-table
 def _split_table(file: Path) -> pd.DataFrame:
     "A table of splits, with file or sha256."
     from celestial_ml.data.labels import read_labels
@@ -156,3 +146,16 @@ def _split_table(file: Path) -> pd.DataFrame:
     if odd := sorted({*map(str, table.split)} - {"train", "val", "test"}):
         raise CelestialError(f"{file} has a split {odd[0]!r}", "Write train, val or test.")
     return table
+
+# %% ../../nbs/data/04_groups.ipynb #splits-path
+def splits_path(
+    data: Data,
+    root: Path | None = None,  # the project's
+) -> Path | None:
+    "The table of splits; `CelestialError` where it is not there."
+    if data.split_file is None:
+        return None
+    path = ((root or Path()) / check_path(data.split_file).expanduser()).resolve()
+    if not path.is_file():
+        raise CelestialError(f"there is no table of splits {path}", "Name a CSV with columns file_name and split.")
+    return path

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dvc.repo import Repo
 
 # %% auto #0
-__all__ = ['KINDS', 'Tables', 'record', 'not_committed', 'Copied', 'push', 'pull', 'Change', 'Diff', 'data_diff', 'diff_page',
+__all__ = ['KINDS', 'record', 'not_committed', 'Copied', 'push', 'pull', 'Change', 'Diff', 'data_diff', 'diff_page',
            'diff_to_json']
 
 # %% ../../nbs/data/16_versions.ipynb #ver-secrets
@@ -368,10 +368,10 @@ class Change:
 
 
 KINDS = ("added", "removed", "relabelled", "changed")
-Tables = Mapping[str, Mapping[str, str]]  # folder of a table → picture's path below it → label
+_Tables = Mapping[str, Mapping[str, str]]  # folder of a table → picture's path below it → label
 
 
-def _label(path: str, sets: Iterable[str], tables: Tables) -> str:
+def _label(path: str, sets: Iterable[str], tables: _Tables) -> str:
     "A picture's class: a table's word counts, else the folder's."
     inside = next((one for one in sorted(sets, key=len, reverse=True) if path.startswith(one)), "")
     for folder, labels in tables.items():
@@ -422,7 +422,7 @@ def _pairs(differs: Mapping[str, Any]) -> Iterator[tuple[str | None, str | None,
 
 
 def _changes(
-    pairs: list[tuple[str | None, str | None, str, str]], sets: set[str], old: Tables, new: Tables
+    pairs: list[tuple[str | None, str | None, str, str]], sets: set[str], old: _Tables, new: _Tables
 ) -> list[Change]:
     "The pictures among the differences, and those whose row in a table differs."
     changes: dict[str, Change] = {}
