@@ -154,7 +154,7 @@ def test_a_store_that_speaks_s3(versioned: Path, tmp_path: Path, monkeypatch: py
         begun = time.monotonic()
         for call in (lambda: push(versioned), lambda: pull(tmp_path / "third", url)):
             assert "can't be reached" in refusal(call).message
-        assert time.monotonic() - begun < 60
+        assert time.monotonic() - begun < 180
         assert (versioned / f"{IMAGES}.dvc").read_bytes() == pointer, "a remote that is away changes nothing"
         assert not (tmp_path / "third" / IMAGES).exists()
         for place in (versioned, other):
@@ -309,7 +309,8 @@ def test_diff_in_text_json_and_a_page(versioned: Path, tmp_path: Path) -> None:
     assert (relabelled["before"], relabelled["label"]) == ("Mars", "Venus")
     assert not (versioned / "output").exists()
     result = CliRunner().invoke(versions_app, ["diff", "HEAD"])
-    assert result.exit_code == 0 and "Mars → Venus" in result.output and "output/data_diff.html" in result.output
+    assert result.exit_code == 0 and "Mars → Venus" in result.output and "None" not in result.output
+    assert "output/data_diff.html" in result.output
     page = (versioned / "output/data_diff.html").read_text()
     assert page.count("data:image/webp") == 6, "two for the one that changed"
     os.chdir(tmp_path)
