@@ -88,7 +88,8 @@ def data_diff(
     for kind, count in diff.counts.items():
         some = [one for one in diff.changes if one.kind == kind][:20]
         rows = [
-            [kind, one.path, f"{one.before} → {one.label}" if one.before not in (None, one.label) else one.label] for one in some
+            [kind, one.path, f"{one.before} → {one.label}" if one.before not in (None, one.label) else one.label]
+            for one in some
         ]
         if rows:
             print(f"\n{table([[*map(printable, row)] for row in rows], head=False)}")

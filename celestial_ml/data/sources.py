@@ -24,15 +24,26 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['SOURCES', 'Source', 'get_source', 'image_folder', 'labels_path', 'make_data_set', 'production_catalog']
+__all__ = ['SOURCES', 'Origin', 'Source', 'get_source', 'image_folder', 'labels_path', 'make_data_set', 'production_catalog']
 
 # %% ../../nbs/data/06_sources.ipynb #source
+@dataclass(frozen=True)
+class Origin:
+    "What the data card says of images; empty where nobody stated it."
+
+    origin: str = ""  # what they are, who made them and how
+    licence: str = ""  # an SPDX expression, or a sentence
+    creator: str = ""
+    url: str = ""
+
+
 @dataclass(frozen=True)
 class Source:
     "A place that images come from."
 
     fetch: Callable[[Data, int, Path, Path], Path]  # (params, seed, project root, run folder) → class folders
     inputs: Callable[[Data, Path], Path | None]  # (params, project root) → the folder that a run depends on
+    origin: Callable[[Data], Origin] = lambda data: Origin()
 
 
 SOURCES: dict[str, Source] = {}
@@ -88,7 +99,15 @@ def _folder(data: Data, root: Path) -> Path:
 
 SOURCES["folder"] = Source(lambda data, seed, root, run: _folder(data, root), _folder)
 SOURCES["guide"] = Source(
-    lambda data, seed, root, run: get_guide(root / "data"), lambda data, root: root / "data" / "raw"
+    lambda data, seed, root, run: get_guide(root / "data"),
+    lambda data, root: root / "data" / "raw",
+    lambda data: Origin(
+        "Ray-traced globes on black, in full phase and centred, made for the guide to MLOps. "
+        "Their texture maps are Solar System Scope's (CC BY 4.0).",
+        "CC-BY-SA-4.0 AND CC-BY-4.0",
+        "Swiss AI Center",
+        "https://github.com/swiss-ai-center/a-guide-to-mlops",
+    ),
 )
 
 # %% ../../nbs/data/06_sources.ipynb #source-catalogs

@@ -128,16 +128,22 @@ def panel(title: str, inside: str, name: str = "") -> str:
     return part("panel", title=title, inside=Markup(inside), kind=name)
 
 
+_CARDS = {"model_card.html": "The model card", "data_card.html": "The data card of its images"}
+
+
+def _framed(card: Path, title: str) -> str:
+    "A card in a frame of its own, without its links to the other one; nothing where there is none."
+    if not card.is_file():
+        return ""
+    return part("framed", title=title, page=card.read_text(encoding="utf-8").replace('class="links"', "hidden"))
+
+
 def performance_page(model: Predictor | None) -> tuple[str, str]:  # above and below the pictures of a cell
     "The evaluation of a model."
     if model is None:
         return sorry("no_model"), ""
-    metrics, files, model_card = (
-        model.manifest.metrics,
-        performance_files(model.folder),
-        model.folder / "model_card.html",
-    )
-    table = dots = in_full = ""
+    metrics, files = model.manifest.metrics, performance_files(model.folder)
+    table = dots = ""
     if files:
         sheet, strip = files
         many = len(sheet["classes"]) > MANY
@@ -146,8 +152,7 @@ def performance_page(model: Predictor | None) -> tuple[str, str]:  # above and b
         size = f"--side:{sheet['thumbnails']['side']}px"
         table = Markup(f"<style>#cell{{--strip:url({strip});{size}}}</style>") + table
         dots = reliability_chart(sheet["reliability"], sheet["images"])
-    if model_card.is_file():
-        in_full = part("modelcard", page=model_card.read_text(encoding="utf-8"))
+    in_full = "".join(_framed(model.folder / file, title) for file, title in _CARDS.items())
     robust = metrics.robustness.per_corruption
     head = panel(f"How good is model {model.version}?", headline_figures(metrics, model.manifest.domain), "wide")
     below = panel("By kind of picture", slices_list(metrics.slices), "tall")
