@@ -105,34 +105,7 @@ def images_checksum(
     for folder in folders:
         if folder.is_dir() and folder not in cache:
             cache[folder] = folder_checksum(folder)
-    for table in (labels_path(params.data, root), splits_path(params.data, root)):
-        if table and table not in cache:
-            cache[table] = sha256_of(table)
-        folders += [table] if table else []
-    return " ".join(cache[folder] for folder in folders) or None if all(f in cache for f in folders) else ""
-
-
-def _photos_checksum(params: Params, root: Path) -> str | None:
-    "The checksum of the photographs that a run is measured on, if any."
-    photos = params.evaluate.photos
-    return None if photos is None else folder_checksum(image_folder("evaluate.photos", photos, root))
-
-# %% ../../nbs/flow/03_pipeline.ipynb #images-checksum
-def images_checksum(
-    params: Params,
-    root: Path,  # the project's
-    cache: dict[Any, Any] | None = None,  # folder → checksum
-) -> str | None:  # None where the run makes all of its images; empty where some are to be fetched first
-    "The checksum of the images that come from outside."
-    data = params.data
-    folders = [folder for name in data.all_sources if (folder := get_source(name).inputs(data, root)) is not None]
-    if data.test_folder:
-        folders.append(image_folder("data.test_folder", data.test_folder, root))
-    cache = {} if cache is None else cache
-    for folder in folders:
-        if folder.is_dir() and folder not in cache:
-            cache[folder] = folder_checksum(folder)
-    if table := labels_path(data, root):
+    for table in filter(None, (labels_path(data, root), splits_path(data, root))):
         cache[table] = cache.get(table) or sha256_of(table)
         folders.append(table)
     return " ".join(cache[folder] for folder in folders) or None if all(f in cache for f in folders) else ""
