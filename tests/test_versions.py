@@ -112,24 +112,23 @@ def files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_a_folder_as_remote(versioned: Path, tmp_path: Path) -> None:
+def test_a_folder_as_remote(versioned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "Pushed from one place, pulled at another, through the commands; a command that is given twice does nothing."
     store = tmp_path / "store"
     assert "mkdir -p" in refusal(push, versioned, str(store)).hint and not store.exists()
     store.mkdir()
     paint(versioned / IMAGES, "Mars", 700)
-    os.chdir(versioned)
+    monkeypatch.chdir(versioned)
     result = CliRunner().invoke(versions_app, ["push", "--remote", str(store)])
     assert result.exit_code == 0, result.output
     assert f"recorded: {IMAGES}" in result.output and f"git add {IMAGES}.dvc" in result.output
     git(versioned, "commit", "-qam", "one more")
     other = clone(versioned)
-    os.chdir(other)
+    monkeypatch.chdir(other)
     result = CliRunner().invoke(versions_app, ["pull", "--remote", str(store), "--json"])
     assert result.exit_code == 0 and json.loads(result.output)["files"] == 14, "13 pictures and their listing"
     assert dvc_checksum(other / IMAGES) == dvc_checksum(versioned / IMAGES)
     assert push(versioned, str(store)).files == pull(other, str(store)).files == 0
-    os.chdir(tmp_path)
 
 
 def test_a_store_that_speaks_s3(versioned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +289,7 @@ def test_kill_9_loses_nothing(tmp_path: Path, moments: int) -> None:
     assert sum(ended.values()) < 2 * moments, "some were killed while at it"
 
 
-def test_diff_in_text_json_and_a_page(versioned: Path, tmp_path: Path) -> None:
+def test_diff_in_text_json_and_a_page(versioned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "Every kind of change is named, and its pictures are on the page; what is under another label is no other picture."
     folder = versioned / IMAGES
     (folder / "Mars/0.png").rename(folder / "Venus/0-was-mars.png")
@@ -298,7 +297,7 @@ def test_diff_in_text_json_and_a_page(versioned: Path, tmp_path: Path) -> None:
     (folder / "Venus/1.png").unlink()
     paint(folder, "Neptune", 800)
     shutil.copy(paint(folder, "Moon", 801), folder / "Venus/3.png")
-    os.chdir(versioned)
+    monkeypatch.chdir(versioned)
     result = CliRunner().invoke(versions_app, ["diff", "HEAD", "--json"])
     assert result.exit_code == 0, result.output
     answer = json.loads(result.output)
@@ -313,7 +312,6 @@ def test_diff_in_text_json_and_a_page(versioned: Path, tmp_path: Path) -> None:
     assert "output/data_diff.html" in result.output
     page = (versioned / "output/data_diff.html").read_text()
     assert page.count("data:image/webp") == 6, "two for the one that changed"
-    os.chdir(tmp_path)
 
 
 @pytest.mark.browser
