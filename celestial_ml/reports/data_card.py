@@ -141,14 +141,15 @@ def croissant(
     import mlcroissant as mlc
 
     kinds = {"i": mlc.DataType.INTEGER, "u": mlc.DataType.INTEGER, "f": mlc.DataType.FLOAT, "b": mlc.DataType.BOOL}
+    kinds["M"] = mlc.DataType.DATETIME
     fields = [
         mlc.Field(
-            id=f"images/{name}",
+            id=f"images/{name}" if name.split() == [name] else f"images/{'_'.join(name.split())}-{i}",  # no white space
             name=name,
             data_types=[kinds.get(column.dtype.kind, mlc.DataType.TEXT)],
             source=mlc.Source(file_object=file.name, extract=mlc.Extract(column=name)),
         )
-        for name, column in catalog.items()
+        for i, (name, column) in enumerate(catalog.items())
     ]
     table = mlc.FileObject(id=file.name, name=file.name, content_url=file.name, sha256=sha256_of(file),
                            encoding_formats=["application/x-parquet"])  # fmt: skip
