@@ -149,7 +149,7 @@ def croissant(
             data_types=[kinds.get(column.dtype.kind, mlc.DataType.TEXT)],
             source=mlc.Source(file_object=file.name, extract=mlc.Extract(column=name)),
         )
-        for i, (name, column) in enumerate(catalog.items())
+        for i, (name, column) in enumerate((str(name), catalog[name]) for name in catalog)
     ]
     table = mlc.FileObject(id=file.name, name=file.name, content_url=file.name, sha256=sha256_of(file),
                            encoding_formats=["application/x-parquet"])  # fmt: skip
