@@ -182,10 +182,7 @@ def make_report(
         "unknown": round((metrics.unknown.false_alarm_rate or 0) * metrics.images),
         "weak": weak_spots(metrics),
         "passed_for_known": sorted(
-            (
-                (kind.replace("_", " "), taken, images, taken / images)
-                for kind, (taken, images) in unknown_counts(metrics).items()
-            ),
+            ((kind.replace("_", " "), taken, n, taken / n) for kind, (taken, n) in unknown_counts(metrics).items()),
             key=lambda row: -row[-1],
         ),
         "notebooks": notebooks,
