@@ -292,7 +292,7 @@ def data_check(
     print("good enough to learn from" + (f"; {warnings} of the checks warn (!)" if warnings else ""))
     print(f"next:  {new}")
 
-
+# %% ../../nbs/cli/09_app.ipynb #data-show
 @command(data_app, "show", "celestial data show my-photos/ --output sheet.png")
 def data_show(
     folder: ImageFolder = None,

@@ -90,7 +90,7 @@ def schema(catalog: pd.DataFrame, p: Check) -> Finding:
         return finding("schema", False, f"the catalog isn't as it should be ({words})", catalog.iloc[rows])
     return finding("schema", True, "the catalog is complete")
 
-
+# %% ../../nbs/data/07_checks.ipynb #readable-2
 @check
 def readable(catalog: pd.DataFrame, p: Check) -> Finding:
     "Can every image be read to its end?"

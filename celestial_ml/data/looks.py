@@ -175,7 +175,7 @@ def principal(
     mean, main = _basis(features[_some(len(features))], size)
     return ((features - mean) @ main).astype(np.float32)
 
-
+# %% ../../nbs/data/07_looks.ipynb #lk-embedded
 def embedded(
     looks: Looks,
     size: int = 48,

@@ -71,15 +71,7 @@ class Seen:
         sha = self.catalog.sha256.to_numpy()
         return pairs[sha[pairs.a] != sha[pairs.b]]
 
-    def finding(
-        self, check: str, bad: np.ndarray, what: str, status: str, notes: list[str] | None = None
-    ) -> Finding:  # bad: bool (n,), of the looks
-        "A finding about some of the pictures."
-        rows, n = self.catalog.iloc[self.rows[bad]], int(np.count_nonzero(bad))
-        saw = f"{n:,} {'picture is' if n == 1 else 'pictures are'} {what}" if n else f"no picture is {what}"
-        return finding(check, not n, saw, rows, status, notes or [])
-
-
+# %% ../../nbs/data/07_picture_checks.ipynb #pc-register
 PictureCheck = Callable[[Seen, Check], Finding]
 PICTURE_CHECKS: list[PictureCheck] = []
 
@@ -89,11 +81,18 @@ def picture_check(function: PictureCheck) -> PictureCheck:
     PICTURE_CHECKS.append(function)
     return function
 
+
+def _about(seen: Seen, check: str, bad: np.ndarray, what: str, status: str, notes: list[str] | None = None) -> Finding:
+    "A finding about some of the pictures, a row of booleans."
+    rows, n = seen.catalog.iloc[seen.rows[bad]], int(np.count_nonzero(bad))
+    saw = f"{n:,} {'picture is' if n == 1 else 'pictures are'} {what}" if n else f"no picture is {what}"
+    return finding(check, not n, saw, rows, status, notes or [])
+
 # %% ../../nbs/data/07_picture_checks.ipynb #pc-one
 @picture_check
 def not_blank(seen: Seen, p: Check) -> Finding:
     "Does every picture show something?"
-    return seen.finding("not_blank", seen.blank, "of one colour, or nearly so", p.pictures)
+    return _about(seen, "not_blank", seen.blank, "of one colour, or nearly so", p.pictures)
 
 
 @picture_check
@@ -101,7 +100,7 @@ def well_exposed(seen: Seen, p: Check) -> Finding:
     "Is any picture washed out? Its object is for the larger part at the end of the range, and others aren't."
     clipped = seen.looks.table.clipped.to_numpy(float)
     usual = np.quantile(clipped, 0.75) if len(clipped) else 0.0
-    return seen.finding("well_exposed", clipped >= max(0.55, usual + 0.3), "washed out", p.pictures)
+    return _about(seen, "well_exposed", clipped >= max(0.55, usual + 0.3), "washed out", p.pictures)
 
 
 def _unlike_its_class(values: np.ndarray, labels: np.ndarray) -> np.ndarray:  # float (n,)
@@ -118,7 +117,7 @@ def in_focus(seen: Seen, p: Check) -> Finding:
     sharp = seen.looks.table.sharp.to_numpy(float)
     middle = pd.Series(sharp).groupby(seen.labels).transform("median").to_numpy()
     blurred = (_unlike_its_class(sharp, seen.labels) > 4) & (sharp < 0.6 * middle) & ~seen.blank
-    return seen.finding("in_focus", blurred, "blurred", p.pictures)
+    return _about(seen, "in_focus", blurred, "blurred", p.pictures)
 
 
 @picture_check
@@ -126,7 +125,7 @@ def not_noise(seen: Seen, p: Check) -> Finding:
     "Is any picture mere noise, or a pattern of dots?"
     noise = seen.looks.table.noise.to_numpy(float)
     usual = np.median(noise) if len(noise) else 0.0
-    return seen.finding("not_noise", (noise > max(1.4, usual + 0.4)) & ~seen.blank, "noise", p.pictures)
+    return _about(seen, "not_noise", (noise > max(1.4, usual + 0.4)) & ~seen.blank, "noise", p.pictures)
 
 # %% ../../nbs/data/07_picture_checks.ipynb #pc-kind
 _KINDS = {"1": "two levels", "L": "gray", "LA": "gray", "RGB": "colours", "RGBA": "colours", "P": "colours"}
@@ -141,7 +140,7 @@ def one_mode(seen: Seen, p: Check) -> Finding:
     usual = counts.most_common(1)[0][0] if counts else ""
     rare = [kind for kind, n in counts.items() if kind != usual and n <= max(1, _RARE * len(kinds))]
     notes = [kind for kind in kinds if kind in rare]
-    return seen.finding("one_mode", np.isin(kinds, rare), f"of another mode than {usual}", p.pictures, notes)
+    return _about(seen, "one_mode", np.isin(kinds, rare), f"of another mode than {usual}", p.pictures, notes)
 
 
 @picture_check
@@ -153,7 +152,7 @@ def even_sizes(seen: Seen, p: Check) -> Finding:
         low, middle, high = np.quantile(measured, (0.25, 0.5, 0.75)) if len(measured) else (0, 0, 0)
         odd |= np.abs(measured - middle) > max(least, 4 * (high - low))
     notes = [f"{w:.0f} × {h:.0f}" for w, h in zip(width[odd], height[odd], strict=True)]
-    return seen.finding("even_sizes", odd, "of an odd size or shape", p.pictures, notes)
+    return _about(seen, "even_sizes", odd, "of an odd size or shape", p.pictures, notes)
 
 # %% ../../nbs/data/07_picture_checks.ipynb #pc-near
 def _pairs(seen: Seen, check: str, pairs: pd.DataFrame, what: str, status: str) -> Finding:
@@ -212,15 +211,15 @@ def outliers(
     large = by.transform("size") >= 2 * _NEIGHBOURS
     return ((far - high > 2 * max(high - low, 0.25)) | ((far - top > 3 * spread.clip(0.25)) & large)).to_numpy()
 
-
+# %% ../../nbs/data/07_picture_checks.ipynb #pc-outliers
 @picture_check
 def no_outliers(seen: Seen, p: Check) -> Finding:
     "Is any picture unlike all others?"
     bad = np.zeros(len(seen.looks), bool)
     bad[seen.shown] = outliers(seen.space, seen.labels[seen.shown])
-    return seen.finding("no_outliers", bad, "unlike all others", p.pictures)
+    return _about(seen, "no_outliers", bad, "unlike all others", p.pictures)
 
-
+# %% ../../nbs/data/07_picture_checks.ipynb #pc-labels
 @picture_check
 def labels_fit(seen: Seen, p: Check) -> Finding:
     "Is any label contradicted by all the other pictures?"
