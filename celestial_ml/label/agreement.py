@@ -32,6 +32,8 @@ def kappas(
     judgements: Sequence[Judgement],
 ) -> list[dict[str, Any]]:  # people (two), pictures (both labelled), agreed (share), kappa (None: it's not defined)
     "Cohen's kappa of each two people. Source: Cohen 1960."
+    if len({one.annotator for one in judgements if one.source != "review"}) < 2:
+        return []  # without a second's wait for scikit-learn
     from sklearn.metrics import cohen_kappa_score
 
     table, rows = _table(judgements), []
