@@ -184,6 +184,8 @@ def test_parameters_cell_holds_the_defaults(notebook: Path) -> None:
     "The literals of a step's parameters cell are the schema's defaults, under the same names."
     cell = next(cell for cell in cells(notebook) if "parameters" in cell["metadata"].get("tags", []))
     assignments = [node for node in ast.parse(source(cell)).body if isinstance(node, ast.Assign)]
+    one_line = [node.lineno == node.end_lineno for node in assignments if isinstance(node.value, ast.Constant)]
+    assert all(one_line), "a person changes a line"
     found = {node.targets[0].id: ast.literal_eval(node.value) for node in assignments}
     expected = step_parameters(re.sub(r"^\d+_", "", notebook.stem), Params())
     assert {key: value for key, value in found.items() if key not in OUTSIDE_PARAMETERS} == expected

@@ -22,7 +22,7 @@ from .scoring import Answers, Bad
 from ..core.errors import CelestialError
 from ..core.files import atomic, read_json, write_json
 from ..core.folders import PassedOver
-from ..data.drift import FEATURES
+from ..data.features import FEATURES
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -18,8 +18,7 @@ from .inputs import Item, read_items
 from ..core.errors import CelestialError
 from ..core.files import sha256_of
 from ..core.isolated import return_large_blocks
-from ..data.drift import FEATURES
-from ..data.features import image_statistics
+from ..data.features import FEATURES, image_statistics
 from ..data.images import decode_image
 from ..serve.predictor import Predictor
 

@@ -21,7 +21,8 @@ from ..core.errors import CelestialError
 from ..core.files import atomic
 from ..core.many_classes import few_of
 from ..core.page_builder import Page, html_part
-from ..data.drift import FEATURES, Drift
+from ..data.drift import Drift
+from ..data.features import FEATURES
 from ..data.images import Background, decode_image
 from ..data.thumbnails import shrink
 

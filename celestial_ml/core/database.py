@@ -250,6 +250,8 @@ def open_database(
     patience: float = 5.0,  # seconds to wait for a lock, or a connection
 ) -> Engine:
     "The database with its tables up to date; `CelestialError` where it can't be used."
+    if database.file and database.file.parent == home().resolve():  # a folder that somebody names has to exist
+        home().mkdir(parents=True, exist_ok=True)
     with database_errors(database):
         engine = make_engine(database, patience)
         try:

@@ -107,7 +107,7 @@ class Model(Section):
 
     network: str = Field(
         "auto",
-        description="auto, compact, residual, guide, efficientnet_lite0 (pretrained), keras.applications.NAME, or your own",
+        description="auto, compact, residual, guide, efficientnet_lite0, keras.applications.NAME, or your own",
     )
     pool: int = Field(1, ge=1, le=8, description="side of the square of pixels that are averaged to one, to be quicker")
     width: int = Field(32, ge=4, le=512, description="filters of the first convolution")

@@ -17,7 +17,8 @@ import pandas as pd
 from ..core.params import Prepare
 from ..core.progress import progress
 from .drift import describe
-from .features import image_features, image_statistics
+from .feature_store import FeatureStore, Measuring
+from .features import FEATURES
 from .images import decode_image
 
 # %% ../../nbs/data/09_prepare.ipynb #4ca66f9a
@@ -117,21 +118,23 @@ def prepare_images(
     catalog: pd.DataFrame,  # with splits
     p: Prepare,
     root: Path,  # what the catalog's paths are relative to
+    store: FeatureStore | None = None,  # features that are there aren't computed again
 ) -> tuple[np.ndarray, pd.DataFrame]:  # pixels uint8 (n, size, size, channels); path, label, split, sha256, features
     "The network's input and the features of every readable image; `attrs['statistics']` describes the training images."
     readable = catalog[catalog.error.isna()].reset_index(drop=True)
     prepare = Preparer(p)
     pixels = np.empty((len(readable), prepare.size, prepare.size, prepare.channels), np.uint8)
-    features: list[dict[str, Any]] = []
-    seen: list[list[float]] = []
-    for i, path in enumerate(progress(readable.path, "preparing images", len(readable))):
+    measuring = Measuring(store, readable.sha256.tolist(), background=p.background)
+    rows: list[dict[str, Any]] = []
+    pairs = zip(readable.path, readable.sha256, strict=True)
+    for i, (path, sha) in enumerate(progress(pairs, "preparing images", len(readable))):
         image = decode_image(root / path, background=p.background)
         pixels[i] = prepare(image)
-        features.append(image_features(image))
-        seen.append([*image_statistics(image).values()])
-    about, measured = readable.drop(columns=["error", "format", "bytes"]), pd.DataFrame(features)
+        rows.append(measuring.row(sha, image))
+    measuring.save()
+    about, measured = readable.drop(columns=["error", "format", "bytes"]), pd.DataFrame(rows, columns=measuring.columns)
     # A person's metadata.csv may have a column of the same name as a feature: both are kept.
     table = about.rename(columns={name: f"{name}_given" for name in set(about) & set(measured)}).join(measured)
-    learned = (readable.split == "train").to_numpy()
-    table.attrs["statistics"] = describe(np.array(seen).reshape(len(seen), -1)[learned]) if seen else {}
+    learned = readable.reindex(columns=["split"]).split == "train"
+    table.attrs["statistics"] = describe(measured.loc[learned, list(FEATURES)].to_numpy(float))
     return pixels, table

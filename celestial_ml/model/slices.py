@@ -120,7 +120,7 @@ def slice_values(
     if {"lit", "extent"} <= set(f):
         share = f.lit / (np.pi / 4 * f.extent.clip(lower=1e-9) ** 2)
         values["lit share"] = share.where(f.phase_deg.isna()) if "phase_deg" in f else share
-    names = {"extent": "size", "brightness": "brightness", "contrast": "contrast", "sharpness": "sharpness"}
+    names = {"extent": "size", "brightness": "brightness", "contrast": "contrast", "detail": "sharpness"}
     names |= {"aspect": "shape"}
     values |= {name: f[column].round(3 if name == "sharpness" else 2) for column, name in names.items() if column in f}
     if {"red", "green", "blue"} <= set(f):

@@ -33,7 +33,7 @@ class Difference:
     theirs: float | None
     low: float | None = None  # of the interval of ours - theirs; None where there is no test of it
     high: float | None = None
-    how: str = "untested"  # paired, intervals or untested
+    how: str = "untested"  # paired, intervals, other images (each on its own, so not to be compared) or untested
     p: float | None = None  # of McNemar's test, for a paired accuracy
     sure: bool = False  # more than chance
     more_is_better: bool = True
@@ -160,8 +160,10 @@ def differences(
             rows[key] = _from_intervals(row, left, right)
         else:
             rows[key] = replace(row, ours=left.value if left else None, theirs=right.value if right else None)
+    other_images = False
     if answers is not None:
         places, others = same_images(*answers)
+        other_images = 2 * len(places) < min(len(side.sha256) for side in answers)
         if len(places) >= least:
             paired = paired or compare(answers[0].correct[places], answers[1].correct[others], alpha)
             classes = list(first.per_class)
@@ -173,13 +175,16 @@ def differences(
     if paired is not None and paired.images >= least:
         rows["accuracy"] = replace(rows["accuracy"], ours=paired.accuracy, theirs=paired.other, low=paired.low,
                                    high=paired.high, how="paired", p=paired.p, sure=paired.p < alpha)  # fmt: skip
+    if other_images:  # the intervals are of different questions
+        apart = {key: row for key, row in rows.items() if row.how == "intervals"}
+        rows |= {k: replace(row, low=None, high=None, how="other images", sure=False) for k, row in apart.items()}
     shares, seconds = _shares(first), _shares(second)
     counted = [
         _from_intervals(
             Difference(name, None, None, more_is_better=name == "unknowns recognised"), share, seconds[name]
         )
         for name, share in shares.items()
-        if name in seconds
+        if name in seconds and not (other_images and name == "known ones called unknown")
     ]
     return [*rows.values(), *counted, *_untested(first, second)]
 
@@ -238,8 +243,13 @@ def _how(figures: list[Difference], answers: tuple[Evidence, Evidence] | None, p
     "The way of comparing, in words."
     if figures[0].how == "paired":
         n = paired.images if paired else len(same_images(*answers)[0]) if answers else 0
-        others = "" if figures[1].how == "paired" else ", the other figures by their intervals"
-        return f"paired, on the same {n} images{others}"
+        others = {
+            "intervals": ", the other figures by their intervals",
+            "other images": "; the other figures were measured on other images and aren't compared",
+        }
+        return f"paired, on the same {n} images{others.get(figures[1].how, '')}"
+    if figures[0].how == "other images":
+        return "each was measured on images of its own, which can't be compared"
     return "by the intervals of both: their answers to the same images aren't at hand, so only large differences show"
 
 

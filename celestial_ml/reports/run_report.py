@@ -70,7 +70,7 @@ def _figure_row(figure: Difference) -> tuple[str, ...]:
     "A row of the table of figures."
     theirs, ours = as_figure(figure, figure.theirs), as_figure(figure, figure.ours)
     change, low, high = (as_figure(figure, value, True) for value in (figure.difference, figure.low, figure.high))
-    how = {"paired": "same images", "intervals": "intervals"}.get(figure.how, "–")
+    how = {"paired": "same images", "untested": "–"}.get(figure.how, figure.how)
     how += "" if figure.p is None else f", p = {figure.p:.2g}"
     return (figure.name, theirs, ours, change, "–" if figure.low is None else f"{low} to {high}", how, figure.verdict)
 
