@@ -179,9 +179,13 @@ document.addEventListener("keydown", (event) => {
   if (event.key.toLowerCase() === "n") { event.preventDefault(); element.querySelector("#new-class")?.focus(); }
   if (button && !button.disabled) { event.preventDefault(); button.click(); }
 });
+let current = sha256();
 new MutationObserver(() => {
+  const input = element.querySelector("#new-class");
+  if (input && sha256() !== current) { input.value = ""; input.blur(); }
+  current = sha256();
   if (focused && document.activeElement === document.body) element.querySelector(focused)?.focus({preventScroll: true});
-}).observe(element, {subtree: true, childList: true});
+}).observe(element, {subtree: true, childList: true, attributeFilter: ["data-sha256"]});
 """
 
 
