@@ -32,6 +32,7 @@ PACKAGE = (  # what of a run is served
     "model.onnx",
     "model.int8.onnx",
     "model_card.html",
+    "data_card.html",
     "reference.npz",
     "held_out.npz",
     "selftest.npz",

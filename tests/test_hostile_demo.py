@@ -345,6 +345,7 @@ def test_nothing_served_names_a_folder_of_the_server(page: Page, url: str, folde
         "openapi.json",
         "model",
         "model/card",
+        "model/data_card.html",
         "ready",
         "health",
         "metrics",

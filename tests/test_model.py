@@ -168,7 +168,7 @@ def test_int8_is_served_where_it_is_as_good(celestial, smoke: Plan) -> None:
     assert passes or about["compression"]["reasons"], "a refusal says why"
     assert about["sha256"] == sha256_of(Path("output/smoke", about["file"]))
     published = Path(".celestial/models", read_json("output/smoke/register.json")["model"])
-    reports = {"gate.json", "model_card.md", "model_card.html"}
+    reports = {"gate.json", "model_card.md", "model_card.html", "data_card.md", "data_card.html"}
     assert {about["file"], "model.json", *about["files"]} | reports == {path.name for path in published.iterdir()}
     beside = {
         "reference.npz",

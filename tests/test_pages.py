@@ -27,7 +27,7 @@ STEPS = ("acquire", "check", "prepare", "train", "evaluate", "explain", "package
 def pages(smoke: Plan, at_home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     "A page of each kind, by its name."
     run = at_home / "output/smoke"
-    found = {name: run / f"{name}.html" for name in ("report", "model_card", *STEPS)}
+    found = {name: run / f"{name}.html" for name in ("report", "model_card", "data_card", *STEPS)}
     outcomes = [Outcome(f"grid/{name}", {"train.lr": 0.1**i}, "done", 2.0, 1) for i, name in enumerate(("a", "b", "c"))]
     for outcome in outcomes[:2]:
         shutil.copytree(run, at_home / "output" / outcome.run)
@@ -54,7 +54,7 @@ def windows() -> Iterator[dict[tuple[int, str], Any]]:
         }
 
 
-@pytest.mark.parametrize("name", ["report", "model_card", "gallery", "batch", *STEPS])
+@pytest.mark.parametrize("name", ["report", "model_card", "data_card", "gallery", "batch", *STEPS])
 def test_look(pages: dict[str, Path], windows: dict[tuple[int, str], Any], name: str) -> None:
     for look, window in windows.items():
         if name in STEPS and look not in (LOOKS[0], LOOKS[3]):
@@ -76,7 +76,7 @@ def test_look(pages: dict[str, Path], windows: dict[tuple[int, str], Any], name:
         assert complaints == [], look
 
 
-@pytest.mark.parametrize("name", ["report", "model_card", "gallery"])
+@pytest.mark.parametrize("name", ["report", "model_card", "data_card", "gallery"])
 def test_no_page_for_others_names_a_folder_of_this_machine(pages: dict[str, Path], at_home: Path, name: str) -> None:
     text = pages[name].read_text()
     assert str(at_home) not in text and str(Path.home()) + "/" not in text

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from celestial_ml.demo.side_by_side import published_versions
 from celestial_ml.flow.pipeline import Plan, execute, make_plan
 from celestial_ml.flow.steps import Task, load_tasks
 
-ALL = list(load_tasks(Path(__file__).parent.parent, "default"))
+ROOT = Path(__file__).parent.parent
+ALL = list(load_tasks(ROOT, "default"))
 
 
 def rerun(root: Path, *settings: str, params: str = "smoke", **options: str) -> list[str]:
@@ -114,6 +116,29 @@ def test_a_version_has_a_card_with_its_figures(smoke: Plan) -> None:
     )
     for name in (*metrics["per_class"], "out of scope", "lineage", "verdict of the gate", model):
         assert name.lower() in text.lower() and name.lower() in page.lower(), name
+
+
+def test_a_run_has_a_card_of_its_images_and_croissant_loads_them(smoke: Plan) -> None:
+    import mlcroissant
+
+    catalog, folder = pd.read_parquet("output/smoke/catalog.parquet"), Path("output/smoke")
+    text, page = ((folder / f"data_card.{kind}").read_text() for kind in ("md", "html"))
+    assert f"| images | {len(catalog)} | {catalog.sha256.nunique()} of them distinct |" in text
+    for label, rows in catalog.groupby("label"):
+        in_split = [(rows.split == split).sum() for split in ("train", "val", "test")]
+        assert f"| {label} | {' | '.join(map(str, (*in_split, len(rows))))} |" in text
+    licence = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"]
+    assert f"| render | {licence} |" in text and read_json(folder / "acquire.json")["data_sha256"] in text
+    assert (folder / "plots/contact_sheet.png").is_file() and "](plots/contact_sheet.png)" in text
+    assert page.count("data:image/webp;base64") == 1
+    for report in ("report", "model_card"):
+        assert 'href="data_card.html"' in (folder / f"{report}.html").read_text()
+    loaded = mlcroissant.Dataset(folder / "croissant.json")
+    assert loaded.metadata.ctx.issues.errors == set() and loaded.metadata.license[0].endswith(f"/{licence}.html")
+    records = pd.DataFrame(dict(record) for record in loaded.records("images"))
+    for name in ("path", "label", "split", "sha256"):
+        assert records[f"images/{name}"].str.decode("utf-8").tolist() == catalog[name].tolist()
+    assert records["images/width"].tolist() == catalog.width.tolist() and len(records.columns) == len(catalog.columns)
 
 
 def test_nothing_changed_nothing_runs_and_ploomber_is_not_imported(smoke: Plan, at_home: Path) -> None:

@@ -84,9 +84,7 @@ def local_name(name: str) -> str:
     return path if path == name or os.path.exists(path) else unquote(path)  # noqa: PTH110, `Path` refuses some names
 
 
-def file_system(
-    url: str,
-) -> tuple[Any, str]:  # fsspec's file system, and the path in it
+def file_system(url: str) -> tuple[Any, str]:  # fsspec's file system, and the path in it
     "What fsspec makes of a URL; `CelestialError` for one that it doesn't know."
     try:
         from fsspec.core import url_to_fs

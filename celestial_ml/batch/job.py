@@ -79,8 +79,7 @@ def units(
 
 
 def scored(
-    engine: Engine,
-    stream: Iterable[Item],
+    engine: Engine, stream: Iterable[Item]
 ) -> Iterator[tuple[list[Item], Answers]]:  # in the order of the pictures
     "Each unit, without its contents, and its answers; before an error, what came before it."
     waiting: deque[tuple[list[Item], Any, int]] = deque()

@@ -41,30 +41,18 @@ class Places:
     notes: Path  # the folder of all but the answers
     parts: Path  # the folder of the parts
     file: Path | None  # the one file, if OUT is one
-
-    @property
-    def job(self) -> Path:
-        "The record of the job."
-        return self.notes / "job.json"
-
-    @property
-    def bad(self) -> Path:
-        "The pictures without an answer, one JSON object a line."
-        return self.notes / "bad.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        "The page for people."
-        return self.notes / "summary.html"
+    job: Path  # the record of the job
+    bad: Path  # the pictures without an answer, one JSON object a line
+    summary: Path  # the page for people
 
 
 def places(out: Path | str) -> Places:
     "Where the files of a job are."
     out = Path(out)
-    if out.suffix != ".parquet":
-        return Places(out, out / "_batch", out, None)
-    notes = out.with_suffix(".batch")
-    return Places(out, notes, notes / "parts", out)
+    file = out if out.suffix == ".parquet" else None
+    notes = out.with_suffix(".batch") if file else out / "_batch"
+    parts = notes / "parts" if file else out
+    return Places(out, notes, parts, file, notes / "job.json", notes / "bad.jsonl", notes / "summary.html")
 
 
 def part_files(where: Places) -> list[Path]:
@@ -258,9 +246,7 @@ def _require_same(where: Places, earlier: Job, job: Job) -> None:
         raise OtherJob(f"{where.out} holds answers for {earlier.input}, not for {job.input}", hint)
 
 # %% ../../nbs/batch/02_parts.ipynb #known-parts
-def read_parts(
-    where: Places,
-) -> list[Part]:  # without their bad pictures, which may be many
+def read_parts(where: Places) -> list[Part]:  # without their bad pictures, which may be many
     "The parts, or those that the one file was made of."
     if where.file and where.file.is_file():
         return [Part(**part) for part in _read_footer(where.file)["parts"]]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,9 +53,8 @@ class Answers:
 
     def __post_init__(self) -> None:
         self.probabilities = np.reshape(self.probabilities, (-1, len(self.classes)))
-        self.statistics = (
-            self.statistics if self.statistics.size else np.full((len(self), len(FEATURES)), np.nan, np.float32)
-        )
+        if not self.statistics.size:
+            self.statistics = np.full((len(self), len(FEATURES)), np.nan, np.float32)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -87,9 +86,7 @@ def score_unit(
     base: str = "",  # the folder that paths are relative to, where it isn't the current one
 ) -> Answers:
     "Read, decode and score some pictures; those without an answer are listed with the reason."
-    scored: list[
-        tuple[Item, str, list[float], np.ndarray, np.ndarray]
-    ] = []  # SHA-256, statistics, probabilities, score
+    scored: list[tuple[Item, str, list[float], np.ndarray, np.ndarray]] = []  # checksum, statistics, answer, score
     waiting: list[tuple[Item, str, np.ndarray]] = []  # and SHA-256, pixels
     bad: list[Bad] = []
 
@@ -114,15 +111,11 @@ def score_unit(
             score()
     score()
     items, sha256, seen, probabilities, scores = zip(*scored, strict=True) if scored else ((), (), (), (), ())
-    columns = (
-        [item.name for item in items],
-        list(sha256),
-        np.array(probabilities, np.float32),
-        np.array(scores, np.float32),
-    )
-    known, rows = columns[-1] <= model.ood_threshold, [item.row for item in items]
+    names, rows = [item.name for item in items], [item.row for item in items]
+    answers, ood, statistics = (np.array(values, np.float32) for values in (probabilities, scores, seen))
+    known = ood <= model.ood_threshold
     bad.sort(key=lambda one: one.row)
-    return Answers(model.version, model.classes, *columns, known, rows, bad, np.array(seen, np.float32))
+    return Answers(model.version, model.classes, names, list(sha256), answers, ood, known, rows, bad, statistics)
 
 # %% ../../nbs/batch/01_scoring.ipynb #score
 def as_bad(
@@ -182,8 +175,6 @@ def threads(
     return_large_blocks()  # and keep small ones, which glibc would return and fetch again for each unit
     pool = ThreadPoolExecutor(workers, thread_name_prefix="batch")
     try:  # a few units for each thread: one huge picture must not keep the others waiting
-        yield Engine(
-            16, lambda: 4 * workers, lambda unit: pool.submit(score_unit, model, unit), lambda begun: begun.result()
-        )
+        yield Engine(16, lambda: 4 * workers, lambda unit: pool.submit(score_unit, model, unit), Future.result)
     finally:
         pool.shutdown(cancel_futures=True)

@@ -148,9 +148,7 @@ def _score_bins(summary: Summary) -> tuple[list[int], str, str, str, str]:  # co
     return summary.scores.tolist(), f"{low:.3g}", f"{summary.threshold:.3g}", f"{high:.3g}", words
 
 
-def charts(
-    summary: Summary,
-) -> dict[str, str]:  # HTML: classes, confidence, scores
+def charts(summary: Summary) -> dict[str, str]:  # HTML: classes, confidence, scores
     "The charts, for a notebook."
     return {
         "classes": html_part("charts", "bars", _class_rows(summary), _CLASS_HEADER),
@@ -163,14 +161,13 @@ def thumbnails(
     source: Inputs,
     doubts: Sequence[Doubt],
     background: Background,  # of the model
-    side: int = 128,  # pixels along the longer edge
 ) -> dict[int, np.ndarray]:  # row → uint8 (height, width, 3); files that are gone are missing
     "Small versions of some images."
     small = {}
     with suppress(CelestialError):  # the source is gone or has changed; the answers are there
         for row, content in read_again(source, {doubt.row: doubt.path for doubt in doubts}):
             with suppress(Exception):  # it changed since, or its decoder refuses it
-                small[row] = shrink(decode_image(content, background=background), side)
+                small[row] = shrink(decode_image(content, background=background), 128)
     return small
 
 # %% ../../nbs/batch/03_summary.ipynb #as-percent

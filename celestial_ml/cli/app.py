@@ -37,6 +37,7 @@ from celestial_ml.cli.console import (
 )
 from .feedback import add_queue, feedback_app
 from .keys import keys_app
+from .label import label_app
 from .log import log_app
 from .models import models_app
 from .new import new_app
@@ -71,6 +72,15 @@ for name, group in {
 }.items():
     app.add_typer(group, name=name, short_help=str(group.info.help))
 
+# %% ../../nbs/cli/09_app.ipynb #d9a39e7e
+app = command_group("From a notebook to a served, monitored, retrained image classifier.")
+data_app = command_group("The images: fetch, validate, look at.")
+for group in (batch_app, sweep_app, report_app, new_app, ui_app):
+    app.add_typer(group)
+_groups = {"data": data_app, "label": label_app, "log": log_app, "keys": keys_app, "models": models_app}
+for name, group in _groups.items():
+    app.add_typer(group, name=name, short_help=str(group.info.help))
+
 # %% ../../nbs/cli/09_app.ipynb #run
 @command(app, "run", "celestial run guide --set train.lr=0.001 --run lower-lr")
 def run(
@@ -99,9 +109,8 @@ def run(
     manifest, verdict = read_manifest(folder), read_json(folder / "register.json")
     metrics = manifest.metrics
     if json_:
-        print(
-            json.dumps({"run": plan.run, "ran": list(plan.stale), "metrics": metrics.to_json(), "registered": verdict})
-        )
+        about = {"run": plan.run, "ran": list(plan.stale), "metrics": metrics.to_json(), "registered": verdict}
+        print(json.dumps(about))
         return
     roles = {"challenge": "is challenger", "refuse": "is refused", "same": "is set aside"}
     role = "is champion" if verdict["promoted"] else roles.get(verdict["decision"], "is not registered")
@@ -205,7 +214,7 @@ def serve(
     model: ModelOption = None,
     demo: Annotated[bool, typer.Option(help="serve the demo at / too")] = True,
     open_demo: Annotated[
-        bool, typer.Option("--open-demo", help="allow the demo without a login where other machines reach --host")
+        bool, typer.Option("--open-demo", help="no login, though other machines reach --host")
     ] = False,
     challenger: Annotated[str | None, typer.Option(help="off, shadow:SHARE or canary:SHARE of the requests")] = None,
 ) -> None:
@@ -304,6 +313,34 @@ def data_show(
     with atomic(output) as f:
         contact_sheet(pictures, list(shown.label), columns=10).save(f)
     print(f"look:  {output}")
+
+# %% ../../nbs/cli/09_app.ipynb #data-render
+@command(data_app, "render", "celestial data render --bodies Saturn,Moon --phase crescent --output crescents")
+def data_render(
+    bodies: Annotated[str | None, typer.Option(help="names, separated by commas; default: the ten")] = None,
+    count: Annotated[int, typer.Option(min=1, max=100_000, help="pictures of each body")] = 10,
+    phase: Annotated[
+        str | None, typer.Option(help="degrees, as 120 or 100:140, or full, gibbous, half, crescent, new")
+    ] = None,
+    maps: Annotated[Path | None, typer.Option(help="a folder of equirectangular maps, as Saturn.jpg")] = None,
+    size: Annotated[int, typer.Option(min=16, max=1024, help="side of a picture, in pixels")] = 128,
+    seed: Annotated[int, typer.Option(min=0, help="another seed, other pictures")] = 7,
+    output: Annotated[Path, typer.Option(help="the folder to make, with a folder for each body")] = Path("rendered"),
+    json_: AsJson = False,
+) -> None:
+    "Draw pictures of bodies, to ask what a model says of them."
+    from celestial_ml.planets.source import choose_bodies, choose_phase, render_by_hand
+
+    chosen, degrees = choose_bodies(bodies), choose_phase(phase)
+    used = render_by_hand(output, chosen, count, size, seed, degrees, maps)
+    if json_:
+        print(json.dumps({"folder": str(output), "images": count * len(chosen), "maps": used}))
+        return
+    without = [body for body, number in used.items() if not number]
+    if maps and without:
+        print(f"{maps} has no map of {', '.join(without)}: drawn without", file=sys.stderr)
+    print(f"{count * len(chosen):,} pictures of {', '.join(chosen)}, and metadata.csv with the view of each")
+    print(f"look:  {output}\nnext:  celestial predict {shlex.quote(str(output))}")
 
 # %% ../../nbs/cli/09_app.ipynb #in-utf8
 def _in_utf8() -> None:

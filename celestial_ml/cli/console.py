@@ -58,9 +58,7 @@ def errors_as_text() -> Iterator[None]:
 
 # %% ../../nbs/cli/00_console.ipynb #command
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
-Executor = Annotated[
-    Literal["inline", "kernel"], typer.Option(help="inline: one process, fast; kernel: one a step, isolated")
-]
+Executor = Annotated[Literal["inline", "kernel"], typer.Option(help="inline: one fast process; kernel: one a step")]
 ModelOption = Annotated[str | None, typer.Option(help="a folder, a run or a version; default: the champion")]
 ParamsFile = Annotated[str, typer.Argument(help="a file in params/: default, smoke, guide, …")]
 RunName = Annotated[str | None, typer.Option("--run", help="name of the run, a folder under output/; default: PARAMS")]
@@ -71,10 +69,8 @@ def command_group(
     help: str | None = None,  # None: its commands stand among those of the group above
 ) -> typer.Typer:
     "A group of commands."
-    alone = help is not None
-    return typer.Typer(
-        help=help, no_args_is_help=alone, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
-    )
+    plain: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+    return typer.Typer(help=help, no_args_is_help=help is not None, **plain)
 
 
 def command(group: typer.Typer, name: str, example: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -114,9 +110,8 @@ def table(
         widths[spare.index(max(spare))] -= 1
     lines = []
     for row in rows:
-        cells = [
-            textwrap.wrap(cell, max(width, 1), break_on_hyphens=False) for cell, width in zip(row, widths, strict=True)
-        ]
+        pairs = zip(row, widths, strict=True)
+        cells = [textwrap.wrap(cell, max(width, 1), break_on_hyphens=False) for cell, width in pairs]
         for parts in zip_longest(*cells, fillvalue="") if any(row) else [row]:
             line = "  ".join(f"{part:<{width}}" for part, width in zip(parts, widths, strict=True))
             lines.append(f"{' ' * indent}{line}".rstrip())

@@ -85,9 +85,8 @@ def models_list(json_: AsJson = False) -> None:
         print("\nMLflow's aliases lag behind: they follow within seconds of a decision, or with celestial models sync")
     champion = any("champion" in row["aliases"] for row in rows)
     able = [row["model"] for row in rows if not (row["aside"] or row["retired"])]
-    print(
-        f"\nnext:  celestial {'models show champion' if champion else 'models promote ' + able[-1] if able else 'run'}"
-    )
+    after = "models show champion" if champion else f"models promote {able[-1]}" if able else "run"
+    print(f"\nnext:  celestial {after}")
 
 
 _COLUMNS = ["version", "alias", "accuracy", "macro F1", "images", "source", "run", "made"]
@@ -166,9 +165,7 @@ def models_promote(
     model: Model,
     who: Who = None,
     why: Why = "",
-    params: Annotated[
-        str | None, typer.Option(help="the params file with the rules; those it was registered by")
-    ] = None,
+    params: Annotated[str | None, typer.Option(help="params file with the rules; those it was registered by")] = None,
     json_: AsJson = False,
 ) -> None:
     "Make a version champion if it passes the gate. Exits with 1 if it doesn't."
@@ -236,9 +233,7 @@ def models_retire(
 # %% ../../nbs/cli/01_models.ipynb #models-audit
 @command(models_app, "audit", "celestial models audit --verify")
 def models_audit(
-    verify_: Annotated[
-        bool, typer.Option("--verify", help="only check the chain; exits with 1 if it is broken")
-    ] = False,
+    verify_: Annotated[bool, typer.Option("--verify", help="only check the chain; exit 1 if it is broken")] = False,
     last: Annotated[int, typer.Option(min=1, help="how many entries")] = 20,
     restart: Annotated[bool, typer.Option("--restart", help="begin a new log; a damaged one is kept")] = False,
     who: Who = None,

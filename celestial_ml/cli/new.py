@@ -22,9 +22,7 @@ new_app = command_group()
 def new(
     project: Annotated[Path, typer.Argument(help="the folder to create; it must not exist")],
     classes: Annotated[str | None, typer.Option(help="cat,dog,bird; default: the folders in --data")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="a folder with a folder of images for each class, or a table of labels")
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help="a folder of class folders, or a table of labels")] = None,
     size: Annotated[int | None, typer.Option(help="side of the network's input in pixels")] = None,
     json_: AsJson = False,
 ) -> None:

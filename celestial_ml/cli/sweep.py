@@ -32,9 +32,7 @@ def sweep(
     notebook: Annotated[list[str] | None, typer.Option(help="these notebooks instead of the pipeline")] = None,
     until: Annotated[str | None, typer.Option(help="the pipeline up to this step; default: all of it")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="runs side by side; default: one for each core")] = None,
-    memory: Annotated[
-        float | None, typer.Option(min=0.1, help="gigabytes for all; default: 0.9 of the free memory")
-    ] = None,
+    memory: Annotated[float | None, typer.Option(min=0.1, help="GB for all; default: 0.9 of the free memory")] = None,
     retries: Annotated[int, typer.Option(min=0, help="repetitions of a run that failed unexpectedly")] = 1,
     run: Annotated[str | None, typer.Option(help="name of the sweep; default: PARAMS-sweep")] = None,
     json_: AsJson = False,
@@ -94,14 +92,11 @@ def _registers(best: "Outcome", files: list[str], settings: list[str]) -> str:
     "The command that registers a run of a sweep, which registers none: nothing else of it is done again."
     from celestial_ml.flow.grid import as_text
 
-    values = {key: as_text(value) for key, value in best.values.items() if key != "params"} | {
-        "register.publish": "true"
-    }
+    values = [f"{key}={as_text(value)}" for key, value in best.values.items() if key != "params"]
     file = next((file for file in files if Path(file).stem == best.values.get("params")), (files or ["default"])[0])
-    chosen = [*settings, *(f"{key}={value}" for key, value in values.items())]
-    return shlex.join(
-        ["celestial", "run", file, *(part for one in chosen for part in ("--set", one)), "--run", best.run]
-    )
+    chosen = [*settings, *values, "register.publish=true"]
+    options = [part for one in chosen for part in ("--set", one)]
+    return shlex.join(["celestial", "run", file, *options, "--run", best.run])
 
 # %% ../../nbs/cli/05_sweep.ipynb #params
 @command(sweep_app, "params", "celestial params train guide > train.yaml")

@@ -197,9 +197,7 @@ class Schema:
 
 # %% ../../nbs/core/13_database.ipynb #log-tables
 @lru_cache(maxsize=8)
-def schema_tables(
-    schema: Schema,
-) -> MetaData:
+def schema_tables(schema: Schema) -> MetaData:
     "The tables as the last revision leaves them: `schema_tables(schema).tables['predictions']`."
     from sqlalchemy import MetaData, Table
 

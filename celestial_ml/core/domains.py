@@ -67,9 +67,7 @@ class Domain:
     examples: Sequence[str] = ()  # names of pictures to try that show none of the classes
     controls: Sequence[Control] = ()  # of `draw`; none: nothing is drawn
     near_ood: ClassVar[dict[str, Sequence[str]]] = {}  # kind that is hard to tell from the classes → what it shows
-    source_names: ClassVar[
-        dict[str, str]
-    ] = {}  # data.source → what it is, for a sentence; without people and their data
+    source_names: ClassVar[dict[str, str]] = {}  # data.source → what it is, in a sentence; not people's own
 
     def origin(self, source: str | None) -> str:
         "Sources of images, as in: it was trained on …"

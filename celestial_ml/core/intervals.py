@@ -10,11 +10,7 @@ from math import sqrt
 from statistics import NormalDist
 
 # %% ../../nbs/core/06_intervals.ipynb #share-interval
-def share_interval(
-    right: float,
-    count: float,
-    confidence: float = 0.95,
-) -> tuple[float, float]:  # 0 … 1, low first
+def share_interval(right: float, count: float, confidence: float = 0.95) -> tuple[float, float]:  # 0 … 1, low first
     "The interval of a share, honest at 0 and 100 % too. Source: Wilson 1927; Brown, Cai and DasGupta 2001."
     if not count:
         return 0.0, 1.0
@@ -27,8 +23,7 @@ def share_interval(
 def f1_interval(
     hits: float,  # images of a class that were recognised
     mistakes: float,  # images of it that were not, and others that were taken for it
-    confidence: float = 0.95,
 ) -> tuple[float, float]:  # 0 … 1, low first
     "The interval of an F1. Source: Hand, Christen and Kirielle 2021, F*: F1 grows with the share of hits, and only with it."
-    low, high = share_interval(hits, hits + mistakes, confidence)
+    low, high = share_interval(hits, hits + mistakes)
     return 2 * low / (1 + low), 2 * high / (1 + high)

@@ -50,9 +50,7 @@ def return_large_blocks() -> None:
     trim_threshold, mmap_threshold, arenas = -1, -3, -8  # of malloc.h
     if mallopt is not None:
         mallopt(mmap_threshold, 1_000_000)
-        mallopt(
-            trim_threshold, 4_000_000
-        )  # less than that is for `return_freed`: it would cost each small picture time
+        mallopt(trim_threshold, 4_000_000)  # less is for `return_freed`: it would cost each small picture time
         mallopt(arenas, 2)  # or each of many threads keeps some of its own
 
 

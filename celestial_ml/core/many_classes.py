@@ -28,9 +28,7 @@ def few_of(
     return (sorted(items, key=key) if key else items)[:FEW]
 
 
-def listed(
-    names: Iterable[str],
-) -> str:
+def listed(names: Iterable[str]) -> str:
     "Names in a sentence; of many only some, and how many more there are."
     names = list(names)
     shown = few_of(names)

@@ -13,11 +13,7 @@ from pathlib import Path
 from .errors import CelestialError
 
 # %% ../../nbs/core/07_names.ipynb #printable
-_JOINERS = {
-    "\u200c",
-    "\u200d",
-    *map(chr, range(0xE0020, 0xE0080)),
-}  # the last ones are in the flags of Wales and Scotland
+_JOINERS = {*map(chr, (0x200C, 0x200D, *range(0xE0020, 0xE0080)))}  # the last: in the flags of Wales and Scotland
 
 
 def _is_hidden(c: str) -> bool:
@@ -48,9 +44,8 @@ def check_class(
 ) -> str:  # in Unicode's composed form (NFC)
     "A class's name; `CelestialError` says what is wrong with it."
     text = unicodedata.normalize("NFC", name)
-    wrong = sorted(
-        {f"'{printable(c)}'" for c in text if _is_hidden(c) or c == "/" or (portable and c in _NOT_PORTABLE)}
-    )
+    barred = _NOT_PORTABLE if portable else "/"
+    wrong = sorted({f"'{printable(c)}'" for c in text if _is_hidden(c) or c in barred})
     why = (
         "it's empty" if not text.strip()
         else f"it holds {' '.join(wrong)}" if wrong
@@ -63,9 +58,8 @@ def check_class(
         else ""
     )  # fmt: skip
     if why:
-        raise CelestialError(
-            f"'{printable(name)[:80]}' can't be the name of a class: {why}", "Rename the class's folder."
-        )
+        message = f"'{printable(name)[:80]}' can't be the name of a class: {why}"
+        raise CelestialError(message, "Rename the class's folder.")
     return text
 
 # %% ../../nbs/core/07_names.ipynb #check-name

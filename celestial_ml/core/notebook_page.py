@@ -49,11 +49,9 @@ def _sections(cells: list[NotebookNode]) -> list[tuple[str, list[NotebookNode]]]
     hidden = [part for part in others if not any(cell.get("outputs", cell.source) for cell in part[1])]
     for i, (name, some) in enumerate(hidden):
         others.remove((name, some))  # nothing to see but code
-        ran[1].extend(
-            [NotebookNode(cell_type="markdown", id=f"ran-{i}", metadata={}, source=f"### {name}"), *some]
-            if some
-            else []
-        )
+        if some:
+            head = NotebookNode(cell_type="markdown", id=f"ran-{i}", metadata={}, source=f"### {name}")
+            ran[1].extend([head, *some])
     return [*results, *others, ran]
 
 # %% ../../nbs/core/13_notebook_page.ipynb #np-links
@@ -92,10 +90,5 @@ class NotebookPage(HTMLExporter):
             html = re.sub(r"<th([^>]*)>(?:\s|&nbsp;)*</th>", r"<td\1></td>", html)  # a header without text
             sections.append((name, Markup(html)))
         name = (resources.get("metadata") or {}).get("name", "")
-        data = {
-            "title": title[1] if title else name,
-            "subtitle": (title and title[2]) or "",
-            "parts": sections,
-            "links": links,
-        }
-        return Page("notebook", data).html(), resources
+        data = {"title": title[1] if title else name, "subtitle": (title and title[2]) or ""}
+        return Page("notebook", data | {"parts": sections, "links": links}).html(), resources

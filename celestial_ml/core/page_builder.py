@@ -83,11 +83,9 @@ def _environment(form: str) -> Environment:  # html or md
 
     def as_markdown(value: Any) -> Any:
         "Escaped, so that Markdown sees neither HTML nor a link in it."
-        return (
-            value
-            if hasattr(value, "__html__")
-            else Markup(re.sub(r"<(?=[A-Za-z/!?])|(?<=\])\(", r"\\\g<0>", str(value)))
-        )
+        if hasattr(value, "__html__"):
+            return value
+        return Markup(re.sub(r"<(?=[A-Za-z/!?])|(?<=\])\(", r"\\\g<0>", str(value)))
 
     env = Environment(loader=PackageLoader("celestial_ml.core"), autoescape=True, undefined=StrictUndefined,
                       finalize=as_markdown if form == "md" else None, trim_blocks=True, lstrip_blocks=True)  # fmt: skip

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'ParamsError', 'Section', 'Data', 'Check', 'Prepare', 'Model', 'Train', 'Evaluate', 'Stress', 'Explain',
-           'Package', 'Register', 'Span', 'Tune', 'Score', 'Track', 'Params', 'allowed', 'known_keys', 'typed',
+           'Package', 'Register', 'Card', 'Span', 'Tune', 'Score', 'Track', 'Params', 'allowed', 'known_keys', 'typed',
            'parse_yaml', 'params_path', 'load_params', 'default_yaml']
 
 # %% ../../nbs/core/04_params.ipynb #feca52bd
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NoReturn, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -61,9 +61,7 @@ class Data(Section):
     )
     val: Fraction = Field(0.15, description="share of the images that training watches but doesn't learn from")
     test: Fraction = Field(0.2, description="share of the images that nobody looks at before `evaluate`")
-    test_source: str | None = Field(
-        None, description="the source of the test images, where it isn't the same: none is trained on"
-    )
+    test_source: str | None = Field(None, description="source of the test images, if another: none is trained on")
 
     @property
     def learned(self) -> list[str]:
@@ -155,19 +153,13 @@ class Evaluate(Section):
     )
     bootstrap: int = Field(1000, ge=100, le=100_000, description="resamples behind each 95 % interval")
     min_slice: int = Field(15, ge=1, description="images that a slice needs to be judged")
-    strangers: str | None = Field(
-        None, description="a folder of pictures that show none of the classes; null: drawn ones alone"
-    )
+    strangers: str | None = Field(None, description="a folder of pictures of none of the classes; null: drawn ones")
     ood_images: int = Field(60, ge=4, le=10_000, description="pictures of each kind of thing that is not a known class")
     photos: str | None = Field(
         None, description="a folder of photographs from elsewhere, a folder a class; other folders should be unknown"
     )
-    domain: str = Field(
-        "auto", description="what is known of the classes beyond their images: auto, none, or the name of a plug-in"
-    )
-    slice_by: list[str] | None = Field(
-        None, description="the kinds of picture that are judged apart; null: those of the domain"
-    )
+    domain: str = Field("auto", description="what is known beyond the images: auto, none, or the name of a plug-in")
+    slice_by: list[str] | None = Field(None, description="kinds of picture that are judged apart; null: the domain's")
 
 # %% ../../nbs/core/04_params.ipynb #params-stress
 class Stress(Section):
@@ -193,10 +185,7 @@ class Package(Section):
     "What the served file must fulfil."
 
     tolerance: float = Field(
-        1e-3,
-        gt=0,
-        le=1,
-        description="difference of a logit, Keras against ONNX, as a share of the largest, at most",
+        1e-3, gt=0, le=1, description="difference of a logit, Keras against ONNX, as a share of the largest, at most"
     )
     serve: Literal["float32", "int8"] = Field("float32", description="int8: the smaller file, where it's as good")
     int8_loss: Fraction = Field(0.002, description="accuracy that the int8 file may lose and still be served")
@@ -215,9 +204,7 @@ class Register(Section):
     name: str = Field(
         "celestial", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]{0,99}$", description="name of the model in the registry"
     )
-    publish: bool = Field(
-        True, description="enter it in the registry; false: only judge it, as smoke runs and sweeps do"
-    )
+    publish: bool = Field(True, description="register it; false: only judge it, as smoke runs and sweeps do")
     min_accuracy: float = Field(0.9, ge=0, le=1, description="accuracy on held-out images, at least")
     min_macro_f1: float = Field(0.9, ge=0, le=1, description="mean F1 of the classes, at least")
     min_class_f1: float = Field(0.7, ge=0, le=1, description="F1 of the worst class, at least")
@@ -243,19 +230,24 @@ class Register(Section):
     require_stress: bool = Field(
         False, description="refuse what stress hasn't measured; else an unmeasured baseline is named and not judged"
     )
-    min_paired: int = Field(
-        20, ge=1, description="images that neither learned from, for a comparison with the champion"
-    )
+    min_paired: int = Field(20, ge=1, description="images that neither learned from, for comparing with the champion")
     alpha: float = Field(0.05, gt=0, lt=0.5, description="level of the paired tests: a smaller p is not chance")
-    not_worse_by: float = Field(
-        0.0, ge=0, lt=1, description="accuracy it may lose to the champion even where that's no chance"
-    )
+    not_worse_by: float = Field(0.0, ge=0, lt=1, description="accuracy it may lose to the champion beyond chance")
     max_doubt: float = Field(
         0.05, ge=0, le=1, description="accuracy it may lose by the comparison's interval, to take over by itself"
     )
     promote: Literal["better", "not_worse", "by_hand"] = Field(
         "not_worse", description="better or not_worse than the champion: it takes over; by_hand: a person decides"
     )
+
+# %% ../../nbs/core/04_params.ipynb #card
+class Card(Section):
+    "Your own images in the data card: of what `data.folder`, `data.maps` or your own source holds."
+
+    origin: str | None = Field(None, description="what the images are, who made them, how, when and with whose consent")
+    licence: str | None = Field(None, description="an SPDX expression, such as CC-BY-4.0, or a sentence")
+    creator: str | None = Field(None, description="the people or the organisation that made them")
+    url: str | None = Field(None, pattern="^https?://", description="the web page of the images")
 
 # %% ../../nbs/core/04_params.ipynb #span
 class Span(Section):
@@ -316,6 +308,7 @@ class Params(Section):
     explain: Explain = Explain()
     package: Package = Package()
     register_: Register = Field(Register(), alias="register")  # BaseModel has a method of that name
+    card: Card = Card()
     stress: Stress = Stress()
     score: Score = Score()
     tune: Tune = Tune()
@@ -332,13 +325,8 @@ def allowed(
         return " or ".join(field["enum"])
     if field.get("type") == "array":
         return f"a list of {allowed(field['items'])}"
-    words = {
-        "integer": "a whole number",
-        "number": "a number",
-        "boolean": "true or false",
-        "string": "text",
-        "object": "a mapping",
-    }
+    words = {"integer": "a whole number", "number": "a number", "boolean": "true or false"}
+    words |= {"string": "text", "object": "a mapping"}
     limits = {
         "minimum": "from",
         "exclusiveMinimum": "above",
@@ -387,78 +375,50 @@ def number(text: str) -> int | float | None:  # None: it isn't one
     return float(text) if _REAL.fullmatch(text) and math.isfinite(float(text)) else None
 
 # %% ../../nbs/core/04_params.ipynb #parse-yaml
-class _Events:
-    "The events of a YAML text, on a budget."
+def _refuse(mark: Any, where: str, why: str) -> NoReturn:
+    "The error at a place of a file."
+    raise ParamsError(f"{where}, line {mark.line + 1}: {why}", "Mend that line.")
 
-    def __init__(self, text: str, where: str):
-        # The parser in C takes a tenth of the time. It builds nothing, so that depth and size are bounded here.
-        self.events = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        self.where, self.left = where, 100_000
 
-    def refuse(self, event: Any, why: str) -> ParamsError:
-        "The error at an event."
-        return ParamsError(f"{self.where}, line {event.start_mark.line + 1}: {why}", "Mend that line.")
-
-    def until(self, end: type[yaml.Event]) -> Iterator[Any]:
-        "The events up to the end of a list or a mapping."
-        while not isinstance(event := next(self.events), end):
-            yield event
-
-    def copy(self, value: Any, event: yaml.Event) -> Any:
-        "A value once more, on the same budget."
-        self.left -= 1
-        if self.left < 0:
-            raise self.refuse(event, "it is too large once its aliases are written out")
-        if isinstance(value, dict):
-            return {key: self.copy(inner, event) for key, inner in value.items()}
-        return [self.copy(inner, event) for inner in value] if isinstance(value, list) else value
+def _check_events(events: Iterable[Any], where: str) -> None:
+    "Refuse what could exhaust the composer, which has no bounds of its own, and what means more than data."
+    depth = documents = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        documents += isinstance(event, yaml.DocumentStartEvent)
+        if depth > 20:
+            _refuse(event.start_mark, where, "it is nested too deeply")
+        if documents > 1:
+            _refuse(event.start_mark, where, "a second document begins here")
+        if getattr(event, "tag", None) not in (None, "!"):
+            _refuse(event.start_mark, where, f"the tag {event.tag} isn't read here")
 
 # %% ../../nbs/core/04_params.ipynb #yaml-builder
-class _Builder(_Events):
-    "A YAML document as values, scalars without quotes as `Plain`; `ParamsError` names the line of a mistake."
+class _Values:
+    "The values of YAML nodes, scalars without quotes as `Plain`; aliases are written out on a budget."
 
-    def document(self) -> Any:
-        "Its value; None for an empty one."
-        value, self.anchors = None, dict[str, Any]()
-        documents = 0
-        for event in self.events:
-            documents += isinstance(event, yaml.DocumentStartEvent)
-            if documents > 1:
-                raise self.refuse(event, "a second document begins here")
-            if isinstance(event, yaml.NodeEvent):
-                value = self.value(event)
-        return value
+    def __init__(self, where: str):
+        self.where, self.left = where, 100_000
 
-    def value(self, event: Any, depth: int = 0) -> Any:
-        "The value that begins with an event."
+    def of(self, node: Any, depth: int = 0) -> Any:
+        "The value of a node."
         self.left -= 1
+        if depth < 2:
+            self.part = node.start_mark  # an alias leads to its anchor, which may be all right
         if self.left < 0 or depth > 20:
-            raise self.refuse(event, "it is nested too deeply, or too large")
-        if isinstance(event, yaml.AliasEvent):
-            if event.anchor not in self.anchors:
-                raise self.refuse(event, f"*{event.anchor} stands for nothing yet")
-            return self.copy(self.anchors[event.anchor], event)
-        if event.tag not in (None, "!"):
-            raise self.refuse(event, f"the tag {event.tag} isn't read here")
-        if isinstance(event, yaml.ScalarEvent):
-            value: Any = event.value if event.style else Plain(event.value)
-        elif isinstance(event, yaml.SequenceStartEvent):
-            value = [self.value(inner, depth + 1) for inner in self.until(yaml.SequenceEndEvent)]
-        else:
-            value = self.pairs(depth)
-        if event.anchor:
-            self.anchors[event.anchor] = value
-        return value
-
-    def pairs(self, depth: int) -> dict[str, Any]:
-        "The rest of a mapping."
+            _refuse(self.part, self.where, "it is too large once its aliases are written out")
+        if isinstance(node, yaml.ScalarNode):
+            return node.value if node.style else Plain(node.value)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.of(inner, depth + 1) for inner in node.value]
         values: dict[str, Any] = {}
-        for event in self.until(yaml.MappingEndEvent):
-            key = self.value(event, depth + 1)
-            if not isinstance(key, str) or key in values:
-                why = f"{key} stands there twice" if isinstance(key, str) else "a key must be text"
-                raise self.refuse(event, why)
-            values[str(key)] = self.value(next(self.events), depth + 1)
+        for name, inner in node.value:
+            key = self.of(name, depth + 1)
+            if not isinstance(key, str):
+                _refuse(name.start_mark, self.where, "a key must be text")
+            if key in values:
+                _refuse(name.start_mark, self.where, f"{key} stands there twice")
+            values[str(key)] = self.of(inner, depth + 1)
         return values
 
 # %% ../../nbs/core/04_params.ipynb #yaml-document
@@ -468,7 +428,10 @@ def document(
 ) -> Any:
     "The value of a YAML text, scalars without quotes as they stand; `ParamsError` where it isn't YAML."
     try:
-        return _Builder(text, where).document()
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the parser in C takes a tenth of the time
+        _check_events(yaml.parse(text, loader), where)
+        node = yaml.compose(text, loader)
+        return None if node is None else _Values(where).of(node)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = mark.line + 1 if mark else text.count("\n", 0, getattr(e, "position", 0)) + 1

@@ -111,9 +111,7 @@ def meanwhile(
         over.set()
 
 # %% ../../nbs/core/02_progress.ipynb #as-time
-def as_time(
-    seconds: float,
-) -> str:
+def as_time(seconds: float) -> str:
     "A duration for people; less than a second isn't nothing."
     if 0 < seconds < 0.95:
         return f"{max(seconds, 0.001):.1g} s"

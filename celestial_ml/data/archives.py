@@ -87,6 +87,7 @@ def zip_pictures(
     limits: ArchiveLimits = ArchiveLimits(),
     name: str = "the ZIP",  # for errors
     passed: PassedOver | None = None,  # counts what is left out
+    choose: Callable[[PurePosixPath, PassedOver | None], bool] = is_picture,  # the members that are wanted
 ) -> list[Member]:  # in the order of their names; two of the same name are two
     "The pictures in a ZIP; `CelestialError` for one that is damaged, holds too much or contradicts itself."
     try:
@@ -98,7 +99,7 @@ def zip_pictures(
     members = [] if archive is None else [m for m in archive.infolist() if not m.filename.endswith(("/", "\\"))]
     if archive is None or len(members) > limits.files:
         raise CelestialError(f"{name} holds more than the {limits.files:,} files that are allowed", "Send it in parts.")
-    pictures = sorted((m for m in members if is_picture(_path(m), passed)), key=lambda m: m.filename)
+    pictures = sorted((m for m in members if choose(_path(m), passed)), key=lambda m: m.filename)
     total = sum(m.file_size for m in pictures if not member_problem(m, limits))
     if total > limits.total_bytes:
         allowed = f"{limits.total_bytes / 1e6:,.0f} MB allowed"

@@ -22,15 +22,26 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['SOURCES', 'Source', 'get_source', 'image_folder', 'labels_path', 'make_data_set', 'production_catalog']
+__all__ = ['SOURCES', 'Origin', 'Source', 'get_source', 'image_folder', 'labels_path', 'make_data_set', 'production_catalog']
 
 # %% ../../nbs/data/06_sources.ipynb #source
+@dataclass(frozen=True)
+class Origin:
+    "What the data card says of images; empty where nobody stated it."
+
+    origin: str = ""  # what they are, who made them and how
+    licence: str = ""  # an SPDX expression, or a sentence
+    creator: str = ""
+    url: str = ""
+
+
 @dataclass(frozen=True)
 class Source:
     "A place that images come from."
 
     fetch: Callable[[Data, int, Path, Path], Path]  # (params, seed, project root, run folder) → class folders
     inputs: Callable[[Data, Path], Path | None]  # (params, project root) → the folder that a run depends on
+    origin: Callable[[Data], Origin] = lambda data: Origin()
 
 
 SOURCES: dict[str, Source] = {}
@@ -98,6 +109,56 @@ def _labelled(data: Data, root: Path) -> Path:
 
 
 SOURCES["labelled"] = Source(lambda data, seed, root, run: _labelled(data, root), _labelled)
+
+# %% ../../nbs/data/06_sources.ipynb #folder
+def image_folder(
+    key: str,  # the parameter that names it
+    folder: str,  # its value
+    root: Path,  # the project's
+) -> Path:
+    "A folder that a parameter names; `CelestialError` where it isn't there."
+    path = (root / check_path(folder).expanduser()).resolve()
+    if not path.is_dir():
+        hint = "Name a folder that holds a folder of images for each class."
+        raise CelestialError(f"{key}: {path} is not a folder", hint)
+    return path
+
+
+def labels_path(
+    data: Data,
+    root: Path,  # the project's
+) -> Path | None:
+    "The table of labels; `CelestialError` where there is none, or nothing that it could be about."
+    if data.labels is None:
+        return None
+    if "folder" not in data.all_sources:
+        raise CelestialError("data.labels is set, but data.source isn't folder", "Set data.source=folder.")
+    path = (root / check_path(data.labels).expanduser()).resolve()
+    if not path.is_file():
+        raise CelestialError(f"there is no table {path}", "Name a CSV with columns file_name and label: data.labels")
+    return path
+
+
+def _folder(data: Data, root: Path) -> Path:
+    table = labels_path(data, root)
+    if data.folder is None and table is None:
+        hint = "Name it: --set data.folder=path/to/images"
+        raise CelestialError("data.source is folder, but data.folder is not set", hint)
+    return image_folder("data.folder", data.folder or str(Path(str(table)).parent), root)
+
+
+SOURCES["folder"] = Source(lambda data, seed, root, run: _folder(data, root), _folder)
+SOURCES["guide"] = Source(
+    lambda data, seed, root, run: get_guide(root / "data"),
+    lambda data, root: root / "data" / "raw",
+    lambda data: Origin(
+        "Ray-traced globes on black, in full phase and centred, made for the guide to MLOps. "
+        "Their texture maps are Solar System Scope's (CC BY 4.0).",
+        "CC-BY-SA-4.0 AND CC-BY-4.0",
+        "Swiss AI Center",
+        "https://github.com/swiss-ai-center/a-guide-to-mlops",
+    ),
+)
 
 # %% ../../nbs/data/06_sources.ipynb #source-catalogs
 def _catalogs(data: Data, seed: int, root: Path, run: Path) -> dict[str, pd.DataFrame]:

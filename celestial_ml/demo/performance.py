@@ -18,9 +18,10 @@ from markupsafe import Markup
 from ..core.domains import Domain
 from ..core.files import read_json
 from ..core.many_classes import FEW, MANY, few_of
+from ..core.page_builder import share
 from ..data.thumbnails import data_uri
 from .identify import QUIET, Host, sorry
-from .wording import part, share_floor
+from .wording import part
 from ..package.metrics import Metrics, Slice
 from ..serve.predictor import Predictor
 
@@ -39,19 +40,19 @@ def headline_figures(metrics: Metrics, domain: Domain) -> str:
     figures = []  # value, name, more
     if metrics.accuracy is not None:
         interval = metrics.intervals.get("accuracy")
-        between = f"95 %: {share_floor(interval.low)} to {share_floor(interval.high)}" if interval else ""
+        between = f"95 %: {share(interval.low)} to {share(interval.high)}" if interval else ""
         figures.append((metrics.accuracy, f"right, of {metrics.images:,} pictures", between))
     if calibrated := metrics.calibration.after:
         figures.append((calibrated.ece, "calibration error", "how far confidence is off, on average"))
     damaged, worst = metrics.robustness.mean_accuracy, metrics.robustness.worst_at_3
     if damaged is not None and worst:
-        more = f"worst: {_in_words(worst.corruption)}, {share_floor(worst.accuracy)}"
+        more = f"worst: {_in_words(worst.corruption)}, {share(worst.accuracy)}"
         figures.append((damaged, "right when disturbed", more))
     if kinds := metrics.unknown.kinds:
         near = [kinds[name] for name in domain.near_ood if name in kinds]
         counted = near or kinds.values()
         caught = sum(kind.unknown * kind.images for kind in counted) / sum(kind.images for kind in counted)
-        alarms = f"{share_floor(metrics.unknown.false_alarm_rate or 0)} false alarms"
+        alarms = f"{share(metrics.unknown.false_alarm_rate or 0.0)} false alarms"
         figures.append((caught, f"of strange {domain.plural if near else 'pictures'} caught", alarms))
     return part("figures", items=figures)
 
@@ -127,16 +128,22 @@ def panel(title: str, inside: str, name: str = "") -> str:
     return part("panel", title=title, inside=Markup(inside), kind=name)
 
 
+_CARDS = {"model_card.html": "The model card", "data_card.html": "The data card of its images"}
+
+
+def _framed(card: Path, title: str) -> str:
+    "A card in a frame of its own, without its links to the other one; nothing where there is none."
+    if not card.is_file():
+        return ""
+    return part("framed", title=title, page=card.read_text(encoding="utf-8").replace('class="links"', "hidden"))
+
+
 def performance_page(model: Predictor | None) -> tuple[str, str]:  # above and below the pictures of a cell
     "The evaluation of a model."
     if model is None:
         return sorry("no_model"), ""
-    metrics, files, model_card = (
-        model.manifest.metrics,
-        performance_files(model.folder),
-        model.folder / "model_card.html",
-    )
-    table = dots = in_full = ""
+    metrics, files = model.manifest.metrics, performance_files(model.folder)
+    table = dots = ""
     if files:
         sheet, strip = files
         many = len(sheet["classes"]) > MANY
@@ -145,8 +152,7 @@ def performance_page(model: Predictor | None) -> tuple[str, str]:  # above and b
         size = f"--side:{sheet['thumbnails']['side']}px"
         table = Markup(f"<style>#cell{{--strip:url({strip});{size}}}</style>") + table
         dots = reliability_chart(sheet["reliability"], sheet["images"])
-    if model_card.is_file():
-        in_full = part("modelcard", page=model_card.read_text(encoding="utf-8"))
+    in_full = "".join(_framed(model.folder / file, title) for file, title in _CARDS.items())
     robust = metrics.robustness.per_corruption
     head = panel(f"How good is model {model.version}?", headline_figures(metrics, model.manifest.domain), "wide")
     below = panel("By kind of picture", slices_list(metrics.slices), "tall")

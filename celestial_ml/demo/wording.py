@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SORRY', 'counted', 'percent', 'track_record', 'headline', 'sentence', 'unlikeness', 'apology', 'as_sentence',
-           'problem', 'text', 'probability', 'share_floor', 'part', 'card']
+           'problem', 'text', 'probability', 'part', 'card']
 
 # %% ../../nbs/demo/00_wording.ipynb #3b6bdda6
 import math
@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 
 from ..core.errors import CelestialError
 from ..core.many_classes import MANY
+from ..core.page_builder import share
 from ..package.manifest import Manifest
 from ..package.metrics import Metrics
 from ..serve.predictor import Prediction
@@ -117,16 +118,11 @@ def probability(share: float) -> str:
     return "> 99.9 %" if share > 0.999 else "< 0.1 %" if share < 0.001 else f"{share * 100:.1f} %"
 
 
-def share_floor(share: float) -> str:
-    "A share with one decimal, and never more than it is."
-    return f"{int(share * 1000) / 10:.1f} %"
-
-
 @lru_cache(maxsize=1)
 def _parts() -> Any:
     "The macros of `demo/templates/parts.html`."
     page = Environment(loader=PackageLoader("celestial_ml.demo"), autoescape=True, trim_blocks=True)
-    page.filters |= {"words": text, "share": lambda p: text(probability(p)), "floor": lambda p: text(share_floor(p))}
+    page.filters |= {"words": text, "share": lambda p: text(probability(p)), "measured": lambda p: text(share(p))}
     return page.get_template("parts.html").module
 
 

@@ -32,9 +32,7 @@ def record(
     display({RECORD: values, "text/plain": ", ".join(f"{k} = {v:.6g}" for k, v in values.items())}, raw=True)
 
 
-def epochs_of(
-    run: str,
-) -> list[dict[str, float]]:  # epoch, loss, val_loss, …
+def epochs_of(run: str) -> list[dict[str, float]]:  # epoch, loss, val_loss, …
     "The epochs of a training: of one that runs or was stopped from its checkpoint, else from `history.csv`."
     folder = run_folder(run)
     errors = suppress(OSError, ValueError, KeyError)  # it may just have come to its end
@@ -47,9 +45,7 @@ def epochs_of(
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(f)]
 
 # %% ../../nbs/flow/05_figures.ipynb #run-metrics
-def run_metrics(
-    run: str,
-) -> dict[str, float]:
+def run_metrics(run: str) -> dict[str, float]:
     "The figures of a run, by name: val_… of the epoch whose weights it has, those of the measured split, and recorded ones."
 
     def numbers(values: dict[str, Any]) -> dict[str, float]:

@@ -77,9 +77,7 @@ def module_closure(
     return sorted(modules)
 
 # %% ../../nbs/flow/01_freshness.ipynb #folder-checksum
-def folder_checksum(
-    folder: Path,
-) -> str:  # 64 hexadecimal digits
+def folder_checksum(folder: Path) -> str:  # 64 hexadecimal digits
     "One checksum for the names and contents of all files below a folder, behind links too; leftovers don't count."
     total, passed = hashlib.sha256(), PassedOver()
     for path in sorted(map(Path, find_files(folder, ("",), passed))):  # every name ends in nothing
@@ -136,25 +134,18 @@ def step_inputs(
     }
 
 # %% ../../nbs/flow/01_freshness.ipynb #inputs-file
-def inputs_file(
-    task: Task,
-) -> Path:
+def inputs_file(task: Task) -> Path:
     "The file of a step's inputs, which Ploomber watches."
     return task.product["notebook"].parent / ".inputs" / f"{task.name}.json"
 
 
-def write_inputs(
-    tasks: dict[str, Task],
-    inputs: dict[str, dict[str, Any]],
-) -> None:
+def write_inputs(tasks: dict[str, Task], inputs: dict[str, dict[str, Any]]) -> None:
     "Write the inputs of each step to the file that Ploomber watches."
     for name, task in tasks.items():
         write_json(inputs_file(task), inputs[name])
 
 
-def forget(
-    task: Task,
-) -> None:
+def forget(task: Task) -> None:
     "Make a step stale: delete Ploomber's record of it."
     for path in task.product.values():
         path.with_name(f".{path.name}.metadata").unlink(missing_ok=True)
@@ -185,9 +176,7 @@ def _record(path: Path) -> dict[str, Any] | None:
         return None
 
 # %% ../../nbs/flow/01_freshness.ipynb #by-hand
-def by_hand(
-    task: Task,
-) -> float | None:  # seconds since 1970
+def by_hand(task: Task) -> float | None:  # seconds since 1970
     "When a step's files were written outside of the pipeline; None if they weren't, or not all are there."
     paths = [path for key, path in task.product.items() if key not in ("notebook", "html")]
     if not paths or not all(path.exists() for path in paths):

@@ -165,9 +165,7 @@ class RunParams:
     own: dict[str, Any]
 
 
-def parameter_fields(
-    notebooks: list[Notebook],
-) -> Fields:
+def parameter_fields(notebooks: list[Notebook]) -> Fields:
     "What the pipeline's parameters take, and those that notebooks from elsewhere declare."
     return {name: field_of(value) for nb in notebooks for name, value in nb.declared.items()} | known_keys()
 
@@ -244,6 +242,5 @@ def require_reached(
     for key in keys:
         if key.partition(".")[0] not in sections and key not in declared:
             names = ", ".join([*steps, *(nb.source.name for nb in notebooks if not nb.step)])
-            raise ParamsError(
-                f"--grid {key}: none of these notebooks reads it: {names}", "Its runs would all be the same."
-            )
+            message = f"--grid {key}: none of these notebooks reads it: {names}"
+            raise ParamsError(message, "Its runs would all be the same.")

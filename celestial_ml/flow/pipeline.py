@@ -98,18 +98,17 @@ def images_checksum(
     cache: dict[Any, Any] | None = None,  # folder → checksum
 ) -> str | None:  # None where the run makes all of its images; empty where some are to be fetched first
     "The checksum of the images that come from outside."
-    folders = [
-        folder for name in params.data.all_sources if (folder := get_source(name).inputs(params.data, root)) is not None
-    ]
-    if asked := params.data.test_folder:
-        folders.append(image_folder("data.test_folder", asked, root))
+    data = params.data
+    folders = [folder for name in data.all_sources if (folder := get_source(name).inputs(data, root)) is not None]
+    if data.test_folder:
+        folders.append(image_folder("data.test_folder", data.test_folder, root))
     cache = {} if cache is None else cache
     for folder in folders:
         if folder.is_dir() and folder not in cache:
             cache[folder] = folder_checksum(folder)
-    if (table := labels_path(params.data, root)) and table not in cache:
-        cache[table] = sha256_of(table)
-    folders += [table] if table else []
+    if table := labels_path(data, root):
+        cache[table] = cache.get(table) or sha256_of(table)
+        folders.append(table)
     return " ".join(cache[folder] for folder in folders) or None if all(f in cache for f in folders) else ""
 
 
@@ -135,9 +134,7 @@ def fetch_images(plan: Plan) -> Plan:
     return replace(plan, inputs=plan.inputs | {"acquire": acquire})
 
 # %% ../../nbs/flow/03_pipeline.ipynb #params-file
-def params_file(
-    run: str,
-) -> Path:
+def params_file(run: str) -> Path:
     "The file of all parameters of a run, except those of `tune` and `score`, which don't change its products."
     return run_folder(run) / ".inputs" / "params.json"
 

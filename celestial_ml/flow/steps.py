@@ -52,9 +52,7 @@ def run_folder(
     return Path("output", *(check_name("run", name) for name in names))
 
 # %% ../../nbs/flow/00_steps.ipynb #one-run
-def one_run(
-    run: str,
-) -> AbstractContextManager[None]:
+def one_run(run: str) -> AbstractContextManager[None]:
     "Keep two processes from the files of one run."
     hint = "Wait until it has ended, or give this one another name: --run NAME"
     return hold(run_folder(run) / ".lock", f"the run {run} is being done already", hint)
@@ -105,7 +103,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "evaluate": ("seed", "evaluate"),
     "explain": ("explain",),
     "package": ("package",),
-    "register": ("register", "track"),
+    "register": ("register", "card", "track"),
     "score": ("score",),  # beside the chain, as the next ones
     "stress": ("seed", "stress"),
     "tune": ("seed", "model", "train", "tune", "track"),

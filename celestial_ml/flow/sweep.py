@@ -118,9 +118,7 @@ def _tasks(root: Path, run: str, notebooks: list[Notebook], until: str | None) -
         elif nb.name in tasks:
             raise CelestialError(f"two notebooks are called {nb.name}", "Rename one: a run keeps both in one folder.")
         else:
-            product = {
-                kind: run_folder(run) / f"{nb.name}.{end}" for kind, end in (("notebook", "ipynb"), ("html", "html"))
-            }
+            product = {"notebook": run_folder(run) / f"{nb.name}.ipynb", "html": run_folder(run) / f"{nb.name}.html"}
             options = {"nb_product_key": list(product), "static_analysis": "disable", "kernelspec_name": "python3"}
             tasks[nb.name] = Task(nb.name, nb.source, product, before, options, own=True)
     return tasks
@@ -197,9 +195,7 @@ def _track(run: SweepRun, outcome: Outcome, sweep: str, began: float, parent: st
         new.end("FINISHED" if outcome.status == "done" else "FAILED")
 
 # %% ../../nbs/flow/07_sweep.ipynb #board
-def read_outcomes(
-    sweep: Sweep,
-) -> list[Outcome]:
+def read_outcomes(sweep: Sweep) -> list[Outcome]:
     "How all runs of a sweep's folder stand."
     file = sweep.folder / "sweep.json"
     earlier = {row["run"]: Outcome(**row) for row in read_json(file)["runs"]} if file.is_file() else {}
@@ -207,15 +203,10 @@ def read_outcomes(
     return list((planned | earlier).values())
 
 
-def only_one(
-    sweep: Sweep,
-) -> AbstractContextManager[None]:
+def only_one(sweep: Sweep) -> AbstractContextManager[None]:
     "Keep a second command from the same sweep."
-    busy, hint = (
-        f"the sweep {sweep.name} is being run already",
-        "Wait for it, or give this one another name: --run NAME",
-    )
-    return hold(sweep.folder / ".lock", busy, hint)
+    hint = "Wait for it, or give this one another name: --run NAME"
+    return hold(sweep.folder / ".lock", f"the sweep {sweep.name} is being run already", hint)
 
 
 def remaining(
@@ -276,8 +267,7 @@ def run_sweep(
     memory: float | None = None,  # gigabytes for all of them; None: nine tenths of what is free
     retries: int = 1,  # further tries of a run that failed unexpectedly
     quiet: bool = False,  # print no line a run
-    show: Callable[[list[Outcome]], object]
-    | None = None,  # gets how all runs stand, from the start and every few seconds
+    show: Callable[[list[Outcome]], object] | None = None,  # gets how all runs stand, again every few seconds
 ) -> list[Outcome]:  # of all runs of the sweep's folder
     "Do what isn't done."
     with only_one(sweep), sigterm_as_ctrl_c():
@@ -298,10 +288,7 @@ def run_sweep(
                     board.track(pool, make_tracking)
                     _run_all(board, todo, pool, retries, quiet)
             finally:  # also after Ctrl-C
-                with (
-                    suppress(CelestialError),
-                    Workers(1, modules) as pool,
-                ):  # SIGTERM may have reached the fork server too
+                with suppress(CelestialError), Workers(1, modules) as pool:  # SIGTERM may have reached the fork server
                     board.track(pool, end_tracking)
         return list(outcomes.values())
 
@@ -341,13 +328,9 @@ def end_tracking(_: Owner, track: Track, sweep: str, known: str | None, outcomes
         counts = Counter(outcome.status for outcome in outcomes)
         run = resume_run(track, known)
         run.log_metrics({f"runs_{status}": counts[status] for status in ("done", "failed", "left")})
-        lines = [f"- {Path(o.run).name}: {o.status}{f' ({o.error})' if o.error else ''}" for o in outcomes]
-        run.log_tags(
-            {
-                "mlflow.note.content": f"Sweep of {len(outcomes)} runs; its page: {run_folder(sweep)}/index.html\n\n"
-                + "\n".join(lines)
-            }
-        )
+        lines = [f"Sweep of {len(outcomes)} runs; its page: {run_folder(sweep)}/index.html\n"]
+        lines += [f"- {Path(o.run).name}: {o.status}{f' ({o.error})' if o.error else ''}" for o in outcomes]
+        run.log_tags({"mlflow.note.content": "\n".join(lines)})
         run.end("KILLED" if counts["left"] else "FAILED" if counts["failed"] else "FINISHED")
     return known
 

@@ -101,10 +101,7 @@ def join_study(
     return open_study(search.tune, search.seed, shared_settings(search, acquired, prepared), own)
 
 # %% ../../nbs/flow/08_tuning.ipynb #study-run
-def study_run(
-    study: Study,
-    track: Track,
-) -> Run:
+def study_run(study: Study, track: Track) -> Run:
     "The study's run in MLflow, made where there's none."
     from mlflow.exceptions import MlflowException
 

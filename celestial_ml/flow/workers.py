@@ -23,6 +23,7 @@ from typing import Any, Self
 from unittest.mock import patch
 
 from ..core.errors import CelestialError
+from ..core.quiet import children_without_stderr
 
 # %% auto #0
 __all__ = ['FIRST_GUESS', 'THREADS', 'slow_modules', 'core_shares', 'worker_env', 'Memory', 'Workers']
@@ -56,9 +57,7 @@ FIRST_GUESS = 1.0  # gigabytes that a worker may use, before one was measured
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")  # fmt: skip
 
 
-def core_shares(
-    workers: int,
-) -> list[list[int]]:  # the numbers of the cores of each
+def core_shares(workers: int) -> list[list[int]]:  # the numbers of the cores of each
     "The cores that this process may use, dealt to the workers; with more workers than cores they share."
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     if workers >= len(cores):
@@ -66,9 +65,7 @@ def core_shares(
     return [cores[i::workers] for i in range(workers)]
 
 
-def worker_env(
-    threads: int,
-) -> dict[str, str]:
+def worker_env(threads: int) -> dict[str, str]:
     "The environment of a worker: numerical libraries keep to so many threads, and progress bars are for terminals."
     env = {name: value for name, value in os.environ.items() if name != "CELESTIAL_TERMINAL"}
     return {"TF_CPP_MIN_LOG_LEVEL": "3"} | env | dict.fromkeys(THREADS, str(threads))
@@ -208,14 +205,8 @@ class Pool:
     def __enter__(self) -> Self:
         forkserver.set_forkserver_preload(self.modules)
         # Libraries read the environment while they're imported, and print what nobody needs on the terminal.
-        stderr = os.dup(2)
-        with patch.dict(os.environ, worker_env(len(self.free[0]))), Path(os.devnull).open("wb") as nothing:
-            os.dup2(nothing.fileno(), 2)
-            try:
-                forkserver.ensure_running()
-            finally:
-                os.dup2(stderr, 2)
-                os.close(stderr)
+        with patch.dict(os.environ, worker_env(len(self.free[0]))), children_without_stderr():
+            forkserver.ensure_running()
         return self
 
     def __exit__(self, *_: object) -> None:

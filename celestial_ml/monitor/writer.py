@@ -80,9 +80,8 @@ def insert_images(
     days: float,  # to keep them
 ) -> None:
     "Insert images; one that is there is kept as long as the new one would be."
-    values: list[tuple[Any, ...]] = [
-        (row["sha256"], bytes(row["image"]), float(row["time"]) + days * 86400) for row in rows
-    ]
+    kept = days * 86400
+    values: list[tuple[Any, ...]] = [(row["sha256"], bytes(row["image"]), float(row["time"]) + kept) for row in rows]
     then = "ON CONFLICT (sha256) DO UPDATE SET kept_until = excluded.kept_until"
     insert_rows(connection, "images", ("sha256", "content", "kept_until"), values, then)
 

@@ -9,7 +9,7 @@ __all__ = ['View', 'image_plane', 'body_frame', 'meet_spheroid', 'linear', 'enco
 
 # %% ../../nbs/planets/02_renderer.ipynb #80f7dab8
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
 
@@ -465,6 +465,8 @@ def render_many(
     seed: int = 0,
     bodies: Sequence[str] | None = None,  # all ten by default
     maps: Mapping[str, Sequence[np.ndarray]] = MappingProxyType({}),  # more maps of bodies, in linear light
+    share: float = 0.5,  # of a body's images that are drawn with its maps, where it has some
+    phase: tuple[float, float] | None = None,  # degrees, least and most; None: as `sample_view` draws them
 ) -> Iterator[tuple[str, int, View, np.ndarray]]:  # body, index, view, image
     "A data set, body by body. Image i of a body depends on (seed, body, i) alone."
     chosen = list(BODIES) if bodies is None else [get_body(name).name for name in bodies]
@@ -475,7 +477,9 @@ def render_many(
             rng = np.random.default_rng([seed, list(BODIES).index(name), i])
             view = sample_view(name, rng)
             number, own = int(rng.integers(2**31)), maps.get(name)
-            if own and rng.random() < 0.5:  # half of the images, whatever else is drawn
+            if phase:
+                view = replace(view, phase_deg=rng.uniform(*phase))
+            if own and rng.random() < share:  # whatever else is drawn
                 yield name, i, view, picture(get_body(name), own[number % len(own)], view, size)
             else:
                 yield name, i, view, render(name, view, size, number)

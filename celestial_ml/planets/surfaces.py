@@ -278,9 +278,8 @@ def paint_moon(xyz: np.ndarray, seed: int) -> np.ndarray:
     sharp = 1 if seed % 2 == 0 else 0.4
     height, bright = relief("Moon", xyz.shape[1])
     edge = spots(warp(xyz, 31, 0.045, 0.9), _MARIA, sharpness=2.5) + 0.05 * noise(xyz, 32, 3)
-    maria = smoothstep(0.36 - 0.08 / sharp, 0.52 + 0.08 / sharp, edge + 0.07 * noise(xyz, 36, 1.5)) * (
-        0.82 + 0.16 * noise(xyz, 33, 0.9)
-    ).clip(0.4, 1)
+    depth = (0.82 + 0.16 * noise(xyz, 33, 0.9)).clip(0.4, 1)
+    maria = smoothstep(0.36 - 0.08 / sharp, 0.52 + 0.08 / sharp, edge + 0.07 * noise(xyz, 36, 1.5)) * depth
     basin = 0.45 * spots(xyz, [(-170, -53, 26, 20)])  # South Pole-Aitken
     rough = 0.16 * bright + 0.22 * np.clip(height, -0.5, 0.3) + 0.04 * noise(xyz, 34, 8)
     rough = sharp * (rough + 0.18 * mosaic_shading(height))
@@ -320,10 +319,8 @@ def paint_pluto(xyz: np.ndarray, seed: int) -> np.ndarray:
         return _pluto_from_afar(xyz, seed)
     height, bright = relief("Pluto", xyz.shape[1])
     lat = lon_lat(xyz)[1]
-    rough, fine = noise(xyz, 61, 0.9), noise(xyz, 62, 3)
-    tone = (
-        0.64 + 0.09 * rough + 0.05 * fine + 0.02 * noise(xyz, 65, 9) + 0.12 * np.clip(height, -0.6, 0.4) + 0.05 * bright
-    )
+    rough, fine, grain = noise(xyz, 61, 0.9), noise(xyz, 62, 3), noise(xyz, 65, 9)
+    tone = 0.64 + 0.09 * rough + 0.05 * fine + 0.02 * grain + 0.12 * np.clip(height, -0.6, 0.4) + 0.05 * bright
     tone += 0.10 * smoothstep(25, 70, lat) + 0.08 * smoothstep(-20, -55, lat) + 0.12 * mosaic_shading(height)
     spread = 0.14 if seed % 4 == 2 else 0  # on the strongly graded map, where the frost is white
     dark = spots(warp(xyz, 63, 0.09, 0.8), _PLUTO_DARK, 2.2) + 0.09 * rough + 0.06 * fine
@@ -424,6 +421,7 @@ _DESERTS: list[Spot] = [
 _FORESTS: list[Spot] = [
     (-62, -4, 13, 9), (22, 0, 12, 6), (113, 0, 14, 7), (103, 18, 8, 9), (-85, 14, 8, 5), (140, -5, 10, 4),
 ]  # fmt: skip
+_CLIMATES = "0 2f5a24  14 55752f  26 6f7f3c  38 5d7638  52 3c5c2c  60 4d6040  68 837d68  75 c9cac8  80 f4f7fa"
 
 
 def paint_land(
@@ -433,18 +431,13 @@ def paint_land(
 ) -> np.ndarray:  # colours, as if everything were land
     "Forest, steppe, desert, tundra and ice by climate."
     north = np.abs(lat + 3 * rough)
-    colour = ramp(
-        north, "0 2f5a24  14 55752f  26 6f7f3c  38 5d7638  52 3c5c2c  60 4d6040  68 837d68  75 c9cac8  80 f4f7fa"
-    )
-    colour = mix(colour, "1f4a1d", 0.8 * spots(xyz, _FORESTS))
+    colour = mix(ramp(north, _CLIMATES), "1f4a1d", 0.8 * spots(xyz, _FORESTS))
     bent = warp(xyz, 84, 0.05, 0.9)
     dry = smoothstep(0.15, 0.75, spots(bent, _DESERTS) + 0.06 * rough)
     colour = mix(colour, ramp(rough, "-2 a5814e  0 c8a66d  2 e2c792"), dry)
     heights = spots(bent, [(88, 33, 13, 4), (-72, -14, 3, 8), (-69, -28, 3, 10), (-112, 45, 6, 10), (75, 36, 6, 3)])
-    return (
-        mix(colour, "9c8b70", 0.6 * heights)
-        * (1 + 0.06 * rough + 0.06 * noise(xyz, 85, 3) + 0.06 * noise(xyz, 86, 9))[..., None]
-    )
+    shade = 1 + 0.06 * rough + 0.06 * noise(xyz, 85, 3) + 0.06 * noise(xyz, 86, 9)
+    return mix(colour, "9c8b70", 0.6 * heights) * shade[..., None]
 
 # %% ../../nbs/planets/01_surfaces.ipynb #paint-earth
 def paint_earth(xyz: np.ndarray, seed: int) -> np.ndarray:
@@ -476,6 +469,7 @@ def swirl(
 
 
 _CLOUDINESS = (0, 0.25, -0.3, 0.45, -0.1)  # of the maps
+_WETNESS = {-90: 0.1, -75: 0.1, -55: 0.75, -25: -0.3, -10: 0.1, 4: 0.5, 12: 0.1, 25: -0.45, 50: 0.4, 70: 0.3, 90: 0.1}
 
 
 def paint_clouds(
@@ -490,11 +484,7 @@ def paint_clouds(
         north = rng.choice([-1, 1]) * rng.uniform(28, 60)
         bent = swirl(bent, rng.uniform(-180, 180), north, rng.uniform(9, 17), 3.5 * np.sign(north))
     bent = bent + 0.07 * noise(xyz, seed + 90, 0.8)[..., None]
-    wet = np.interp(
-        lat,
-        [-90, -75, -55, -25, -10, 4, 12, 25, 50, 70, 90],
-        [0.1, 0.1, 0.75, -0.3, 0.1, 0.5, 0.1, -0.45, 0.4, 0.3, 0.1],
-    )
+    wet = np.interp(lat, [*_WETNESS], [*_WETNESS.values()])
     cover = 0.7 * noise(bent, seed + 91, 0.7, stretch=1.7) + 0.4 * noise(bent, seed + 92, 2.6) + 0.5 * wet
     cover += 0.45 * noise(bent, seed + 93, 7)
     return mix(ground, "ffffff", 0.92 * smoothstep(0.35, 2.0, cover + _CLOUDINESS[seed % 5]))
@@ -600,11 +590,15 @@ def paint_saturn(xyz: np.ndarray, seed: int) -> np.ndarray:
     return colour * (1 + 0.018 * noise(bent, seed + 123, 0.5, stretch=14) + 0.02 * narrow)[..., None]
 
 # %% ../../nbs/planets/01_surfaces.ipynb #paint-uranus
+_URANUS_HUES = "-90 93c9d2  -50 9dd2db  -15 a3d8e0  10 a8dce3  38 aadfe4  48 b8e6e9  70 c3ebec  90 c9eeee"
+_NEPTUNE_HUES = "-90 3b3fae  -65 3f52c0  -45 3a63cd  -28 4a80dd  -10 3f70d4  12 4a82de  30 3d69d0  50 3f55c4  90 3d3fae"
+
+
 def paint_uranus(xyz: np.ndarray, seed: int) -> np.ndarray:
     "Pale cyan, a bright polar hood, the faintest bands."
     lat = lon_lat(xyz)[1]
     tone = lat + 1.2 * noise(xyz, seed + 131, 0.5, stretch=5)
-    colour = ramp(tone, "-90 93c9d2  -50 9dd2db  -15 a3d8e0  10 a8dce3  38 aadfe4  48 b8e6e9  70 c3ebec  90 c9eeee")
+    colour = ramp(tone, _URANUS_HUES)
     rng = np.random.default_rng([seed, 23])
     puffs: list[Spot] = [(rng.uniform(-180, 180), rng.uniform(20, 45), rng.uniform(2, 5), 1.0) for _ in range(3)]
     return mix(colour, "e4f7f7", 0.35 * spots(xyz, puffs))
@@ -614,10 +608,7 @@ def paint_neptune(xyz: np.ndarray, seed: int) -> np.ndarray:
     "Deep blue, soft bands, a dark spot with its bright companion, white cirrus."
     lat, rng = lon_lat(xyz)[1], np.random.default_rng([seed, 29])
     tone = lat + 2 * noise(xyz, seed + 141, 0.4, stretch=3)
-    colour = ramp(
-        tone, "-90 3b3fae  -65 3f52c0  -45 3a63cd  -28 4a80dd  -10 3f70d4  12 4a82de  30 3d69d0  50 3f55c4  90 3d3fae"
-    )
-    colour = colour * (1 + 0.018 * noise(xyz, seed + 142, 0.6, stretch=8))[..., None]
+    colour = ramp(tone, _NEPTUNE_HUES) * (1 + 0.018 * noise(xyz, seed + 142, 0.6, stretch=8))[..., None]
     east, north = spot_frame(xyz, 40, -21)
     colour = mix(colour, "22358f", 0.75 * smoothstep(1.25, 0.7, np.hypot(east / 13, north / 6.5)))
     brim = np.exp(-(((north + 8.5 - 0.012 * east**2) / 1.5) ** 2 + (east / 11) ** 2))

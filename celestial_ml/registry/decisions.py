@@ -116,9 +116,8 @@ def rollback(
         if state.previous is None:
             raise CelestialError(f"there is no champion before {state.champion}", hint)
         if broken := damage(published(state.previous)):
-            raise CelestialError(
-                f"{state.previous} can't be served: {'; '.join(broken)}", f"{hint}, or restore its files."
-            )
+            message = f"{state.previous} can't be served: {'; '.join(broken)}"
+            raise CelestialError(message, f"{hint}, or restore its files.")
         append("rollback", state.previous, "champion again", {"from": state.champion, "why": why}, who)
         recover()
         return state.champion, state.previous

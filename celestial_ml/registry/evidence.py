@@ -62,9 +62,8 @@ class Evidence:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         baselines = {name.removeprefix("baseline_"): arrays[name] for name in arrays if name.startswith("baseline_")}
-        return cls(
-            **{one.name: arrays[one.name] for one in fields(cls) if one.name != "baselines"}, baselines=baselines
-        )
+        names = [one.name for one in fields(cls) if one.name != "baselines"]
+        return cls(**{name: arrays[name] for name in names}, baselines=baselines)
 
 
 def short(sha256: Iterable[str]) -> np.ndarray:  # uint64 (n,)

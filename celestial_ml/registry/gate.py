@@ -93,9 +93,8 @@ def _worst_class(metrics: Metrics, p: Register) -> Rule:
     worst = min(ends, key=lambda name: (ends[name][1], metrics.per_class[name].f1), default=None)
     if worst is None:
         return _measured("worst class", None, p.min_class_f1, True)
-    return _measured(
-        "worst class", metrics.per_class[worst].f1, p.min_class_f1, True, f" ({worst}) F1", "", ends[worst]
-    )
+    f1 = metrics.per_class[worst].f1
+    return _measured("worst class", f1, p.min_class_f1, True, f" ({worst}) F1", ends=ends[worst])
 
 # %% ../../nbs/registry/05_gate.ipynb #floor-list
 def _false_alarms(manifest: Manifest, evidence: Evidence | None, p: Register) -> Rule:
@@ -128,10 +127,8 @@ def floor_rules(
     metrics, served, compared = manifest.metrics, folder / manifest.file, manifest.compression.files
     speed = compared.get("int8" if "int8" in manifest.file else "float32")
     size = served.stat().st_size / 1e6 if served.is_file() else None
-    f1, share = metrics.intervals.get("macro_f1"), metrics.accuracy
-    right = (
-        share_interval(round(share * metrics.images), metrics.images) if share is not None and metrics.images else None
-    )
+    f1, share, n = metrics.intervals.get("macro_f1"), metrics.accuracy, metrics.images
+    right = share_interval(round(share * n), n) if share is not None and n else None
     return [
         _measured("accuracy", share, p.min_accuracy, True, ends=right),
         _measured(
@@ -151,10 +148,8 @@ def _against(name: str, correct: np.ndarray, baseline: np.ndarray, p: Register) 
     "Whether it is significantly better than a baseline."
     paired = compare(correct, baseline, p.alpha)
     good = paired.difference > 0 and paired.p < p.alpha
-    words = "better" if good else "not significantly better"
-    return Rule(
-        f"beats {name}", "baseline", paired.accuracy, paired.other, good, f"{words} than {name}: {paired.in_words()}"
-    )
+    why = f"{'better' if good else 'not significantly better'} than {name}: {paired.in_words()}"
+    return Rule(f"beats {name}", "baseline", paired.accuracy, paired.other, good, why)
 
 
 def baseline_rules(evidence: Evidence | None, p: Register) -> list[Rule]:
@@ -190,10 +185,8 @@ def _parity(manifest: Manifest, deployed: Deployment, p: Register) -> Rule:
         why = "the logits weren't compared with Keras's: package the run again"
         return Rule("parity", "deployment", None, p.max_difference, False, why)
     largest = packaged if now is None else float(np.max([packaged, now]))  # a NaN stays one
-    again = "" if now is None else f", {now:.1e} now"
-    why = (
-        f"its logits differ from Keras's by {packaged:.1e} when it was packaged{again}; {p.max_difference:g} is allowed"
-    )
+    when = "when it was packaged" + ("" if now is None else f", {now:.1e} now")
+    why = f"its logits differ from Keras's by {packaged:.1e} {when}; {p.max_difference:g} is allowed"
     return Rule("parity", "deployment", largest, p.max_difference, largest <= p.max_difference, why)
 
 
@@ -222,12 +215,10 @@ def deployment_rules(
 def _knows_as_much(manifest: Manifest, champion: Manifest) -> Rule:
     "Whether it knows all classes of the champion."
     missing = [name for name in champion.classes if name not in manifest.classes]
-    why = (
-        f"it doesn't know {', '.join(missing)}, which {champion.model} knows: register it under another name "
-        "(register.name)"
-        if missing
-        else f"it knows all {len(champion.classes)} classes that {champion.model} knows"
-    )
+    why = f"it knows all {len(champion.classes)} classes that {champion.model} knows"
+    if missing:
+        hint = "register it under another name (register.name)"
+        why = f"it doesn't know {', '.join(missing)}, which {champion.model} knows: {hint}"
     return Rule("classes", "champion", len(manifest.classes), len(champion.classes), not missing, why)
 
 
@@ -355,7 +346,7 @@ def judge(
     elif twin and not failed:
         decision, conclusion = "same", f"nothing new: it answers as {champion} does, which stays champion"
     if unregistered:
-        decision, conclusion = "unregistered", f"it isn't registered (register.publish), only judged: {conclusion}"
+        decision, conclusion = "unregistered", f"only judged, as register.publish is false: {conclusion}"
     reasons = (*(rule.why for rule in failed), *(rule.why for rule in rules if rule.passed), conclusion)
     return Verdict(model, decision, decision in ("promote", "keep"), reasons, tuple(rules), champion, paired)
 

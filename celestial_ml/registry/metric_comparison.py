@@ -135,6 +135,9 @@ def _untested(first: Metrics, second: Metrics) -> list[Difference]:
     return [row for row in rows if row.ours is not None or row.theirs is not None]
 
 
+_PAIRED = 20  # images that a paired test needs
+
+
 def _fits(answers: Evidence, classes: list[str]) -> bool:
     "Whether the probabilities belong to these classes."
     named = {*answers.label.tolist(), *answers.predicted.tolist()}
@@ -147,7 +150,6 @@ def differences(
     answers: tuple[Evidence, Evidence] | None = None,  # of both, where they are at hand
     paired: Paired | None = None,  # the gate's comparison of the accuracies, where there is one
     alpha: float = 0.05,  # the intervals hold 1 - alpha
-    least: int = 20,  # images, for a paired test
 ) -> list[Difference]:
     "All figures of two models, tested on the same images where that's possible, by their intervals elsewhere."
     rows = {
@@ -164,28 +166,26 @@ def differences(
     if answers is not None:
         places, others = same_images(*answers)
         other_images = 2 * len(places) < min(len(side.sha256) for side in answers)
-        if len(places) >= least:
+        if len(places) >= _PAIRED:
             paired = paired or compare(answers[0].correct[places], answers[1].correct[others], alpha)
             classes = list(first.per_class)
             if classes == list(second.per_class) and all(_fits(side, classes) for side in answers):
                 for key, (a, b, low, high) in paired_figures(*answers, classes, alpha).items():
-                    rows[key] = replace(
-                        rows[key], ours=a, theirs=b, low=low, high=high, how="paired", sure=low > 0 or high < 0
-                    )
-    if paired is not None and paired.images >= least:
+                    tested: dict[str, Any] = {"low": low, "high": high, "how": "paired", "sure": low > 0 or high < 0}
+                    rows[key] = replace(rows[key], ours=a, theirs=b, **tested)
+    if paired is not None and paired.images >= _PAIRED:
         rows["accuracy"] = replace(rows["accuracy"], ours=paired.accuracy, theirs=paired.other, low=paired.low,
                                    high=paired.high, how="paired", p=paired.p, sure=paired.p < alpha)  # fmt: skip
     if other_images:  # the intervals are of different questions
         apart = {key: row for key, row in rows.items() if row.how == "intervals"}
         rows |= {k: replace(row, low=None, high=None, how="other images", sure=False) for k, row in apart.items()}
     shares, seconds = _shares(first), _shares(second)
-    counted = [
-        _from_intervals(
-            Difference(name, None, None, more_is_better=name == "unknowns recognised"), share, seconds[name]
-        )
-        for name, share in shares.items()
-        if name in seconds and not (other_images and name == "known ones called unknown")
-    ]
+    counted = []
+    for name in [name for name in shares if name in seconds]:
+        if other_images and name == "known ones called unknown":
+            continue
+        base = Difference(name, None, None, more_is_better=name == "unknowns recognised")
+        counted.append(_from_intervals(base, shares[name], seconds[name]))
     return [*rows.values(), *counted, *_untested(first, second)]
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #comparison
@@ -271,9 +271,8 @@ def make_comparison(
         for pair in counts[0] | counts[1]
         if all(pair in count or complete for count, complete in zip(counts, whole, strict=True))
     }
-    changed = sorted(
-        (pair for pair in pairs if len(set(pairs[pair])) > 1), key=lambda p: -abs(pairs[p][0] - pairs[p][1])
-    )
+    differ = (pair for pair, (ours, theirs) in pairs.items() if ours != theirs)
+    changed = sorted(differ, key=lambda pair: -abs(pairs[pair][0] - pairs[pair][1]))
     scores = [{name: row.f1 for name, row in m.per_class.items()} for m in (first, second)]
     return Comparison(
         ours=names[0],

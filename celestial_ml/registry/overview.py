@@ -62,9 +62,8 @@ def describe(
     manifest, folder = read_version(model), published(model)
     gate = read_json(folder / "gate.json") if (folder / "gate.json").is_file() else {}
     card = folder / "model_card.html"
-    history = [
-        {k: e[k] for k in ("n", "time", "who", "action", "decision")} for e in verify().entries if e["model"] == model
-    ]
+    keys, entries = ("n", "time", "who", "action", "decision"), verify().entries
+    history = [{key: entry[key] for key in keys} for entry in entries if entry["model"] == model]
     return _row(model, look()) | {
         "classes": manifest.classes,
         "intervals": {name: interval.to_json() for name, interval in manifest.metrics.intervals.items()},
@@ -80,8 +79,6 @@ def describe(
 def compare_versions(
     first: str,  # "celestial/4"
     second: str,
-    alpha: float = 0.05,
-    root: Path | None = None,  # that the images' paths are relative to; None: the project's
 ) -> dict[str, Any]:  # first, second, figures, params, paired and words
     "Two versions beside each other; the accuracy is tested on the first one's test images."
     from celestial_ml.registry.evidence import Evidence, answers_of_other, compare
@@ -91,19 +88,14 @@ def compare_versions(
     answers = [None if damage(folder) else Evidence.load(folder) for folder in folders]
     one, other, paired, words = *map(read_version, names), None, ""
     if answers[0] is not None and not damage(folders[1]):
-        shared = answers_of_other(answers[0], folders[1], root or find_root() or Path.cwd())
+        shared = answers_of_other(answers[0], folders[1], find_root() or Path.cwd())
         words = shared.in_words() or "no image can be compared"
         if len(shared.rows):
-            paired = compare(answers[0].correct[shared.rows], shared.correct, alpha)
+            paired = compare(answers[0].correct[shared.rows], shared.correct)
             words = f"{paired.in_words()}; answers of {second}: {words}"
-    comparison = make_comparison(
-        names,
-        (one.metrics, other.metrics),
-        (flat(one.lineage.parameters), flat(other.lineage.parameters)),
-        None if answers[0] is None or answers[1] is None else (answers[0], answers[1]),
-        paired,
-        alpha,
-    )
+    params = flat(one.lineage.parameters), flat(other.lineage.parameters)
+    both = None if answers[0] is None or answers[1] is None else (answers[0], answers[1])
+    comparison = make_comparison(names, (one.metrics, other.metrics), params, both, paired)
     return {
         "first": first,
         "second": second,

@@ -70,12 +70,8 @@ def mend_places(
     here = (database.parent / "artifacts").as_uri() + "/"
     with closing(sqlite3.connect(database, timeout=60)) as db, db:
         rows = db.execute("SELECT name, artifact_location FROM experiments").fetchall()
-        places = {
-            location.removesuffix(end) + "/" for name, location in rows if location.endswith(end := f"/{quote(name)}")
-        }
-        for old in {place for place in places if place.startswith("file://") and place.endswith("/artifacts/")} - {
-            here
-        }:
+        places = {place.removesuffix(quote(name)) for name, place in rows if place.endswith(f"/{quote(name)}")}
+        for old in [p for p in places - {here} if p.startswith("file://") and p.endswith("/artifacts/")]:
             for table, columns in _PLACES.items():
                 for column in columns:
                     change = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"
@@ -168,7 +164,6 @@ class Run(_Record):
         name: str,
         source: str,  # where they come from: a path or a URL
         digest: str,  # of the images
-        context: str = "training",
     ) -> None:
         "The images, as MLflow's page lists data sets: by which runs they were used."
         from mlflow.data.pandas_dataset import from_pandas
@@ -177,7 +172,7 @@ class Run(_Record):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # MLflow has two kinds of source for a local path
             data = from_pandas(table, source=source, targets="label", name=name, digest=digest[:36])
-        tags = [InputTag("mlflow.data.context", context)]
+        tags = [InputTag("mlflow.data.context", "training")]
         self.client.log_inputs(self.id, [DatasetInput(data._to_mlflow_entity(), tags)])
 
 # %% ../../nbs/registry/01_tracking.ipynb #open-run

@@ -376,9 +376,8 @@ def a_form(field: str, several: bool = False) -> dict[str, Any]:  # for FastAPI'
     value = {"type": "array", "items": one, "minItems": 1} if several else one
     schema = {"type": "object", "required": [field], "properties": {field: value}}
     kinds = {field: {"contentType": "image/jpeg, image/png, image/webp"}}
-    return {
-        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema, "encoding": kinds}}}
-    }
+    form = {"multipart/form-data": {"schema": schema, "encoding": kinds}}
+    return {"requestBody": {"required": True, "content": form}}
 
 # %% ../../nbs/serve/20_api.ipynb #as-json
 def as_json(content: dict[str, Any]) -> Response:
@@ -416,10 +415,8 @@ async def predict_batch(request: Request, service: TheService, model: TheModel) 
     if service.scorer.under_way + len(files) > max(service.settings.waiting, len(files)):
         raise busy()
     number = request.state.request_id
-    answers = await asyncio.gather(
-        *(_one_of_several(service, request, f"{number}.{i}", *file) for i, file in enumerate(files))
-    )
-    return as_json({"request_id": number, "answers": answers})
+    waiting = (_one_of_several(service, request, f"{number}.{i}", *file) for i, file in enumerate(files))
+    return as_json({"request_id": number, "answers": await asyncio.gather(*waiting)})
 
 
 async def _one_of_several(service: Service, request: Request, number: str, file: str, content: bytes) -> dict[str, Any]:
@@ -510,9 +507,8 @@ async def ready(service: TheService, model: TheModel) -> Status:
     "Whether a model is loaded, which one, and whether another one was refused."
     tried = service.models.challenger.predictor
     refused = service.models.champion.reason or service.models.challenger.reason
-    return Status(
-        status="ready", model_version=model.version, challenger=tried.version if tried else None, refused=refused
-    )
+    challenger = tried.version if tried else None
+    return Status(status="ready", model_version=model.version, challenger=challenger, refused=refused)
 
 # %% ../../nbs/serve/20_api.ipynb #model-info
 @api.get("/model", summary="Which model answers", tags=["Model"], responses=NO_MODEL | NO_KEY)
@@ -524,22 +520,29 @@ async def model_info(model: TheModel) -> ModelInfo:
     return ModelInfo(**content | {"lineage": lineage, "card": card})
 
 
-METRICS: Any = {
-    200: {"content": {"text/plain": {"example": 'celestial_requests_total{path="/predict",status="200"} 12.0'}}}
-}
+_FIGURE = 'celestial_requests_total{path="/predict",status="200"} 12.0'
+METRICS: Any = {200: {"content": {"text/plain": {"example": _FIGURE}}}}
 NO_CARD = errors(no_card="this model has no card")
 
 
-@api.get(
-    "/model/card",
-    summary="The model card",
-    tags=["Model"],
-    response_class=HTMLResponse,
-    responses=NO_CARD | NO_MODEL | NO_KEY,
-)
+CARD: Any = {"tags": ["Model"], "response_class": HTMLResponse, "responses": NO_CARD | NO_MODEL | NO_KEY}
+
+
+@api.get("/model/card", summary="The model card", **CARD)
 async def model_card(model: TheModel) -> Response:
     "What the model is for, how good it is and where it fails, as one page of HTML."
-    card = model.folder / "model_card.html"
+    return _card(model, "model_card.html")
+
+
+@api.get("/model/data_card.html", summary="The data card", **CARD)
+async def data_card(model: TheModel) -> Response:
+    "Where the model's images come from, what they are and under which licence, as one page of HTML."
+    return _card(model, "data_card.html")
+
+
+def _card(model: Predictor, name: str) -> Response:
+    "A card that was published with the model."
+    card = model.folder / name
     if not card.is_file():
         raise CelestialError("this model has no card", "Package and register it again.", "no_card")
     # No scripts and nothing from other sites: the card contains its pictures and styles.

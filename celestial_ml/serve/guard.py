@@ -93,9 +93,8 @@ class _Body:
                 return await self.receive()
         except TimeoutError:
             message = f"the request took longer than {time.monotonic() - self.began:.0f} s to arrive"
-            raise CelestialError(
-                message, "Make the picture smaller, or use a faster connection.", "too_slow", headers=CLOSE
-            ) from None
+            hint = "Make the picture smaller, or use a faster connection."
+            raise CelestialError(message, hint, "too_slow", headers=CLOSE) from None
         finally:
             self.clock = None
 
@@ -311,9 +310,8 @@ class Proxies:
         if any(name in STRIPPED for name, _ in scope["headers"]):
             for name, value in scope["headers"]:
                 if one := CLAIMS.get(name):
-                    claims[one] = (
-                        f"{claims[one]},{value.decode('latin-1')}" if one in claims else value.decode("latin-1")
-                    )
+                    text = value.decode("latin-1")
+                    claims[one] = f"{claims[one]},{text}" if one in claims else text
             scope["headers"] = [header for header in scope["headers"] if header[0] not in STRIPPED]
         prefix = self.prefix
         if claims and self.trusts((scope.get("client") or ("",))[0]):

@@ -37,9 +37,8 @@ def pointed_version(
     try:
         pointer = read_pointer(role)
     except (OSError, DamagedFile) as e:
-        raise ModelError(
-            f"{pointer_file(role)} is damaged ({e!r})", "`celestial models sync` writes it anew."
-        ) from None
+        message, hint = f"{pointer_file(role)} is damaged ({e!r})", "`celestial models sync` writes it anew."
+        raise ModelError(message, hint) from None
     return published(pointer.model) if pointer else None
 
 
@@ -79,6 +78,9 @@ class Backoff:
         return True
 
 # %% ../../nbs/serve/07_live_models.ipynb #role-x
+_FOLDERS = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?[/\\]+(?:[^\s/\\'\"),:;]+[/\\]+)*(?=[^\s/\\])")  # of a path in a text
+
+
 @dataclass
 class Standing:
     "The model that has a role, and why another one was refused."
@@ -109,9 +111,7 @@ class Standing:
     def reason(self) -> str | None:
         "Why the registry's version does not answer, for clients: without paths, which only the log has."
         text = (self.refused or "").replace(f"{models_folder()}{os.sep}", "")
-        return self.refused and re.sub(
-            r"(?<![\w.])(?:[A-Za-z]:)?[/\\]+(?:[^\s/\\'\"),:;]+[/\\]+)*(?=[^\s/\\])", "…/", text
-        )
+        return self.refused and _FOLDERS.sub("…/", text)
 
     def error(self) -> ModelError:
         "Why there is no model."
@@ -136,9 +136,7 @@ class Role(Standing):
         except Exception as e:
             return self.refuse(e)
         if not self.backoff.due((folder, file_stamps(folder))):
-            if (
-                self.backoff.loaded and self.refused and folder is not None
-            ):  # only the pointer was unreadable for a while
+            if self.backoff.loaded and self.refused and folder:  # only the pointer was unreadable for a while
                 self.refused = None
                 log.info("the %s is %s still", self.name, self.predictor and self.predictor.version)
             return None

@@ -142,9 +142,8 @@ class Scorer:
         self.small = Lane(lambda jobs: _answer(self, jobs), threads, batch)
         self.large = Lane(lambda jobs: _score(self, *_attempt(jobs, lambda job: _read(job, limits))), 1, 1)
         self.under_way = 0  # pictures that were accepted and not answered yet; used by the event loop alone
-        metrics.collect(
-            lambda: [("gauge", "celestial_waiting", "Pictures accepted and not answered", {}, self.under_way)]
-        )
+        words = "Pictures accepted and not answered"
+        metrics.collect(lambda: [("gauge", "celestial_waiting", words, {}, self.under_way)])
 
     async def score(self, content: bytes, model: Predictor, picture: bool = False) -> Scored:
         "Score an image file; `CelestialError` for a bad one, and with 503 where too many wait or it took too long."

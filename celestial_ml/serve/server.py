@@ -74,10 +74,8 @@ def greeting(
     key = '-H "X-API-Key: …" ' if keys else ""
     lines += [f"  {url}/docs  the API", "", f"  curl {key}-F image=@picture.jpg {url}/predict"]
     if not is_loopback(host) and not keys:
-        lines += [
-            "",
-            f"Warning: listening on {host}, so everybody who can reach this machine can use it: there are no API keys.",
-        ]
+        why = "so everybody who can reach this machine can use it: there are no API keys."
+        lines += ["", f"Warning: listening on {host}, {why}"]
     return "\n".join(lines)
 
 # %% ../../nbs/serve/21_server.ipynb #start-logging
@@ -89,10 +87,8 @@ def start_logging(
 
     handler, person = logging.StreamHandler(), sys.stderr.isatty()
     names = {"asctime": "time", "levelname": "level", "name": "logger"}
-    text = logging.Formatter("%(levelname)s %(message)s")
-    handler.setFormatter(
-        text if person else JsonFormatter(f"%({')s %('.join(names)})s %(message)s", rename_fields=names)
-    )
+    as_json = JsonFormatter(f"%({')s %('.join(names)})s %(message)s", rename_fields=names)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s") if person else as_json)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     logging.captureWarnings(True)  # of libraries, which Python would print between the lines
@@ -141,12 +137,10 @@ def why_no_demo(
         return f"The demo is off: it cannot send an API key. {login}"
     if is_loopback(host) or settings.open_demo:
         return ""
-    return (
-        f"The demo is off: everybody who can reach {host} could use it. {login}. Or open it to everybody: --open-demo"
-    )
+    return f"The demo is off: everybody who can reach {host} could use it. {login}. Or open it to all: --open-demo"
 
 # %% ../../nbs/serve/21_server.ipynb #uvicorn-config
-def _uvicorn_config(app: "FastAPI", settings: ServeSettings, service: "Service") -> uvicorn.Config:
+def uvicorn_config(app: "FastAPI", settings: ServeSettings, service: "Service") -> uvicorn.Config:
     "Uvicorn with connections, proxies and logs of our own."
     from celestial_ml.serve.connections import Connection, Connections
 
@@ -198,7 +192,7 @@ def serve(
                 print(f"\n{why}", flush=True)
             logging.disable(logging.NOTSET)
             try:
-                Server(_uvicorn_config(app, settings, service), service).run(sockets=[listener])
+                Server(uvicorn_config(app, settings, service), service).run(sockets=[listener])
             finally:
                 service.close()
     except KeyboardInterrupt:

@@ -55,9 +55,7 @@ def _is_installed(package: str) -> bool:
     return True
 
 # %% ../../nbs/workbench/02_new_project.ipynb #check-class
-def check_classes(
-    names: Sequence[str],
-) -> list[str]:  # sorted, as the model has them
+def check_classes(names: Sequence[str]) -> list[str]:  # sorted, as the model has them
     "The classes of a project; `CelestialError` unless there are two, all of them different."
     classes = sorted(check_class(name.strip(), portable=True) for name in names)
     folded = Counter(name.casefold() for name in classes)
