@@ -97,58 +97,6 @@ def _folder(data: Data, root: Path) -> Path:
 
 SOURCES["folder"] = Source(lambda data, seed, root, run: _folder(data, root), _folder)
 SOURCES["guide"] = Source(
-    lambda data, seed, root, run: get_guide(root / "data"), lambda data, root: root / "data" / "raw"
-)
-
-
-def _labelled(data: Data, root: Path) -> Path:
-    if not (root / "data" / "labelled").is_dir():
-        hint = "celestial feedback accept writes it, once labels are accepted."
-        raise CelestialError(f"data.source is labelled, but there is no {root}/data/labelled", hint)
-    return root / "data" / "labelled"
-
-
-SOURCES["labelled"] = Source(lambda data, seed, root, run: _labelled(data, root), _labelled)
-
-# %% ../../nbs/data/06_sources.ipynb #folder
-def image_folder(
-    key: str,  # the parameter that names it
-    folder: str,  # its value
-    root: Path,  # the project's
-) -> Path:
-    "A folder that a parameter names; `CelestialError` where it isn't there."
-    path = (root / check_path(folder).expanduser()).resolve()
-    if not path.is_dir():
-        hint = "Name a folder that holds a folder of images for each class."
-        raise CelestialError(f"{key}: {path} is not a folder", hint)
-    return path
-
-
-def labels_path(
-    data: Data,
-    root: Path,  # the project's
-) -> Path | None:
-    "The table of labels; `CelestialError` where there is none, or nothing that it could be about."
-    if data.labels is None:
-        return None
-    if "folder" not in data.all_sources:
-        raise CelestialError("data.labels is set, but data.source isn't folder", "Set data.source=folder.")
-    path = (root / check_path(data.labels).expanduser()).resolve()
-    if not path.is_file():
-        raise CelestialError(f"there is no table {path}", "Name a CSV with columns file_name and label: data.labels")
-    return path
-
-
-def _folder(data: Data, root: Path) -> Path:
-    table = labels_path(data, root)
-    if data.folder is None and table is None:
-        hint = "Name it: --set data.folder=path/to/images"
-        raise CelestialError("data.source is folder, but data.folder is not set", hint)
-    return image_folder("data.folder", data.folder or str(Path(str(table)).parent), root)
-
-
-SOURCES["folder"] = Source(lambda data, seed, root, run: _folder(data, root), _folder)
-SOURCES["guide"] = Source(
     lambda data, seed, root, run: get_guide(root / "data"),
     lambda data, root: root / "data" / "raw",
     lambda data: Origin(
@@ -159,6 +107,17 @@ SOURCES["guide"] = Source(
         "https://github.com/swiss-ai-center/a-guide-to-mlops",
     ),
 )
+
+# %% ../../nbs/data/06_sources.ipynb #labelled-source
+def _labelled(data: Data, root: Path) -> Path:
+    "The labels that people accepted."
+    if not (root / "data" / "labelled").is_dir():
+        hint = "celestial feedback accept writes it, once labels are accepted."
+        raise CelestialError(f"data.source is labelled, but there is no {root}/data/labelled", hint)
+    return root / "data" / "labelled"
+
+
+SOURCES["labelled"] = Source(lambda data, seed, root, run: _labelled(data, root), _labelled)
 
 # %% ../../nbs/data/06_sources.ipynb #source-catalogs
 def _catalogs(data: Data, seed: int, root: Path, run: Path) -> dict[str, pd.DataFrame]:
