@@ -57,6 +57,7 @@ NOT_TYPED = {  # pattern → why
     r"dvc repro": "of another tool, to compare with",
     r"celestial$|celestial (batch|data|keep|models (compare|show|rollback)|new|sweep|predict)$": "a command's name",
     r"celestial log feedback": "of an answer that nobody has given here: tests/test_log.py",
+    r"celestial label (import (cvat|http)|serve|export (http|labels.zip --format cvat$))": "tests/test_annotations.py",
     r"celestial models (rollback|retire|promote challenger|compare (champion|candidate))": "versions of a history: tests/test_registry.py",
     r"celestial models audit --restart": "gives up a log that is intact here",
 }

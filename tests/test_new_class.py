@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -25,6 +26,7 @@ def file_of(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 def test_a_label_that_nobody_had_used_is_a_new_class(at_home: Path) -> None:
     digits = load_digits()
     for row in range(700):

@@ -32,16 +32,18 @@ def place(
     "Coordinates on the map; the same ones for the same embeddings."
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     n, d = embeddings.shape
     if n < 3:
         return np.stack([np.linspace(-1, 1, n), np.zeros(n)], axis=1).astype(np.float32)
-    points = PCA(min(n, d, 30), random_state=seed).fit_transform(embeddings)
-    points = np.pad(points, ((0, 0), (0, max(0, 2 - points.shape[1]))))
-    if 10 <= n <= MOST_TSNE:
-        points = TSNE(
-            perplexity=min(30, (n - 1) / 3), init=points[:, :2] / (points[:, 0].std() or 1) * 1e-4, random_state=seed
-        ).fit_transform(points)
+    # On a busy machine the threads of t-SNE wait for one another, a thousand times.
+    with threadpool_limits(1), np.errstate(invalid="ignore"):
+        points = PCA(min(n, d, 30), random_state=seed).fit_transform(embeddings)
+        points = np.pad(points, ((0, 0), (0, max(0, 2 - points.shape[1]))))
+        if 10 <= n <= MOST_TSNE:
+            begin = points[:, :2] / (points[:, 0].std() or 1) * 1e-4
+            points = TSNE(perplexity=min(30, (n - 1) / 3), init=begin, random_state=seed).fit_transform(points)
     points = points[:, :2] - points[:, :2].mean(axis=0)
     return np.asarray(points / (np.abs(points).max() or 1), np.float32)
 

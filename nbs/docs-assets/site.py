@@ -82,7 +82,7 @@ def on_config(config: MkDocsConfig) -> None:
                 *("FAQ=faq.md", "Glossary=glossary.md"),
             )
         },
-        {"Guides": [*written("JupyterLab=lab.md"), *listed("guides")]},
+        {"Guides": [*written("JupyterLab=lab.md", "Label with a team=label-with-a-team.md"), *listed("guides")]},
         {"Pipeline": listed("steps")},
         {"Notebooks": [{room: listed(room)} for room in rooms(root)]},
         {
