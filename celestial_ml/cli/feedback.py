@@ -70,7 +70,7 @@ def feedback_list(
     if cases:
         print("next:  celestial feedback accept --all, or one by one: celestial feedback accept SHA256 --label CLASS")
 
-
+# %% ../../nbs/cli/11_feedback.ipynb #cf-cells
 def _cells(case: dict[str, Any]) -> list[str]:
     "A case as the cells of a table."
     said = "; ".join(f"{label} ({', '.join(who)})" for label, who in case["labels"].items())
@@ -101,7 +101,7 @@ def _decisions(cases: list[dict[str, Any]], pictures: list[str], label: str | No
         decisions[meant[0]["sha256"] if meant else name.lower()] = label or next(iter(meant[0]["labels"]))
     return decisions
 
-
+# %% ../../nbs/cli/11_feedback.ipynb #cf-accept-command
 @command(feedback_app, "accept", "celestial feedback accept 3f2a9c01 --label Ceres")
 def feedback_accept(
     pictures: Annotated[list[str] | None, typer.Argument(help="checksums, or how they begin")] = None,

@@ -103,7 +103,7 @@ def _undo(desk: LabelDesk, who: str, people: int) -> None:
         others.append(turn.waiting.sha256)
     desk.turn = turn
 
-
+# %% ../../nbs/label/04_page.ipynb #pg-step
 def step(desk: LabelDesk, who: str, action: dict[str, Any] | None, classes: list[str]) -> str:
     "Act, fetch the next picture, and show it."
     before = desk.turn
