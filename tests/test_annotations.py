@@ -23,7 +23,7 @@ from urllib.request import Request, urlopen
 import pytest
 from PIL import Image
 from programs import free_port
-from serving import running, tiny_model
+from serving import running, tiny_model, until
 from typer.testing import CliRunner
 
 from celestial_ml.cli.label import label_app
@@ -177,7 +177,7 @@ def backend(model: Path, log: Path, studio: str) -> AbstractContextManager[str]:
 def ask(url: str, body: object = None, **headers: str) -> dict:
     data = None if body is None else json.dumps(body).encode()
     with urlopen(Request(url, data, {"Content-Type": "application/json"} | headers), timeout=120) as answer:
-        return json.loads(answer.read())
+        return json.loads(answer.read() or "{}")
 
 
 def test_the_key_is_in_no_log(tmp_path: Path) -> None:
@@ -227,13 +227,13 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with (folder / "log").open("w") as log:
         process = subprocess.Popen([str(program), *words], env=env, stdout=log, stderr=log, start_new_session=True)
     try:
-        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 900
+        url, latest = f"http://127.0.0.1:{port}", time.monotonic() + 900
         while True:
             try:
                 assert ask(f"{url}/health")["status"] == "UP"
                 break
             except OSError:
-                assert process.poll() is None and time.monotonic() < until, (folder / "log").read_text()[-2000:]
+                assert process.poll() is None and time.monotonic() < latest, (folder / "log").read_text()[-2000:]
                 time.sleep(1)
         if not tables.exists():
             tables.parent.mkdir(parents=True, exist_ok=True)
@@ -323,7 +323,8 @@ def test_a_team_in_label_studio(studio: str, tmp_path: Path) -> None:
         ask(f"{studio}/api/tasks/{task['id']}/annotations/", {"result": [choice]}, **token)
         event = {"action": "ANNOTATION_CREATED", "task": task, "annotation": {"result": [choice], "completed_by": 1}}
         event["project"] = ask(f"{studio}/api/projects/{project}", **token)
-        assert ask(f"{url}/webhook", event) == {"stored": 1}, "an upload, fetched with the key of /setup"
+        until(lambda: len(read_judgements()) == 1)  # Label Studio's own webhook, which connecting the model has made
+        assert ask(f"{url}/webhook", event) == {"stored": 0}, "the same again"
         ask(f"{studio}/api/ml/{connected['id']}/train", {}, **token)
         assert len(read_judgements()) == 1, "START_TRAINING trains nothing"
     log = (tmp_path / "log").read_text()

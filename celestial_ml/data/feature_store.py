@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +16,18 @@ import numpy as np
 import pandas as pd
 
 from ..core.database import Schema, database_errors, find_database, open_database, schema_tables, writing
+from ..core.errors import CelestialError
 from ..core.files import atomic
 from ..core.progress import progress
-from .features import DEFINITIONS, Definition, Frame
+from .features import DEFINITIONS, Definition, Frame, embedding_of
 from .images import Background, decode_image
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Select
+    from sqlalchemy import Connection, Select, Table
 
 # %% auto #0
 __all__ = ['FeatureStore', 'store_values', 'online_features', 'Measuring', 'collect_features', 'write_features', 'feature_keys',
-           'training_table']
+           'training_table', 'write_feast']
 
 # %% ../../nbs/data/16_feature_store.ipynb #fs-tables
 def _first(op: Any) -> None:
@@ -69,13 +70,13 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
             self._reader.close()
         self.engine.dispose()
 
-    def _rows(self, query: Select[Any]) -> list[Any]:
+    def _rows(self, query: Select[Any], **values: str) -> list[Any]:
         "The rows of a query, by a connection that stays open."
         with database_errors(self.database):
             if self._reader is None:
                 self._reader = self.engine.connect()
             with self._reader.begin():
-                return list(self._reader.execute(query))
+                return list(self._reader.execute(query, values))
 
     def read(
         self,
@@ -115,6 +116,15 @@ def store_values(
             connection.execute(insert(store.table).on_conflict_do_nothing(), rows)
 
 # %% ../../nbs/data/16_feature_store.ipynb #fs-online
+@lru_cache(maxsize=1)
+def _query_of_one(table: Table) -> Select[Any]:
+    "All that is stored of a picture, by its checksum; building it takes as long as executing it."
+    from sqlalchemy import bindparam, select
+
+    query = select(table.c.definition, table.c.version, table.c.numbers)
+    return query.where(table.c.sha256 == bindparam("sha256"))
+
+
 def online_features(
     store: FeatureStore,
     sha256: str,  # of the picture's file
@@ -122,17 +132,10 @@ def online_features(
     background: Background = "auto",
 ) -> dict[str, Any]:  # column → number or vector; columns of definitions without stored values are missing
     "The stored features of one picture, in one query."
-    from sqlalchemy import select
-
-    t, chosen = store.table, list(DEFINITIONS.values() if definitions is None else definitions)
-    stored = {
-        (name, version): numbers
-        for name, version, numbers in store._rows(
-            select(t.c.definition, t.c.version, t.c.numbers).where(t.c.sha256 == sha256)
-        )
-    }
+    rows = store._rows(_query_of_one(store.table), sha256=sha256)
+    stored = {(name, version): numbers for name, version, numbers in rows}
     row: dict[str, Any] = {}
-    for one in chosen:
+    for one in DEFINITIONS.values() if definitions is None else definitions:
         if numbers := stored.get((one.name, _version(one, background))):
             row |= one.row(np.frombuffer(numbers, "<f4"))
     return row
@@ -256,3 +259,78 @@ def training_table(
             latest[sha] = since, values
     embedding: list[Any] = [latest.get(sha, (0, None))[1] for sha in shas]
     return table.assign(embedding=embedding)
+
+# %% ../../nbs/data/16_feature_store.ipynb #fs-feast
+_FEAST_YAML = """\
+project: celestial
+provider: local
+registry: registry.db
+online_store: {type: sqlite, path: online.db}
+offline_store: {type: file}
+entity_key_serialization_version: 3
+"""
+_FEAST_HEAD = """\
+"The features of celestial_ml, as it exported them."
+from datetime import timedelta
+
+from feast import Entity, FeatureView, Field, FileSource, ValueType
+from feast.types import Array, Float32
+
+image = Entity(name="image", join_keys=["sha256"], value_type=ValueType.STRING)
+"""
+_FEAST_VIEW = """
+{name} = FeatureView(
+    name="{name}", entities=[image], ttl=timedelta(0), tags={{"version": "{version}"}},
+    schema=[{fields}],
+    source=FileSource(path="{name}.parquet", timestamp_field="event_timestamp"),
+)
+"""
+
+
+def write_feast(
+    store: FeatureStore,
+    folder: Path,  # to be made
+) -> Path:  # the same folder
+    "Write the registry's stored values, and all embeddings, as a repository of Feast 0.67."
+    if folder.exists():
+        raise CelestialError(f"{folder} is there already", "Name a folder that will be made.")
+    code = _FEAST_HEAD
+    with atomic(folder) as beside:
+        beside.mkdir()
+        for one in (*DEFINITIONS.values(), embedding_of(lambda pixels: {}, "all")):
+            version = None if one.name == "embedding" else one.key
+            if (table := _feast_rows(store, one, version)).empty:
+                continue
+            table.to_parquet(beside / f"{one.name}.parquet", index=False)
+            kind = "Array(Float32)" if version is None else "Float32"
+            fields = ", ".join(f'Field(name="{column}", dtype={kind})' for column in one.columns)
+            code += _FEAST_VIEW.format(name=one.name, version=version or "all", fields=fields)
+        (beside / "feature_store.yaml").write_text(_FEAST_YAML)
+        (beside / "definitions.py").write_text(code)
+    return folder
+
+# %% ../../nbs/data/16_feature_store.ipynb #fs-feast-rows
+def _feast_rows(
+    store: FeatureStore,
+    definition: Definition,
+    version: str | None,  # None: all
+) -> pd.DataFrame:  # sha256, event_timestamp, columns
+    "The stored values of a definition as Feast reads them."
+    from sqlalchemy import select
+
+    t = store.table
+    query = select(t.c.sha256, t.c.since, t.c.numbers).where(t.c.definition == definition.name)
+    rows = store._rows(query if version is None else query.where(t.c.version == version))
+    values = [definition.row(np.frombuffer(numbers, "<f4")) for *_, numbers in rows]
+    table = pd.DataFrame(values, columns=list(definition.columns))
+    if version is not None:
+        table = table.astype(np.float32)
+    when = pd.to_datetime(pd.Series([row.since for row in rows], dtype=float), unit="s", utc=True)
+    return table.assign(sha256=[row.sha256 for row in rows], event_timestamp=when)
+
+
+if __name__ == "__main__" and "__file__" in globals():  # `python -m`, not a notebook
+    import sys
+
+    with FeatureStore() as its_store:
+        print(write_feast(its_store, Path(sys.argv[1])))

@@ -279,17 +279,17 @@ def import_labels(
     **options: Any,  # of `Options`
 ) -> dict[str, Any]:  # the format, how many labels, new ones, unlabelled pictures, and what was left out
     "Propose the labels of another tool's file, all or none; `CelestialError` lists what is wrong."
-    path = Path(path)
-    if not path.exists():
-        raise CelestialError(f"there is no {path}", "Check the path.")
-    place, table = path, None
+    path, place, table = Path(path), Path(path), None
+    for one in (path, *([images] if images is not None else [])):
+        if not Path(one).exists():
+            raise CelestialError(f"there is no {one}", "Check the path.")
     if path.is_file():
         with open_regular(path) as file:
             packed = is_zip(file.read(4))
         if not packed:
-            place, table = path.parent, (path.name, path)
+            place, table = Path(images or path.parent), (path.name, path)
     with unpacked(place) as (pictures, tables):
-        if images is not None:
+        if images is not None and Path(images) != place:
             pictures = [(Path(one).relative_to(images).as_posix(), Path(one)) for one in find_pictures(images)]
         named = [one for one in tables if PurePosixPath(one[0]).name == "annotations.xml"]
         inside = named or (tables if place == path and path.is_file() and len(tables) == 1 else [])

@@ -50,8 +50,8 @@ class Backend:
         self.logins: set[str] = set()  # digests of headers that were right
 
     def authorization(self, project: str) -> str:
-        "The header for Label Studio."
-        key = self.keys.get(project) or next(reversed(self.keys.values()), "")
+        "The header for Label Studio, by the key of this project's person and of no other."
+        key = self.keys.get(project, "")
         return f"Token {key}" if key else ""
 
     def keep(self, project: str, key: str) -> None:

@@ -82,7 +82,7 @@ def on_config(config: MkDocsConfig) -> None:
                 *("FAQ=faq.md", "Glossary=glossary.md"),
             )
         },
-        {"Guides": [*written("JupyterLab=lab.md"), *listed("guides")]},
+        {"Guides": [*written("JupyterLab=lab.md", "Label with a team=label-with-a-team.md"), *listed("guides")]},
         {"Pipeline": listed("steps")},
         {"Notebooks": [{room: listed(room)} for room in rooms(root)]},
         {
@@ -93,7 +93,7 @@ def on_config(config: MkDocsConfig) -> None:
                 {"Library": library},
             ]
         },
-        {"Operations": written("Operations=operations.md")},
+        {"Operations": written("Operations=operations.md", "Versions of the data=versions.md")},
         {"About": [*written("Architecture=architecture.md", "Comparison=comparison.md"), {"Changes": "changelog.md"}]},
     ]
     config.nav = [section for section in config.nav if next(iter(section.values()))]
