@@ -44,6 +44,7 @@ from .new import new_app
 from .report import report_app
 from .sweep import sweep_app
 from .ui import ui_app
+from .versions import versions_app
 from ..core.errors import CelestialError, refused_by_machine
 from ..core.files import atomic, project_root
 from ..core.folders import PassedOver
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/cli/09_app.ipynb #d9a39e7e
 app = command_group("From a notebook to a served, monitored, retrained image classifier.")
 data_app = command_group("The images: fetch, validate, look at.")
+data_app.add_typer(versions_app)
 for group in (batch_app, sweep_app, report_app, new_app, ui_app):
     app.add_typer(group)
 add_queue(label_app)

@@ -54,10 +54,16 @@ class Data(Section):
     per_class: int = Field(150, ge=1, le=1_000_000, description="for source render: images of each class")
     image_px: int = Field(128, ge=16, le=1024, description="for source render: side of an image, in pixels")
     maps: str | None = Field(None, description="for source render: a folder of maps of the bodies, as Mars.jpg")
-    split: Literal["auto", "folders", "stratified", "guide"] = Field(
+    split: Literal["auto", "folders", "stratified", "stable", "guide"] = Field(
         "auto",
         description="auto: folders where there are train, val and test, else stratified; folders: as those are; "
-        "stratified: val and test from every class; guide: the guide's, val only",
+        "stratified: val and test from every class; stable: by each image's hash alone; guide: the guide's, val only",
+    )
+    groups: list[str] = Field(
+        [], description="what no split may tear apart: near (near duplicates), or columns of the table of labels"
+    )
+    split_file: str | None = Field(
+        None, description="a table with file_name and split, or the catalog.parquet of a run, whose images keep theirs"
     )
     val: Fraction = Field(0.15, description="share of the images that training watches but doesn't learn from")
     test: Fraction = Field(0.2, description="share of the images that nobody looks at before `evaluate`")

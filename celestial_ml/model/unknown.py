@@ -231,12 +231,12 @@ def fit_ood_score(
     held_out: np.ndarray,  # float (m, d), of known images that were not trained on
     strangers: Sequence[np.ndarray] = (),  # float (k, d) a kind: pictures of no class
     folds: int = 0,  # of the training images, to calibrate on them too, where the network has not learned from them
-    cameras: tuple[np.ndarray, np.ndarray] | None = None,  # the training and the held-out images by other cameras
+    cameras: tuple[Sequence[np.ndarray], np.ndarray] | None = None,  # by others: views of the former, of the latter
 ) -> tuple[OodScore, np.ndarray]:  # the score, and what it gives known images that it was not fitted on
     """The score that fits these classes and strangers.
 
     Sources: Ren et al. 2021, relative Mahalanobis, arXiv:2106.09022; Hendrycks et al. 2019, outlier exposure, arXiv:1812.04606."""
-    views = [embeddings] if cameras is None else [embeddings, cameras[0]]
+    views = [embeddings] if cameras is None else [embeddings, *cameras[0]]
 
     def fitted(rows: np.ndarray) -> OodScore:
         return _unscaled(np.concatenate([view[rows] for view in views]), np.tile(labels[rows], len(views)), strangers)
