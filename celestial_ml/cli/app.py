@@ -35,6 +35,7 @@ from celestial_ml.cli.console import (
     print_error,
     table,
 )
+from .feedback import add_queue, feedback_app
 from .keys import keys_app
 from .label import label_app
 from .log import log_app
@@ -61,7 +62,9 @@ data_app = command_group("The images: fetch, validate, look at.")
 data_app.add_typer(versions_app)
 for group in (batch_app, sweep_app, report_app, new_app, ui_app):
     app.add_typer(group)
-_groups = {"data": data_app, "label": label_app, "log": log_app, "keys": keys_app, "models": models_app}
+add_queue(label_app)
+_groups = {"data": data_app, "feedback": feedback_app, "label": label_app, "log": log_app}
+_groups |= {"keys": keys_app, "models": models_app}
 for name, group in _groups.items():
     app.add_typer(group, name=name, short_help=str(group.info.help))
 
@@ -203,7 +206,7 @@ def serve(
     challenger: Annotated[str | None, typer.Option(help="off, shadow:SHARE or canary:SHARE of the requests")] = None,
 ) -> None:
     "Serve the HTTP API and the demo."
-    from celestial_ml.demo.routes import add_demo
+    from celestial_ml.label.page import add_labelled_demo
     from celestial_ml.monitor.log import service_log
     from celestial_ml.package.published import find_model
     from celestial_ml.serve.server import serve as serve_forever
@@ -214,7 +217,7 @@ def serve(
     name = model or os.environ.get("CELESTIAL_MODEL")
     folder, log = find_model(name) if name else None, service_log(settings)
     try:
-        serve_forever(folder, host, port, add_demo if demo else None, settings, log)
+        serve_forever(folder, host, port, add_labelled_demo if demo else None, settings, log)
     finally:
         if log is not None:
             log.close()

@@ -155,6 +155,9 @@ class Train(Section):
         description="balanced: rare classes count for more; auto: where one class is half as large again as another",
     )
     patience: int = Field(0, ge=0, description="epochs without a lower val_loss before it stops; 0: it never does")
+    start_from: str | None = Field(
+        None, description="a run whose network this one begins with; classes may be new (warm start)"
+    )
 
 # %% ../../nbs/core/04_params.ipynb #params-evaluate
 class Evaluate(Section):

@@ -110,6 +110,17 @@ SOURCES["guide"] = Source(
     ),
 )
 
+# %% ../../nbs/data/06_sources.ipynb #labelled-source
+def _labelled(data: Data, root: Path) -> Path:
+    "The labels that people accepted."
+    if not (root / "data" / "labelled").is_dir():
+        hint = "celestial feedback accept writes it, once labels are accepted."
+        raise CelestialError(f"data.source is labelled, but there is no {root}/data/labelled", hint)
+    return root / "data" / "labelled"
+
+
+SOURCES["labelled"] = Source(lambda data, seed, root, run: _labelled(data, root), _labelled)
+
 # %% ../../nbs/data/06_sources.ipynb #source-catalogs
 def _catalogs(data: Data, seed: int, root: Path, run: Path) -> dict[str, pd.DataFrame]:
     "The catalog of every source; `CelestialError` where two of them are one folder."
@@ -126,6 +137,10 @@ def _catalogs(data: Data, seed: int, root: Path, run: Path) -> dict[str, pd.Data
                 "Name every source once in data.sources and data.test_source.",
             )
         catalogs[name] = make_catalog(folder, root, table if name == "folder" else None).assign(source=name)
+    if "labelled" in catalogs:  # what people decided about a picture replaces the label that it came with
+        decided = catalogs["labelled"].sha256
+        others = {name: one for name, one in catalogs.items() if name != "labelled"}
+        catalogs |= {name: one[~one.sha256.isin(decided)].reset_index(drop=True) for name, one in others.items()}
     return catalogs
 
 # %% ../../nbs/data/06_sources.ipynb #test-images

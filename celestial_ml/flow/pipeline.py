@@ -80,6 +80,8 @@ def plan_tasks(
     cache = {} if cache is None else cache
     images = images_checksum(params, root, cache) if "acquire" in tasks else None
     outside = {"acquire": images, "evaluate": _photos_checksum(params, root) if "evaluate" in tasks else None}
+    if (earlier := params.train.start_from) and (network := root / run_folder(earlier) / "model.keras").is_file():
+        outside["train"] = sha256_of(network)
     inputs = {}
     for name, task in tasks.items():
         own = (value for value in parameters[name].values() if isinstance(value, str) and plugin_file(value, root))
