@@ -73,7 +73,7 @@ CHECKS = {  # kind → the checks that may find it
     "under_exposed": ("not_blank", "no_outliers"),
     "over_exposed": ("well_exposed",),
     "blurred": ("in_focus",),
-    "noise": ("not_noise",),
+    "noise": ("not_noise", "no_outliers"),
     **dict.fromkeys(("inverted", "foreign"), ("no_outliers", "one_mode")),
     "tiny": ("large_enough", "even_sizes"),
     **dict.fromkeys(("huge", "stretched"), ("even_sizes",)),
