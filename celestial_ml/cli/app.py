@@ -260,15 +260,26 @@ ImageFolder = Annotated[str | None, typer.Argument(help="a folder of class folde
 def data_check(
     folder: ImageFolder = None,
     params: Annotated[str, typer.Option(help="the params file with the limits")] = "default",
+    reference: Annotated[str | None, typer.Option(help="compare with champion, none or a run; default: params")] = None,
+    output: Annotated[Path | None, typer.Option(help="the folder for checks.html and checks.json")] = None,
     json_: AsJson = False,
 ) -> None:
     "Check whether the images are good enough to train on. Exits with 1 if they aren't."
     from dataclasses import asdict
 
-    from celestial_ml.data.checks import require_pass, run_checks
+    from celestial_ml.data.checks import require_pass
+    from celestial_ml.data.examine import examine, write_checks
+    from celestial_ml.flow.reference import reference_profile
 
     catalog, p = _read_catalog(folder, params)
-    findings = run_checks(catalog, p.check)
+    profile = reference_profile(reference or p.check.reference, project_root())
+    examination = examine(catalog, project_root(), p.check, p.prepare.background, profile)
+    findings = examination.findings
+    new = f"celestial new my-project --data {shlex.quote(folder)}" if folder else f"celestial run {params}"
+    if output or not json_:
+        output = output or project_root() / "output" / "checks"
+        output.mkdir(parents=True, exist_ok=True)
+        write_checks(examination, output, project_root(), Path(folder).name if folder else params, new)
     if json_:
         print(json.dumps([asdict(finding) for finding in findings]))
         require_pass(findings)
@@ -276,13 +287,15 @@ def data_check(
     marks = {"pass": "✓", "warn": "!", "fail": "✗"}
     rows = [[marks[one.status], one.saw + (f", as {one.images[0]}" if one.images else "")] for one in findings]
     warnings = sum(one.status == "warn" for one in findings)
-    print(f"{len(catalog):,} images in {catalog.label.nunique()} classes\n\n{table(rows, head=False)}\n", flush=True)
+    print(
+        f"{len(catalog):,} images in {catalog.label.nunique()} classes\n\n{table(rows, head=False)}\n\nlook:  {output}/checks.html\n",
+        flush=True,
+    )
     require_pass(findings)
     print("good enough to learn from" + (f"; {warnings} of the checks warn (!)" if warnings else ""))
-    new = f"celestial new my-project --data {shlex.quote(folder)}" if folder else f"celestial run {params}"
     print(f"next:  {new}")
 
-
+# %% ../../nbs/cli/09_app.ipynb #data-show
 @command(data_app, "show", "celestial data show my-photos/ --output sheet.png")
 def data_show(
     folder: ImageFolder = None,

@@ -88,6 +88,19 @@ class Check(Section):
     max_unreadable: Fraction = Field(0.0, description="share of unreadable images that is tolerated")
     max_passed_over: Fraction = Field(0.0, description="share of pictures passed over that gives no warning")
     max_imbalance: float = Field(20.0, ge=1, description="largest class over smallest class, at most")
+    pictures: Literal["off", "warn", "fail"] = Field(
+        "warn", description="what blank, washed-out, blurred, odd and mislabelled pictures do"
+    )
+    near_copies: Literal["off", "warn", "fail"] = Field(
+        "warn", description="what near duplicates in two splits or classes do"
+    )
+    reference: str = Field("champion", description="what the images are compared with: champion, none, or a run's name")
+    schema_skew: Literal["off", "warn", "fail"] = Field(
+        "fail", description="what another kind of picture, or a class that is gone, does"
+    )
+    value_skew: Literal["off", "warn", "fail"] = Field(
+        "warn", description="what other shares of classes, or pictures that look different, do"
+    )
 
 
 class Prepare(Section):

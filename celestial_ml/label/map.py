@@ -117,10 +117,13 @@ def selection_html(label_map: LabelMap) -> str:
 # %% ../../nbs/label/16_map.ipynb #mp-widget
 def show_map(label_map: LabelMap) -> Any:  # a widget, for the end of a cell
     "The map with a lasso, the selected pictures, and what can be done with them."
-    import ipywidgets as w
-    import jscatter
     import pandas as pd
 
+    try:
+        import ipywidgets as w
+        import jscatter
+    except ImportError as e:
+        raise CelestialError(f"{e.name} isn't installed", "pip install jupyter-scatter") from None
     guesses = [one.guess or "" if one.known else "unknown" for one in label_map.waiting]
     table = pd.DataFrame({"x": label_map.points[:, 0], "y": label_map.points[:, 1], "guess": pd.Categorical(guesses)})
     around: dict[str, Any] = {
