@@ -122,7 +122,7 @@ def curve(make: Callable[[], Any], labels: np.ndarray, strategy: str, seed: int,
     known = np.ones(len(labels), bool)
     labelled = np.zeros(0, int)
     first = "random" if strategy == "random" else "typical" if strategy in ("auto", "typical") else "random"
-    while len(labelled) < most:
+    while len(labelled) < min(most, len(pool)):
         rest = np.setdiff1d(pool, labelled)
         if not len(labelled):  # nothing has been learned; an untrained network's embedding says nothing either
             space = (
