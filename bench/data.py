@@ -29,14 +29,8 @@ def wrong_labels(folder: Path, share: float = 0.05) -> tuple[int, int, int]:  # 
         other = [one for one in classes if one != path.parent][rng.integers(len(classes) - 1)]
         moved.add(shutil.move(path, other / f"moved_{path.parent.name}_{path.name}"))
     suspects = next(set(f.images) for f in findings_of(folder) if f.check == "labels_fit")
-    return (
-        len(moved),
-        len(
-            suspects & {str(path) for path in moved}
-            | suspects & {Path(p).relative_to(folder).as_posix() for p in moved}
-        ),
-        len(suspects),
-    )
+    names = {Path(path).relative_to(folder).as_posix() for path in moved}
+    return len(moved), sum(any(one.endswith(name) for name in names) for one in suspects), len(suspects)
 
 
 def main() -> None:
@@ -55,7 +49,8 @@ def main() -> None:
                 f"  planted: {sum(counts.values())} of {sum(map(len, planted.values()))} found; missed in {missed or 'none'}"
             )
             folder = shutil.copytree(source, Path(home) / "labels")
-            print("  wrong labels: %d planted, %d found, %d suspected" % wrong_labels(folder), flush=True)
+            labels = wrong_labels(folder)
+            print(f"  wrong labels: {labels[0]} planted, {labels[1]} found, {labels[2]} suspected", flush=True)
 
 
 if __name__ == "__main__":
