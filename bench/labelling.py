@@ -1,7 +1,7 @@
 """How many labels a model needs: learning curves of the strategies against random, and what a new class takes.
 
-`python -m bench labelling --data FOLDER [--network compact|frozen] [--strategy NAME]… [--seed N]…`. FOLDER holds a folder
-of images a class. With `compact` each round trains our own network on, by a warm start, as a labelling project does; with
+`python -m bench.labelling --data FOLDER [--network compact|frozen] [--strategy NAME]… [--new CLASS]… [--seed N]…`. FOLDER
+holds a folder of images a class; each figure is a line of JSON. With `compact` each round trains our own network on, by a warm start, as a labelling project does; with
 `frozen` a linear head is fitted anew on features of EfficientNet-Lite0. Accuracy is on held-out images that nobody labels.
 """
 
@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from celestial_ml.model.unknown import false_alarm_threshold, fit_distance
 from celestial_ml.model.warm_start import warm_start
 
 STEP, MOST, GOAL = 50, 500, 350  # labels of a round, of random, and with which a strategy has to be as good
-STEPS = 300  # of the optimiser, in a round of the compact network
 COMPACT = Model(network="compact")
 Answer = tuple[np.ndarray, np.ndarray]  # probabilities (n, classes), embeddings (n, d)
 
@@ -37,8 +37,9 @@ Answer = tuple[np.ndarray, np.ndarray]  # probabilities (n, classes), embeddings
 class Compact:
     "Our own network, which goes on from round to round."
 
-    def __init__(self, pixels: np.ndarray, seed: int):
-        self.pixels, self.seed, self.model, self.classes = pixels, seed, None, np.zeros(0, int)
+    def __init__(self, pixels: np.ndarray, seed: int, steps: int):
+        self.pixels, self.seed, self.steps = pixels, seed, steps
+        self.model, self.classes = None, np.zeros(0, int)
 
     def learn(self, rows: np.ndarray, labels: np.ndarray) -> None:
         "Train on with all labels."
@@ -48,7 +49,7 @@ class Compact:
         if self.model is not None:
             warm_start(model, [*map(str, classes)], self.model, [*map(str, self.classes)])
         steps = -(-len(rows) // 16)
-        train = Train(augment="sky", epochs=max(2, round(STEPS / steps)))
+        train = Train(augment="sky", epochs=max(2, round(self.steps / steps)))
         none = self.pixels[:0], np.zeros(0, int)
         fit(model, (self.pixels[rows], np.searchsorted(classes, labels)), none, train, self.seed)
         self.model, self.classes = model, classes
@@ -63,7 +64,7 @@ class Compact:
 class Frozen:
     "A linear head on features that never change."
 
-    def __init__(self, pixels: np.ndarray, seed: int):
+    def __init__(self, pixels: np.ndarray, seed: int, steps: int):
         built = build_network(Model(network="efficientnet_lite0"), pixels.shape[1:], 2)
         features = cached_features(built, pixels)
         self.features = (features - features.mean(axis=0)) / (features.std(axis=0) + 1e-3)
@@ -121,7 +122,7 @@ def curve(make: Callable[[], Any], labels: np.ndarray, strategy: str, seed: int,
     known = np.ones(len(labels), bool)
     labelled = np.zeros(0, int)
     first = "random" if strategy == "random" else "typical" if strategy in ("auto", "typical") else "random"
-    while len(labelled) < most:
+    while len(labelled) < min(most, len(pool)):
         rest = np.setdiff1d(pool, labelled)
         if not len(labelled):  # nothing has been learned; an untrained network's embedding says nothing either
             space = (
@@ -179,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--strategy", action="append")
     parser.add_argument("--seed", action="append", type=int)
     parser.add_argument("--new", action="append", help="a class to be new, in the place of curves; all: each in turn")
+    parser.add_argument("--steps", type=int, default=300, help="of the optimiser, in a round of the compact network")
     parser.add_argument("--size", type=int, default=64)
     told = parser.parse_args(arguments)
     pixels, labels, classes = read(told.data, told.size)
@@ -186,11 +188,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in told.seed or (7, 8, 9):
 
         def make(seed: int = seed) -> Any:
-            return networks[told.network](pixels, seed)
+            return networks[told.network](pixels, seed, told.steps)
 
         for name in classes if told.new == ["all"] else told.new or []:
             began = time.monotonic()
-            figures = new_class(make, labels, classes.index(name), seed)
+            with redirect_stdout(sys.stderr):  # what training prints
+                figures = new_class(make, labels, classes.index(name), seed)
             print(
                 json.dumps(
                     {"network": told.network, "seed": seed, "new": name}
@@ -202,7 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for strategy in () if told.new else told.strategy or ("random", "auto", "margin"):
             began = time.monotonic()
             most = MOST if strategy == "random" else GOAL
-            points = curve(make, labels, strategy, seed, most)
+            with redirect_stdout(sys.stderr):
+                points = curve(make, labels, strategy, seed, most)
             line = {"network": told.network, "seed": seed, "strategy": strategy, "accuracy": points}
             print(json.dumps(line | {"seconds": round(time.monotonic() - began)}), flush=True)
 

@@ -13,6 +13,8 @@ from projects import ROOT, Celestial
 
 from celestial_ml.flow.pipeline import Plan
 
+READY = ("--set", "data.source=folder", "--set", "data.folder=output/smoke/images")  # nothing is rendered again
+
 
 @pytest.fixture(scope="module")
 def used(smoke: Plan, at_home: Path, celestial_here: Celestial) -> Iterator[Path]:
@@ -25,10 +27,10 @@ def used(smoke: Plan, at_home: Path, celestial_here: Celestial) -> Iterator[Path
     for arguments in (
         ["run", "smoke"],
         ["data", "check", "--params", "smoke"],
-        ["data", "show", "--params", "smoke"],
+        ["data", "show", "output/smoke/images"],
         ["predict", picture, "--model", "smoke"],
         ["batch", picture.parent, "output/answers", "--model", "smoke"],
-        ["sweep", "smoke", "--grid", "seed=1,2", "--until", "acquire", "--run", "seeds"],
+        ["sweep", "smoke", "--grid", "seed=1,2", "--until", "acquire", "--run", "seeds", *READY],
         ["report", "smoke", "--output", "output/comparison.html"],
         ["params", "train", "smoke"],
         ["models", "list"],

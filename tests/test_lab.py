@@ -25,11 +25,12 @@ from PIL import Image
 from programs import chromium, free_port, git
 from projects import ROOT, copy_project
 
-from celestial_ml.core.files import read_json, write_json
+from celestial_ml.core.files import read_json, sha256_of, write_json
 from celestial_ml.core.params import load_params
 from celestial_ml.flow.freshness import inputs_file
 from celestial_ml.flow.pipeline import Plan
 from celestial_ml.flow.steps import load_tasks, step_parameters
+from celestial_ml.label.store import read_judgements
 from celestial_ml.workbench.lab import ASSETS
 from celestial_ml.workbench.status_panel import pipeline_states, where_am_i
 
@@ -302,7 +303,7 @@ def go(page: Any, folder: str, name: str) -> None:
     panel(page).locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
 
 
-def run_all(page: Any) -> None:
+def run_all(page: Any, seconds: float = 180) -> None:
     "Menu Run, Run All Cells, and wait for the last one."
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
@@ -312,7 +313,7 @@ def run_all(page: Any) -> None:
           const prompts = [...shown.querySelectorAll(".jp-CodeCell .jp-InputPrompt")].map(p => p.textContent);
           return prompts.every(p => /\\d/.test(p));
         }""",
-        timeout=180_000,
+        timeout=1000 * seconds,
     )
     assert panel(page).locator('[data-mime-type="application/vnd.jupyter.stderr"]:has-text("Traceback")').count() == 0
     assert panel(page).locator(".jp-RenderedText[data-mime-type*=error]").count() == 0
@@ -434,3 +435,59 @@ def test_run_a_step_change_it_and_compare(page: Any, desk: Path, smoke_run: Path
         assert f"{history.val_loss.iloc[-1]:.3f}" in table.inner_text()
     panel(page).locator(".jp-OutputArea-output img").wait_for()
     shoot(page, "lab-compare.png")
+
+
+MAP = """
+from pathlib import Path
+from PIL import Image
+from celestial_ml.core.testing import colour_model
+from celestial_ml.label.map import LabelMap, show_map
+from celestial_ml.label.queue import answered_folder
+from celestial_ml.serve.predictor import Predictor
+
+folder, model = Path("map-pictures"), Path("map-model")
+colour_model(model, {"Mars": 0, "Moon": 1})
+folder.mkdir(exist_ok=True)
+for i in range(12):
+    for kind, colour in {"red": (200 + i, i, 0), "green": (i, 200 + i, 0)}.items():
+        Image.new("RGB", (24, 24), colour).save(folder / f"{kind}{i}.png")
+show_map(LabelMap(answered_folder(folder, Predictor(model)), "anna"))
+"""
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_lasso_on_the_map_labels_a_cluster(page: Any, lab: Lab, desk: Path) -> None:
+    "The map is drawn without the internet; what lies in a lasso is shown, and labelled."
+    (desk / "nbs/map.ipynb").write_text(one_cell(MAP))
+    page.goto(lab.url().replace("?", "lab/tree/nbs/map.ipynb?reset&"))
+    panel(page).locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
+    run_all(page, 500)
+    canvas, output = panel(page).locator("canvas").first, panel(page).locator(".jp-OutputArea-output").last
+    canvas.wait_for()
+    output.get_by_text("0 of 24 pictures selected").wait_for()
+    page.wait_for_timeout(2000)  # the points are drawn
+    box = canvas.bounding_box()
+    left, top, right, bottom = box["x"] + 4, box["y"] + 4, box["x"] + box["width"] / 2, box["y"] + box["height"] - 4
+    page.mouse.move(left, top)
+    page.mouse.down()
+    for x, y in ((right, top), (right, bottom), (left, bottom), (left, top)):
+        page.mouse.move(x, y, steps=25)
+    page.mouse.up()
+    output.get_by_text("12 of 24 pictures selected").wait_for()
+    pictures = output.locator("figure img")
+    assert pictures.count() == 12 and all(one.evaluate("one => one.naturalWidth") == 24 for one in pictures.all())
+    output.get_by_placeholder("a class").fill("Ceres")
+    output.get_by_role("button", name="Label them").click()
+    output.get_by_text("12 new labels").wait_for()
+    output.get_by_role("button", name="Queue them").click()
+    output.get_by_text("12 new in the queue").wait_for()
+    canvas.scroll_into_view_if_needed()
+    shoot(page, "lab-map.png")
+
+    rows = read_judgements(url=f"sqlite:///{desk / '.celestial/labels.db'}")
+    assert {(row.label, row.annotator, row.source, row.status) for row in rows} == {
+        ("Ceres", "anna", "map", "proposed")
+    }
+    kinds = {sha256_of(path): path.stem.rstrip("0123456789") for path in (desk / "nbs/map-pictures").glob("*.png")}
+    assert len(rows) == 12 and len({kinds[row.sha256] for row in rows}) == 1, "one cluster, and all of it"

@@ -15,8 +15,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from programs import chromium, is_running
 from projects import Celestial
 from typer.testing import CliRunner
@@ -487,13 +489,19 @@ def test_a_stopped_sweep_leaves_no_process_and_resumes(project: Path, at_home: P
 
 
 TRAINING = ("sweep", "smoke", "--grid", "train.lr=0.003,0.01", "--until", "train", "--workers", "2", "--run", "stop")
-LONG = ("--set", "train.epochs=30", "--set", "data.per_class=20")
+LONG = ("--set", "train.epochs=30", "--set", "data.source=folder", "--set", "data.folder=shades")
 
 
 def test_a_stopped_training_goes_on_behind_its_last_epoch(project: Path, celestial: Celestial, state: Path) -> None:
     "SIGTERM, and the same command: no epoch is done again, no run is recorded twice, and the page follows."
     from celestial_ml.flow.figures import epochs_of
 
+    rng = np.random.default_rng(7)
+    for label in range(10):
+        (project / f"shades/{label}").mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.integers(0, 25 * (label + 1), (32, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(project / f"shades/{label}/{i}.png")
     page, folder = project / "output/stop/index.html", project / "output/stop"
     runs = ("stop/lr-0.003", "stop/lr-0.01")
     env = os.environ | {"CELESTIAL_HOME": str(state), "PYTHONPATH": str(project)}
@@ -575,7 +583,6 @@ def test_a_sweep_of_the_pipeline_makes_what_a_run_makes(project: Path, celestial
 def test_warm_training_gives_the_weights_of_plain_papermill(project: Path, at_home: Path) -> None:
     "The same seed, the same weights, to the last bit: TensorFlow doesn't notice that it was forked."
     import keras
-    import numpy as np
 
     result = run_sweep(plan_sweep(at_home, ["smoke"], [], [], [], "train", "warm"), workers=1)
     assert [one.status for one in result] == ["done"]

@@ -12,7 +12,7 @@ from celestial_ml.flow.pipeline import execute, make_plan
 IMAGES, PLANTED = 900, 30
 SETTINGS = (
     "data.source=folder data.folder=digits prepare.size=32 model.network=compact train.augment=none "
-    "train.epochs=8 evaluate.ood_images=4 evaluate.bootstrap=100"
+    "model.width=16 model.embedding=32 train.epochs=8 evaluate.ood_images=4 evaluate.bootstrap=100"
 )
 
 

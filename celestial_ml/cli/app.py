@@ -35,6 +35,7 @@ from celestial_ml.cli.console import (
     print_error,
     table,
 )
+from .feedback import add_queue, feedback_app
 from .keys import keys_app
 from .label import label_app
 from .log import log_app
@@ -43,6 +44,7 @@ from .new import new_app
 from .report import report_app
 from .sweep import sweep_app
 from .ui import ui_app
+from .versions import versions_app
 from ..core.errors import CelestialError, refused_by_machine
 from ..core.files import atomic, project_root
 from ..core.folders import PassedOver
@@ -57,9 +59,12 @@ if TYPE_CHECKING:
 # %% ../../nbs/cli/09_app.ipynb #d9a39e7e
 app = command_group("From a notebook to a served, monitored, retrained image classifier.")
 data_app = command_group("The images: fetch, validate, look at.")
+data_app.add_typer(versions_app)
 for group in (batch_app, sweep_app, report_app, new_app, ui_app):
     app.add_typer(group)
-_groups = {"data": data_app, "label": label_app, "log": log_app, "keys": keys_app, "models": models_app}
+add_queue(label_app)
+_groups = {"data": data_app, "feedback": feedback_app, "label": label_app, "log": log_app}
+_groups |= {"keys": keys_app, "models": models_app}
 for name, group in _groups.items():
     app.add_typer(group, name=name, short_help=str(group.info.help))
 
@@ -201,7 +206,7 @@ def serve(
     challenger: Annotated[str | None, typer.Option(help="off, shadow:SHARE or canary:SHARE of the requests")] = None,
 ) -> None:
     "Serve the HTTP API and the demo."
-    from celestial_ml.demo.routes import add_demo
+    from celestial_ml.label.page import add_labelled_demo
     from celestial_ml.monitor.log import service_log
     from celestial_ml.package.published import find_model
     from celestial_ml.serve.server import serve as serve_forever
@@ -212,7 +217,7 @@ def serve(
     name = model or os.environ.get("CELESTIAL_MODEL")
     folder, log = find_model(name) if name else None, service_log(settings)
     try:
-        serve_forever(folder, host, port, add_demo if demo else None, settings, log)
+        serve_forever(folder, host, port, add_labelled_demo if demo else None, settings, log)
     finally:
         if log is not None:
             log.close()
@@ -255,15 +260,26 @@ ImageFolder = Annotated[str | None, typer.Argument(help="a folder of class folde
 def data_check(
     folder: ImageFolder = None,
     params: Annotated[str, typer.Option(help="the params file with the limits")] = "default",
+    reference: Annotated[str | None, typer.Option(help="compare with champion, none or a run; default: params")] = None,
+    output: Annotated[Path | None, typer.Option(help="the folder for checks.html and checks.json")] = None,
     json_: AsJson = False,
 ) -> None:
     "Check whether the images are good enough to train on. Exits with 1 if they aren't."
     from dataclasses import asdict
 
-    from celestial_ml.data.checks import require_pass, run_checks
+    from celestial_ml.data.checks import require_pass
+    from celestial_ml.data.examine import examine, write_checks
+    from celestial_ml.flow.reference import reference_profile
 
     catalog, p = _read_catalog(folder, params)
-    findings = run_checks(catalog, p.check)
+    profile = reference_profile(reference or p.check.reference, project_root())
+    examination = examine(catalog, project_root(), p.check, p.prepare.background, profile)
+    findings = examination.findings
+    new = f"celestial new my-project --data {shlex.quote(folder)}" if folder else f"celestial run {params}"
+    if output or not json_:
+        output = output or project_root() / "output" / "checks"
+        output.mkdir(parents=True, exist_ok=True)
+        write_checks(examination, output, project_root(), Path(folder).name if folder else params, new)
     if json_:
         print(json.dumps([asdict(finding) for finding in findings]))
         require_pass(findings)
@@ -271,13 +287,15 @@ def data_check(
     marks = {"pass": "✓", "warn": "!", "fail": "✗"}
     rows = [[marks[one.status], one.saw + (f", as {one.images[0]}" if one.images else "")] for one in findings]
     warnings = sum(one.status == "warn" for one in findings)
-    print(f"{len(catalog):,} images in {catalog.label.nunique()} classes\n\n{table(rows, head=False)}\n", flush=True)
+    print(
+        f"{len(catalog):,} images in {catalog.label.nunique()} classes\n\n{table(rows, head=False)}\n\nlook:  {output}/checks.html\n",
+        flush=True,
+    )
     require_pass(findings)
     print("good enough to learn from" + (f"; {warnings} of the checks warn (!)" if warnings else ""))
-    new = f"celestial new my-project --data {shlex.quote(folder)}" if folder else f"celestial run {params}"
     print(f"next:  {new}")
 
-
+# %% ../../nbs/cli/09_app.ipynb #data-show
 @command(data_app, "show", "celestial data show my-photos/ --output sheet.png")
 def data_show(
     folder: ImageFolder = None,

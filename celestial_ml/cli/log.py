@@ -105,9 +105,12 @@ def log_forget(
     json_: AsJson = False,
 ) -> None:
     "Delete a picture, the answers about it and the feedback on those."
+    from celestial_ml.label.store import forget_label, label_database
     from celestial_ml.monitor.records import forget
 
     deleted = forget(sha256, url, answers=not image_only)
+    if (labels := label_database()).file is None or labels.file.is_file():
+        deleted["labels"] = forget_label(sha256.lower())
     print(json.dumps(deleted) if json_ else ", ".join(f"{n} {name}" for name, n in deleted.items()) + " deleted")
     if deleted["predictions"] and not json_:
         print("next:  export those days again that were already exported")

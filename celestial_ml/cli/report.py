@@ -72,11 +72,14 @@ def report(
         print("next:  celestial models list" if base is None else "next:  paste it into the pull request")
 
 
-@command(report_app, "keep", "celestial keep default guide")
-def keep(runs: Runs = None) -> None:
+@command(report_app, "keep", "celestial keep default guide --package")
+def keep(
+    runs: Runs = None,
+    package: Annotated[bool, typer.Option("--package", help="the model and its reports too, under DVC")] = False,
+) -> None:
     "Copy metrics, predictions and three plots of a run to results/, for git, DVC and `celestial report --base`."
-    from celestial_ml.reports.results import keep_run
+    from celestial_ml.reports.results import keep_package, keep_run
 
     root = enter_project()
-    folders = [str(keep_run(root, run)) for run in runs or ["default"]]
+    folders = [str(keep_package(root, run).parent if package else keep_run(root, run)) for run in runs or ["default"]]
     print(f"look:  {', '.join(folders)}\nnext:  git add {' '.join(folders)}, and commit")

@@ -48,10 +48,11 @@ REASONS = {  # code: what was passed over; a code that begins with a dot is the 
     "no_class": "outside of the folders of classes",
     "no_label": "without a row in the table of labels",
     "empty_class": "a folder of a class without pictures",
+    "two_splits": "like pictures of two splits",
     "other": "a file of another kind",
 }
 _MISSED = re.compile(  # pictures that somebody expects to be there
-    r"dangling_link|unreadable|not_a_file|no_suffix|no_class|no_label|empty_class|\.(apng|arw|avif|bmp|cr[23]|dib|dng|gif|hei[cf]|icns|ico|j2k|jp2|jp[fx]"
+    r"dangling_link|unreadable|not_a_file|no_suffix|no_class|no_label|empty_class|two_splits|\.(apng|arw|avif|bmp|cr[23]|dib|dng|gif|hei[cf]|icns|ico|j2k|jp2|jp[fx]"
     r"|jxl|nef|orf|pbm|pcx|pgm|pnm|ppm|psd|raf|raw|rw2|svg|tga|tiff?|xcf)"
 )
 _KINDS, _EXAMPLES = 50, 3  # a folder may hold a million suffixes

@@ -54,10 +54,16 @@ class Data(Section):
     per_class: int = Field(150, ge=1, le=1_000_000, description="for source render: images of each class")
     image_px: int = Field(128, ge=16, le=1024, description="for source render: side of an image, in pixels")
     maps: str | None = Field(None, description="for source render: a folder of maps of the bodies, as Mars.jpg")
-    split: Literal["auto", "folders", "stratified", "guide"] = Field(
+    split: Literal["auto", "folders", "stratified", "stable", "guide"] = Field(
         "auto",
         description="auto: folders where there are train, val and test, else stratified; folders: as those are; "
-        "stratified: val and test from every class; guide: the guide's, val only",
+        "stratified: val and test from every class; stable: by each image's hash alone; guide: the guide's, val only",
+    )
+    groups: list[str] = Field(
+        [], description="what no split may tear apart: near (near duplicates), or columns of the table of labels"
+    )
+    split_file: str | None = Field(
+        None, description="a table with file_name and split, or the catalog.parquet of a run, whose images keep theirs"
     )
     val: Fraction = Field(0.15, description="share of the images that training watches but doesn't learn from")
     test: Fraction = Field(0.2, description="share of the images that nobody looks at before `evaluate`")
@@ -82,6 +88,19 @@ class Check(Section):
     max_unreadable: Fraction = Field(0.0, description="share of unreadable images that is tolerated")
     max_passed_over: Fraction = Field(0.0, description="share of pictures passed over that gives no warning")
     max_imbalance: float = Field(20.0, ge=1, description="largest class over smallest class, at most")
+    pictures: Literal["off", "warn", "fail"] = Field(
+        "warn", description="what blank, washed-out, blurred, odd and mislabelled pictures do"
+    )
+    near_copies: Literal["off", "warn", "fail"] = Field(
+        "warn", description="what near duplicates in two splits or classes do"
+    )
+    reference: str = Field("champion", description="what the images are compared with: champion, none, or a run's name")
+    schema_skew: Literal["off", "warn", "fail"] = Field(
+        "fail", description="what another kind of picture, or a class that is gone, does"
+    )
+    value_skew: Literal["off", "warn", "fail"] = Field(
+        "warn", description="what other shares of classes, or pictures that look different, do"
+    )
 
 
 class Prepare(Section):
@@ -136,6 +155,9 @@ class Train(Section):
         description="balanced: rare classes count for more; auto: where one class is half as large again as another",
     )
     patience: int = Field(0, ge=0, description="epochs without a lower val_loss before it stops; 0: it never does")
+    start_from: str | None = Field(
+        None, description="a run whose network this one begins with; classes may be new (warm start)"
+    )
 
 # %% ../../nbs/core/04_params.ipynb #params-evaluate
 class Evaluate(Section):

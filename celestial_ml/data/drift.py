@@ -7,7 +7,7 @@ __all__ = ['LEVELS', 'ALPHA', 'LEAST', 'describe', 'Drift']
 
 # %% ../../nbs/data/15_drift.ipynb #drift-imports
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ LEVELS = np.linspace(0, 1, 21)  # of the quantiles
 
 
 def describe(
-    values: np.ndarray,  # float (n, features), in the order of `FEATURES`
+    values: np.ndarray,  # float (n, features), of `image_statistics`, in the order of `FEATURES`
+    names: Sequence[str] = FEATURES,  # of other features
 ) -> dict[str, dict[str, Any]]:  # feature → images, mean, deviation, quantiles; empty without images
     "How the features of some images are distributed."
     return {
@@ -29,7 +30,7 @@ def describe(
             "deviation": float(column.std()),
             "quantiles": np.quantile(column, LEVELS).tolist(),
         }
-        for name, column in zip(FEATURES, np.asarray(values, float).T, strict=True)
+        for name, column in zip(names, np.asarray(values, float).T, strict=True)
         if len(column)
     }
 
@@ -43,8 +44,10 @@ class Drift:
     def __init__(
         self,
         statistics: Mapping[str, Mapping[str, Any]],  # of `describe`; empty for older packages, which have none
+        names: Sequence[str] = FEATURES,  # the columns of what is added
     ):
-        self.statistics = {name: statistics[name] for name in FEATURES if name in statistics}
+        self.names = names
+        self.statistics = {name: statistics[name] for name in names if name in statistics}
         self.grid = np.array([one["quantiles"] for one in self.statistics.values()])
         self.below, self.up_to = (np.zeros(self.grid.shape) for _ in range(2))  # pictures below each quantile, or at it
         self.sums, self.images = np.zeros(len(self.grid)), 0
@@ -54,7 +57,7 @@ class Drift:
         values: np.ndarray,  # float (n, features), in the order of `FEATURES`
     ) -> None:
         "Count some pictures."
-        chosen = np.asarray(values, float)[:, [FEATURES.index(name) for name in self.statistics]]
+        chosen = np.asarray(values, float)[:, [self.names.index(name) for name in self.statistics]]
         chosen = chosen[~np.isnan(chosen).any(axis=1)]  # answers of another kind have none
         self.images += len(chosen)
         self.sums += chosen.sum(0)

@@ -132,7 +132,8 @@ def prepare_images(
         pixels[i] = prepare(image)
         rows.append(measuring.row(sha, image))
     measuring.save()
-    about, measured = readable.drop(columns=["error", "format", "bytes"]), pd.DataFrame(rows, columns=measuring.columns)
+    about = readable.drop(columns=["error", "format", "bytes"], errors="ignore")
+    measured = pd.DataFrame(rows, columns=measuring.columns)
     # A person's metadata.csv may have a column of the same name as a feature: both are kept.
     table = about.rename(columns={name: f"{name}_given" for name in set(about) & set(measured)}).join(measured)
     learned = readable.reindex(columns=["split"]).split == "train"

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections import ChainMap, Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.domains import domains
 from ..core.errors import CelestialError, unknown
+from ..core.files import read_json
 from ..core.names import check_path
 from ..core.params import Data
 from ..core.plugins import find_plugin
@@ -108,6 +110,17 @@ SOURCES["guide"] = Source(
     ),
 )
 
+# %% ../../nbs/data/06_sources.ipynb #labelled-source
+def _labelled(data: Data, root: Path) -> Path:
+    "The labels that people accepted."
+    if not (root / "data" / "labelled").is_dir():
+        hint = "celestial feedback accept writes it, once labels are accepted."
+        raise CelestialError(f"data.source is labelled, but there is no {root}/data/labelled", hint)
+    return root / "data" / "labelled"
+
+
+SOURCES["labelled"] = Source(lambda data, seed, root, run: _labelled(data, root), _labelled)
+
 # %% ../../nbs/data/06_sources.ipynb #source-catalogs
 def _catalogs(data: Data, seed: int, root: Path, run: Path) -> dict[str, pd.DataFrame]:
     "The catalog of every source; `CelestialError` where two of them are one folder."
@@ -124,6 +137,10 @@ def _catalogs(data: Data, seed: int, root: Path, run: Path) -> dict[str, pd.Data
                 "Name every source once in data.sources and data.test_source.",
             )
         catalogs[name] = make_catalog(folder, root, table if name == "folder" else None).assign(source=name)
+    if "labelled" in catalogs:  # what people decided about a picture replaces the label that it came with
+        decided = catalogs["labelled"].sha256
+        others = {name: one for name, one in catalogs.items() if name != "labelled"}
+        catalogs |= {name: one[~one.sha256.isin(decided)].reset_index(drop=True) for name, one in others.items()}
     return catalogs
 
 # %% ../../nbs/data/06_sources.ipynb #test-images
@@ -142,6 +159,26 @@ def _test_images(data: Data, learned: list[pd.DataFrame], tested: pd.DataFrame) 
         )
     return tested.drop(columns="part", errors="ignore").assign(split="test")
 
+# %% ../../nbs/data/06_sources.ipynb #with-memory
+def _with_memory(data: Data, seed: int, run: Path, catalogs: dict[str, pd.DataFrame]) -> Data:
+    "A stable split begins with the run's earlier catalog, where that was split by the same parameters."
+    earlier = run / "catalog.parquet"
+    if data.split != "stable" or data.split_file or not earlier.is_file():
+        return data
+    import pandas as pd
+
+    with suppress(OSError, ValueError):  # one that is damaged is none
+        known = {*pd.read_parquet(earlier, columns=["sha256"]).sha256}
+        if any(known.isdisjoint(catalogs[name].sha256) for name in data.learned):
+            return data
+        before, now = read_json(run / "acquire.json"), {"seed": seed} | data.model_dump()
+        if all(
+            before.get(key) == now[key]
+            for key in ("seed", "split", "groups", "val", "test", "test_source", "source", "sources")
+        ):
+            return data.model_copy(update={"split_file": str(earlier)})
+    return data
+
 # %% ../../nbs/data/06_sources.ipynb #make-data-set
 def make_data_set(
     data: Data,
@@ -155,8 +192,9 @@ def make_data_set(
     from celestial_ml.data.catalog import with_split
 
     catalogs = _catalogs(data, seed, root, run)
+    data = _with_memory(data, seed, run, catalogs)
     held_out = data if data.test_source is None else data.model_copy(update={"test": 0.0})
-    parts = [with_split(catalogs[name], held_out, seed) for name in data.learned]
+    parts = [with_split(catalogs[name], held_out, seed, root) for name in data.learned]
     if data.test_source is not None:
         parts.append(_test_images(data, parts, catalogs[data.test_source]))
     catalog = pd.concat(parts, ignore_index=True)

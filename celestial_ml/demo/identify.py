@@ -47,6 +47,7 @@ class Host:
     score: Callable[[bytes, Predictor], Awaitable[Scored]]  # with the picture; counted and logged nowhere
     uploads: Uploads | None = None  # None: nothing can be dropped
     find: Callable[[str], Awaitable[dict[str, Any] | None]] | None = None  # a logged answer by its id; None: no log
+    tabs: "tuple[tuple[str, Callable[[gr.Tab], None]], ...]" = ()  # further ones: the title, and what builds it
 
     @property
     def blank(self) -> str:

@@ -43,5 +43,8 @@ def build_demo(host: Host) -> "gr.Blocks":
                 build_performance(host, tab)
             with gr.Tab("Many at once"):
                 build_many(host)
+            for name, build in host.tabs:
+                with gr.Tab(name) as tab:
+                    build(tab)
         footer.render()
     return page

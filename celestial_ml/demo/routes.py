@@ -447,7 +447,11 @@ def mount_demo(
     app.router.default = gates[0]  # see "The app" in the notebook of the API
 
 # %% ../../nbs/demo/10_routes.ipynb #ga-add
-def add_demo(app: FastAPI, service: Service) -> None:
+def add_demo(
+    app: FastAPI,
+    service: Service,
+    tabs: "tuple[tuple[str, Callable[[gr.Tab], None]], ...]" = (),  # further ones: the title, and what builds it
+) -> None:
     "The demo at / of a service, with its uploads and logins."
     settings, uploads = service.settings, Uploads(service.settings)
     service.metrics.collect(lambda: upload_figures(uploads))
@@ -459,6 +463,6 @@ def add_demo(app: FastAPI, service: Service) -> None:
         return await run_in_threadpool(service.log.find, request_id) if service.log else None
 
     answered, alone = partial(score_picture, service, picture=True), partial(service.scorer.score, picture=True)
-    host = Host(service.models.now, answered, take_feedback, alone, uploads, find if service.log else None)
+    host = Host(service.models.now, answered, take_feedback, alone, uploads, find if service.log else None, tabs)
     logins = Logins(settings) if settings.demo_login else None
     mount_demo(app, host, HANDLERS | {Exception: refuse_demo}, logins, 3600 * settings.login_hours)

@@ -19,6 +19,7 @@ from ..core.files import sha256_of, write_json
 from ..core.params import Params, load_params, params_path
 from ..core.plugins import plugin_file
 from ..core.progress import as_time, meanwhile, say
+from ..data.groups import splits_path
 from ..data.sources import get_source, image_folder, labels_path
 from .dag import Executor, build
 from .freshness import BY_HAND, folder_checksum, forget, stale_steps, step_inputs, write_inputs
@@ -79,6 +80,8 @@ def plan_tasks(
     cache = {} if cache is None else cache
     images = images_checksum(params, root, cache) if "acquire" in tasks else None
     outside = {"acquire": images, "evaluate": _photos_checksum(params, root) if "evaluate" in tasks else None}
+    if (earlier := params.train.start_from) and (network := root / run_folder(earlier) / "model.keras").is_file():
+        outside["train"] = sha256_of(network)
     inputs = {}
     for name, task in tasks.items():
         own = (value for value in parameters[name].values() if isinstance(value, str) and plugin_file(value, root))
@@ -104,7 +107,7 @@ def images_checksum(
     for folder in folders:
         if folder.is_dir() and folder not in cache:
             cache[folder] = folder_checksum(folder)
-    if table := labels_path(data, root):
+    for table in filter(None, (labels_path(data, root), splits_path(data, root))):
         cache[table] = cache.get(table) or sha256_of(table)
         folders.append(table)
     return " ".join(cache[folder] for folder in folders) or None if all(f in cache for f in folders) else ""

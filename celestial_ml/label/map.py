@@ -44,8 +44,8 @@ def place(
         if 10 <= n <= MOST_TSNE:
             begin = points[:, :2] / (points[:, 0].std() or 1) * 1e-4
             points = TSNE(perplexity=min(30, (n - 1) / 3), init=begin, random_state=seed).fit_transform(points)
-    points = points[:, :2] - points[:, :2].mean(axis=0)
-    return np.asarray(points / (np.abs(points).max() or 1), np.float32)
+    points = points[:, :2] - (points[:, :2].max(axis=0) + points[:, :2].min(axis=0)) / 2
+    return np.asarray(points / np.maximum(np.abs(points).max(axis=0), 1e-9), np.float32)
 
 # %% ../../nbs/label/16_map.ipynb #mp-map
 class LabelMap:
@@ -117,13 +117,22 @@ def selection_html(label_map: LabelMap) -> str:
 # %% ../../nbs/label/16_map.ipynb #mp-widget
 def show_map(label_map: LabelMap) -> Any:  # a widget, for the end of a cell
     "The map with a lasso, the selected pictures, and what can be done with them."
-    import ipywidgets as w
-    import jscatter
     import pandas as pd
 
+    try:
+        import ipywidgets as w
+        import jscatter
+    except ImportError as e:
+        raise CelestialError(f"{e.name} isn't installed", "pip install jupyter-scatter") from None
     guesses = [one.guess or "" if one.known else "unknown" for one in label_map.waiting]
     table = pd.DataFrame({"x": label_map.points[:, 0], "y": label_map.points[:, 1], "guess": pd.Categorical(guesses)})
-    scatter = jscatter.Scatter(data=table, x="x", y="y", color_by="guess", legend=True, height=420, mouse_mode="lasso")
+    around: dict[str, Any] = {
+        "x_scale": (-1.15, 1.15),
+        "y_scale": (-1.15, 1.15),
+    }  # room for a lasso around the outermost
+    scatter = jscatter.Scatter(
+        data=table, x="x", y="y", color_by="guess", legend=True, height=420, mouse_mode="lasso", axes=False, **around
+    )
     pictures, answer = w.HTML(selection_html(label_map)), w.Label()
     name = w.Text(placeholder="a class", description="label")
 

@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.errors import CelestialError
+from ..core.files import read_json
+from .pretrained import is_frozen
 
 if TYPE_CHECKING:
     import keras
 
 # %% auto #0
-__all__ = ['warm_start']
+__all__ = ['warm_start', 'start_from_run']
 
 # %% ../../nbs/model/18_warm_start.ipynb #ws-warm
 def warm_start(
@@ -52,3 +55,20 @@ def _same_place(model: keras.Model, earlier: keras.Model, layer: keras.Layer) ->
         return None
     before = earlier.layers[model.layers.index(layer)]
     return before if type(before) is type(layer) else None
+
+# %% ../../nbs/model/18_warm_start.ipynb #ws-run
+def start_from_run(
+    model: keras.Model,  # of `build_network`; its weights are changed
+    classes: Sequence[str],
+    folder: Path,  # of the earlier run
+) -> list[str]:  # the classes that are new
+    "Take the weights of a run's network; `CelestialError` where the run has none, or another one."
+    import keras
+
+    if not (folder / "model.keras").is_file() or not (folder / "train.json").is_file():
+        message = f"train.start_from: {folder} holds no trained network"
+        raise CelestialError(message, "Name a run that has been trained: celestial run PARAMS")
+    before = [str(name) for name in read_json(folder / "train.json", "classes")["classes"]]
+    if is_frozen(model):
+        return [name for name in classes if name not in before]
+    return warm_start(model, classes, keras.models.load_model(folder / "model.keras"), before)

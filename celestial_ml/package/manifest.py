@@ -109,6 +109,7 @@ class Manifest(Document):
     lineage: Lineage = Lineage()
     compression: Compression = Compression()
     statistics: dict[str, Statistic] = Field({})  # of the training images, by feature
+    profile: dict[str, Any] = Field({})  # of all images, of `data.skew.profile_of`: what later ones are compared with
     project: Project = Project()
     signature: Signature | None = None
     retired: dict[str, Any] | None = None  # of a retired version: successor, archive, why and when

@@ -16,7 +16,7 @@ from ..core.params import Card, Data
 from ..data.guide import expected
 from ..data.sources import Origin, get_source
 from ..package.manifest import Manifest
-from .model_card import count_table
+from .model_card import checks_in_words, count_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -106,7 +106,7 @@ def make_data_card(
         "statistics": _statistics(catalog, acquired["passed_over"]), "columns": list(catalog),
         "sources": [(name, int((catalog.source == name).sum()), *row) for name, row in stated.items()],
         "no_people": all(name in domain.source_names for name in stated),
-        "checks": [f"{'passed' if c['status'] == 'pass' else c['status']}: {c['saw']}" for c in checks],
+        "checks": checks_in_words(checks),
         "passed": sum(c["status"] == "pass" for c in checks),
         "licences": [(name, o.licence or "not stated", o.creator or None, o.url or None) for name, (o, _) in stated.items()],
         "versions": [("images and labels, SHA-256", lineage.data_sha256), *pointers,
@@ -141,14 +141,15 @@ def croissant(
     import mlcroissant as mlc
 
     kinds = {"i": mlc.DataType.INTEGER, "u": mlc.DataType.INTEGER, "f": mlc.DataType.FLOAT, "b": mlc.DataType.BOOL}
+    kinds["M"] = mlc.DataType.DATETIME
     fields = [
         mlc.Field(
-            id=f"images/{name}",
+            id=f"images/{name}" if name.split() == [name] else f"images/{'_'.join(name.split())}-{i}",  # no white space
             name=name,
             data_types=[kinds.get(column.dtype.kind, mlc.DataType.TEXT)],
             source=mlc.Source(file_object=file.name, extract=mlc.Extract(column=name)),
         )
-        for name, column in catalog.items()
+        for i, (name, column) in enumerate((str(name), catalog[name]) for name in catalog)
     ]
     table = mlc.FileObject(id=file.name, name=file.name, content_url=file.name, sha256=sha256_of(file),
                            encoding_formats=["application/x-parquet"])  # fmt: skip

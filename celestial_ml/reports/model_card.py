@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['counted', 'verdict_words', 'count_table', 'unknown_counts', 'weak_spots', 'make_card']
+__all__ = ['counted', 'checks_in_words', 'verdict_words', 'count_table', 'unknown_counts', 'weak_spots', 'make_card']
 
 # %% ../../nbs/reports/00_model_card.ipynb #verdict-words
 def counted(
@@ -30,6 +30,13 @@ def counted(
 ) -> str:  # "293 of 300 (97.7 %)"
     "Some of the images, as a count and a share."
     return f"{count} of {images} ({share(count / images)})" if images else f"{count} of {images}"
+
+
+def checks_in_words(
+    checks: Sequence[Mapping[str, Any]],  # of the step check
+) -> list[str]:  # "passed: all images can be read"
+    "Each check's outcome."
+    return [f"{'passed' if check['status'] == 'pass' else check['status']}: {check['saw']}" for check in checks]
 
 
 def verdict_words(
@@ -134,7 +141,7 @@ def make_card(
         "augmented": parameters.get("train", {}).get("augment"),
         "parameters": [(key, str(value)) for key, value in flat(parameters).items()],
         "counts": count_table(catalog),
-        "checks": [f"{'passed' if c['status'] == 'pass' else c['status']}: {c['saw']}" for c in checks],
+        "checks": checks_in_words(checks),
         "explanations": [
             (
                 Path(e["path"]).name,

@@ -14,6 +14,7 @@ import numpy as np
 from ..core.errors import CelestialError
 from ..core.page_builder import Page, share
 from ..data.images import Background, decode_image
+from ..data.sheet import some_of_each
 from ..package.manifest import Manifest, damage
 from ..package.published import published
 from ..registry.evidence import Evidence, Paired
@@ -132,13 +133,6 @@ def _reader(
     return read
 
 
-def _samples(catalog: pd.DataFrame, most: int = 24) -> pd.DataFrame:
-    "A few training images of each class."
-    learned = catalog[catalog.split == "train"].sort_values("label", kind="stable")
-    each = max(1, min(2, most // max(1, learned.label.nunique())))
-    return learned.groupby("label").head(each).head(most)
-
-
 def notebook_links(
     folder: Path,  # output/<run>
     steps: Sequence[str],
@@ -160,6 +154,8 @@ def make_report(
 ) -> Page:
     "The report of a run."
     metrics, table, read = manifest.metrics, count_table(catalog), _reader(root, manifest.background)
+    learned = catalog[catalog.split == "train"].sort_values("label", kind="stable")
+    samples = learned.iloc[some_of_each(learned.label, each=2, most=24)]
     data = {
         "about": manifest,
         "verdict": verdict,
@@ -171,7 +167,7 @@ def make_report(
         ],
         "counts": table,
         "images": sum(row[-1] for row in table["rows"]),
-        "samples": [(read(str(row.path)), row.label, "") for row in _samples(catalog).itertuples()],
+        "samples": [(read(str(row.path)), row.label, "") for row in samples.itertuples()],
         "checks": len(checks),
         "failed_checks": [f"{check['check']}: {check['saw']}" for check in checks if check["status"] != "pass"],
         "baselines": baseline_rows(metrics),
@@ -186,10 +182,7 @@ def make_report(
         "unknown": round((metrics.unknown.false_alarm_rate or 0) * metrics.images),
         "weak": weak_spots(metrics),
         "passed_for_known": sorted(
-            (
-                (kind.replace("_", " "), taken, images, taken / images)
-                for kind, (taken, images) in unknown_counts(metrics).items()
-            ),
+            ((kind.replace("_", " "), taken, n, taken / n) for kind, (taken, n) in unknown_counts(metrics).items()),
             key=lambda row: -row[-1],
         ),
         "notebooks": notebooks,

@@ -19,7 +19,7 @@
   spoken.id = "spoken";
   spoken.setAttribute("role", "status");
   document.body.append(spoken);
-  const speak = () => ["#right", "#fool-answer", "#found", "#both", "#cell", "#many-table"].forEach(selector => {
+  const speak = () => ["#right", "#fool-answer", "#found", "#both", "#cell", "#many-table", "#label-desk"].forEach(selector => {
     const place = $(selector);
     const words = place?.offsetParent ? [...place.querySelectorAll("h2, h3, .plain")].slice(0, 2).map(one => one.textContent).join(". ") : "";
     if (words && heard[selector] !== words && performance.now() > 2000) spoken.textContent = words;

@@ -1,0 +1,116 @@
+"The label store when processes are killed and people write at the same time: no accepted label is lost, no file is half."
+
+import io
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from programs import postgresql
+
+from celestial_ml.core.files import sha256_of
+from celestial_ml.core.testing import TemporaryHome
+from celestial_ml.label.labelled import LABELLED, write_labelled
+from celestial_ml.label.store import Judgement, accepted, forget_label, propose, review, withdraw
+
+
+@pytest.fixture
+def home() -> Iterator[TemporaryHome]:
+    with TemporaryHome() as home:
+        yield home
+
+
+def pictures(count: int, begin: int = 0) -> dict[str, bytes]:
+    "Files of noise, by checksum."
+    files = []
+    for i in range(count):
+        noise = np.random.default_rng(begin + i).integers(0, 256, (24, 24, 3), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(noise).save(file, "PNG")
+        files.append(file.getvalue())
+    return {sha256_of(one): one for one in files}
+
+
+def label_on(root: Path, begin: int, acknowledged: int) -> None:
+    "Two people label picture after picture; each accepted one is acknowledged, then written for training."
+    for i in range(10_000):
+        [(sha256, content)] = pictures(1, begin + i).items()
+        propose([Judgement(sha256, f"class {i % 3}", "anna", "page")], {sha256: content}, people=2)
+        propose([Judgement(sha256, f"class {i % 3}", "bert", "page")], people=2)
+        os.write(acknowledged, f"{sha256}\n".encode())
+        write_labelled(root)
+
+
+def killed_at_once(root: Path, begin: int, seconds: float) -> set[str]:
+    "Label in a process of its own, kill it, and return what was acknowledged."
+    out, end = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            label_on(root, begin, end)
+        finally:
+            os._exit(1)
+    os.close(end)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with os.fdopen(out) as lines:
+        return {line.strip() for line in lines.read().splitlines() if len(line) == 64}
+
+
+@pytest.mark.parametrize("moments", [8, pytest.param(50, marks=pytest.mark.slow)])
+def test_kill_9_loses_no_accepted_label(home: TemporaryHome, tmp_path: Path, moments: int) -> None:
+    acknowledged: set[str] = set()
+    rng = np.random.default_rng(moments)
+    propose([], url=None)  # the tables are there
+    for moment in range(moments):
+        acknowledged |= killed_at_once(tmp_path, 10_000 * moment, rng.uniform(0.02, 0.5))
+        for path in (tmp_path / LABELLED).rglob("*.png"):
+            if not path.name.startswith("."):
+                assert sha256_of(path) == path.stem, "a half-written picture"
+        stored = {one.sha256 for one in accepted()}
+        assert acknowledged <= stored
+    counts = write_labelled(tmp_path)
+    files = {path.stem: path for path in (tmp_path / LABELLED).rglob("*.png")}
+    assert counts["accepted"] == len(stored) == len(files) > moments / 2 and files.keys() == stored
+    assert all(sha256_of(path) == name for name, path in files.items())
+    assert not [path for path in tmp_path.rglob(".*") if ".part" in path.name]
+    assert (tmp_path / LABELLED / "labels.csv").read_text().count("\n") == len(files) + 1
+
+
+def test_people_label_at_the_same_time(home: TemporaryHome) -> None:
+    files = pictures(12)
+    failures: list[BaseException] = []
+
+    def person(name: str) -> None:
+        try:
+            for sha256, content in files.items():
+                propose([Judgement(sha256, "Mars", name, "page")], {sha256: content}, people=2)
+        except BaseException as e:
+            failures.append(e)
+
+    threads = [threading.Thread(target=person, args=(name,)) for name in ("anna", "bert", "carl")]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert failures == [] and {one.sha256 for one in accepted()} == files.keys()
+    assert all(one.annotator.count(";") == 2 for one in accepted())
+
+
+@pytest.mark.postgres
+def test_the_store_may_be_postgresql(home: TemporaryHome) -> None:
+    with postgresql() as server:
+        os.environ["CELESTIAL_LABEL_URL"] = server.empty_database()
+        files = pictures(2)
+        first, second = files
+        assert propose([Judgement(sha, "Ceres", "anna", "page") for sha in files], files) == 2
+        assert propose([Judgement(first, "Ceres", "bert", "page")], people=2) == 1
+        assert review({second: "unknown"}, "rosa") == {"accepted": 1, "rejected": 1}
+        assert {one.sha256: one.label for one in accepted()} == {first: "Ceres", second: "unknown"}
+        assert withdraw(first, "bert", people=2) and len(accepted()) == 1 and forget_label(second) == 2

@@ -1,0 +1,71 @@
+"Planted faults are found, and nothing is where none was planted."
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from bench.planted import KINDS, PICTURES, found, plant
+from celestial_ml.core.params import Check, Data
+from celestial_ml.data.catalog import make_catalog, with_split
+from celestial_ml.data.examine import Examination, examine
+from celestial_ml.planets.renderer import View, render
+
+
+def planets(folder: Path, each: int = 40) -> Path:
+    "Renders that differ: bodies with features, from all sides."
+    rng = np.random.default_rng(3)
+    for body in ("Earth", "Mars", "Jupiter", "Moon", "Pluto"):
+        (folder / body).mkdir(parents=True)
+        for i in range(each):
+            view = View(longitude_deg=float(rng.uniform(0, 360)), latitude_deg=float(rng.uniform(-45, 45)))
+            Image.fromarray(render(body, view, size=96)).save(folder / body / f"{i:03}.png")
+    return folder
+
+
+def digits(folder: Path, count: int = 700) -> Path:
+    "Handwritten digits."
+    data = load_digits()
+    for i, (image, label) in enumerate(zip(data.images[:count], data.target, strict=False)):
+        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+        small = Image.fromarray((image * 15.9).astype(np.uint8))
+        small.resize((32, 32), Image.Resampling.BILINEAR).save(folder / str(label) / f"{i:04}.png")
+    return folder
+
+
+def examined(folder: Path) -> Examination:
+    catalog = with_split(make_catalog(folder, folder), Data(), 7)
+    return examine(catalog, folder, Check())
+
+
+@pytest.mark.parametrize("make", [planets, digits], ids=["planets", "digits"])
+def test_planted_faults_are_found_and_no_others(tmp_path: Path, make) -> None:
+    folder = make(tmp_path / "set")
+    clean = {f.check: f.total for f in examined(folder).findings if f.status != "pass"}
+    alike = {"no_near_duplicates", "near_duplicates_together", "labels_fit"}  # two views of Earth; a 5 that is a 9
+    assert clean.keys() <= alike and sum(clean.values()) <= 8, clean
+    planted = plant(folder, each=1)
+    counts = found(planted, examined(folder).findings)
+    missed = {kind for kind, n in counts.items() if n < 1}
+    assert len(KINDS) >= 15 and len(PICTURES) > 10
+    assert missed <= ({"near_copy"} if make is digits else set()), missed  # of 32 pixels, made 25: another picture
+
+
+def test_the_command_writes_a_page_and_compares(celestial, tmp_path: Path) -> None:
+    folder = planets(tmp_path / "set", each=8)
+    out = tmp_path / "out"
+    good = celestial("data", "check", folder, "--output", out, "--reference", "none")
+    assert good.returncode == 0 and "checks.html" in good.stdout, good.stderr
+    Image.new("RGB", (96, 96)).save(folder / "Mars/black.png")
+    (folder / "Mars/empty.png").touch()
+    bad = celestial("data", "check", folder, "--output", out, "--reference", "none")
+    assert bad.returncode == 1 and "Mars/empty.png" in bad.stderr
+    written, page = json.loads((out / "checks.json").read_text()), (out / "checks.html").read_text()
+    statuses = {f["check"]: f["status"] for f in written["findings"]}
+    assert (written["verdict"], statuses["readable"], statuses["not_blank"]) == ("fail", "fail", "warn")
+    assert "Mars/black.png" in page and "data:image/webp" in page
+    gone = celestial("data", "check", folder, "--reference", "nowhere")
+    assert gone.returncode == 2 and "nowhere" in gone.stderr and "Traceback" not in gone.stderr
