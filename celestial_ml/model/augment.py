@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['LEVELS', 'Level', 'random_phase', 'random_sky', 'random_fog', 'random_cover', 'random_lens', 'random_light',
-           'random_grade', 'random_filter', 'random_noise', 'augment']
+           'random_grade', 'random_noise', 'augment']
 
 # %% ../../nbs/model/01_augment.ipynb #levels
 @dataclass(frozen=True)
@@ -153,7 +152,6 @@ def random_sky(
 def random_fog(
     images: tf.Tensor,  # float32 (n, size, size, channels), 0 … 255
     seed: tf.Tensor,  # two integers
-    thick: bool = False,
 ) -> tf.Tensor:  # the same shape
     "Fog, from an even grey to thick swathes: four slots."
     import tensorflow as tf
@@ -163,11 +161,9 @@ def random_fog(
         tf.image.resize(tf.random.stateless_uniform((n, cells, cells, 1), _salted(seed, salt)) - 0.5, (size, size))
         for cells, salt in ((4, 61), (9, 62), (23, 67))
     )
-    swathes = (coarse + 0.7 * medium + 0.5 * fine) * _uniform(n, 0, 450 if thick else 300, seed, 63)[:, None, None]
+    swathes = (coarse + 0.7 * medium + 0.5 * fine) * _uniform(n, 0, 300, seed, 63)[:, None, None]
     fog = tf.clip_by_value(_uniform(n, 60, 230, seed, 64)[:, None, None] + swathes, 0, 255)
-    return images + _uniform(n, 0.4, 0.88 if thick else 0.8, seed, 65)[:, None, None] * _chosen(n, (4, 8), seed) * (
-        fog - images
-    )
+    return images + _uniform(n, 0.4, 0.8, seed, 65)[:, None, None] * _chosen(n, (4, 8), seed) * (fog - images)
 
 # %% ../../nbs/model/01_augment.ipynb #random-cover
 def random_cover(
@@ -255,20 +251,6 @@ def random_grade(
     graded = _saturated(images, vivid, _uniform(n, 0, 1, seed, 68)) * (dark * cast)[:, None, None] + veil[:, None, None]
     return tf.clip_by_value(graded, 0, 255)
 
-# %% ../../nbs/model/01_augment.ipynb #random-filter
-def random_filter(
-    images: tf.Tensor,  # float32 (n, size, size, channels), 0 … 255
-    seed: tf.Tensor,  # two integers
-) -> tf.Tensor:  # the same shape
-    "Two pictures in five through a filter of any hue, three in ten exposed otherwise, one in five nearly grey."
-    import tensorflow as tf
-
-    n, channels = tf.shape(images)[0], images.shape[-1]
-    pale = _uniform(n, 0.5, 1, seed, 74) * _sometimes(n, 0.2, seed, 75)[:, 0, 0]
-    hue = _uniform(n, -0.4, 0.4, seed, 71, channels) * _sometimes(n, 0.4, seed, 72)[:, 0, 0]
-    stops = _uniform(n, -0.6, 0.6, seed, 73) * _sometimes(n, 0.3, seed, 77)[:, 0, 0]
-    return _saturated(images, 1 - pale, _uniform(n, 0, 1, seed, 76)) * (2 ** (hue + stops))[:, None, None]
-
 
 def random_noise(
     images: tf.Tensor,  # float32 (n, size, size, channels), 0 … 255
@@ -288,7 +270,6 @@ def augment(
     seed: tf.Tensor,  # two integers: the same seed gives the same pictures
     rough: float = 0.75,  # share of the pictures, the first ones, that are changed roughly
     level: str = "sky",  # of `LEVELS`, or none; auto: upright, until the evidence is in
-    harsh: bool = False,  # under the sky: any filter, and two rough changes each
 ) -> tf.Tensor:  # uint8, the same shape
     "Another picture of the same thing, for each picture."
     import tensorflow as tf
@@ -301,13 +282,9 @@ def augment(
         images = tf.concat([random_phase(images[:count], seed), images[count:]], 0)
     images.set_shape(pixels.shape)
     images = random_light(random_view(images, seed, limits), seed)
-    harsh = harsh and limits.sky
-    if harsh:
-        images = random_filter(images, seed)
     blurred, roughly = random_lens(images[: count // 6], seed), images[count // 6 : count]
-    sky = (random_sky, partial(random_fog, thick=harsh)) if limits.sky else ()
-    for again in range(2 if harsh else 1):
-        for change in (random_cover, *sky, random_noise, random_grade):
-            roughly = change(roughly, seed + again * np.array([1, 0], np.int32))
+    sky = (random_sky, random_fog) if limits.sky else ()
+    for change in (random_cover, *sky, random_noise, random_grade):
+        roughly = change(roughly, seed)
     images = tf.concat([blurred, roughly, images[count:]], 0)
     return tf.cast(tf.clip_by_value(images, 0, 255), tf.uint8)
