@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_nothing_but_planets_imports_planets() -> None:
     modules = [path for path in (ROOT / "celestial_ml").glob("*/*.py") if path.parent.name != "planets"]
+    modules.remove(ROOT / "celestial_ml/cli/app.py")  # the command `data render`
     steps = list((ROOT / "nbs/steps").glob("*.ipynb"))
     code = {path: path.read_text() for path in [*modules, *steps]}
     assert len(code) > 90

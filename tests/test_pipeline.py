@@ -262,11 +262,11 @@ def test_a_changed_module_reruns_what_imports_it_even_through_another(unspoilt: 
     module.write_text(before + "\n# changed\n")
     assert rerun(at_home) == ["package", "register"]
     module.write_text(before)
-    indirect = at_home / "celestial_ml/data/features.py"  # only prepare.py imports it; and export.py imports prepare.py
+    indirect = at_home / "celestial_ml/data/features.py"  # `check` and `prepare` import what imports it
     before = indirect.read_text()
     indirect.write_text(before + "\n# changed\n")
     plan = make_plan(at_home, "smoke")
-    assert plan.stale["prepare"] == "celestial_ml/data/features.py changed" and "acquire" not in plan.stale
+    assert plan.stale["check"] == "celestial_ml/data/features.py changed" and "acquire" not in plan.stale
     assert "celestial_ml/data/features.py" in plan.inputs["package"]["modules"]
     indirect.write_text(before)
     assert list(make_plan(at_home, "smoke").stale) == ["package", "register"]

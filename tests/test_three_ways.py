@@ -35,7 +35,8 @@ def as_edited(notebook: Path, values: dict[str, object]) -> None:
 def same_preparation(one: Path, other: Path) -> None:
     "What two runs made of the same images is the same."
     assert (np.load(one / "pixels.npy") == np.load(other / "pixels.npy")).all()
-    assert read_json(one / "checks.json") == read_json(other / "checks.json")
+    checks = [(folder / "checks.json").read_text().replace(f"output/{folder.name}/", "") for folder in (one, other)]
+    assert json.loads(checks[0]) == json.loads(checks[1])
     tables = [pd.read_parquet(folder / "features.parquet").drop(columns="path") for folder in (one, other)]
     pd.testing.assert_frame_equal(*tables)
 

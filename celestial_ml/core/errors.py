@@ -24,7 +24,7 @@ STATUS = {
         413: "too_costly too_large too_many_bytes too_many_files too_many_parts too_many_uploads",
         414: "url_too_long",
         415: "not_an_image polyglot",
-        422: "contradictory_feedback invalid_request no_image",
+        422: "ambiguous contradictory_feedback invalid_request nameless no_image no_sdk several shapes",
         429: "too_many_guesses too_many_judgements too_many_requests",
         431: "head_too_large",
         503: "busy database_unavailable log_unavailable newer_schema no_log no_model too_many_connections uploads_full",

@@ -38,6 +38,8 @@ def out_of_fold(
         warnings.simplefilter("ignore", UserWarning)  # a class may have fewer images than there are folds
         for learned, held_out in splits.split(x, labels):
             rows = rng.permutation(learned)[:LEARN] if len(learned) > LEARN else learned
+            if len(np.unique(labels[rows])) < 2:
+                continue  # nothing to tell apart: all classes are as probable
             linear = LogisticRegression(C=0.1, tol=1e-3, max_iter=200).fit(x[rows], labels[rows])
             near = KNeighborsClassifier(min(8, len(rows)), weights="distance").fit(x[rows, :64], labels[rows])
             answers = [linear.predict_proba(x[held_out]), near.predict_proba(x[held_out, :64])]

@@ -5,6 +5,7 @@
 # %% ../../nbs/data/16_versions.ipynb #ver-imports
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -117,6 +118,16 @@ def _in_words(error: Exception, remote: str) -> CelestialError | None:
         return CelestialError(f"DVC: {_without_secrets(str(error))[:300]}", "See: dvc status, dvc doctor")
     return None
 
+# %% ../../nbs/data/16_versions.ipynb #ver-lock
+def _drop_broken_lock(lock: Path) -> None:
+    "DVC doesn't write it atomically, and a process that was killed while at it would stop all later ones."
+    try:
+        json.loads(lock.read_text(encoding="utf-8"))
+    except ValueError:
+        lock.unlink(missing_ok=True)
+    except OSError:
+        pass  # there is none
+
 # %% ../../nbs/data/16_versions.ipynb #ver-opened
 @contextmanager
 def _opened(root: Path, remote: str | None = None) -> Iterator[Repo]:
@@ -124,6 +135,7 @@ def _opened(root: Path, remote: str | None = None) -> Iterator[Repo]:
     from dvc.repo import Repo, lock_repo
 
     _refuse_secrets(root, remote)
+    _drop_broken_lock(root / ".dvc/tmp/rwlock")
     before, shown = logging.root.manager.disable, remote or "the remote"
     logging.disable(logging.CRITICAL)  # DVC logs what its errors say, too
     try:
@@ -156,7 +168,7 @@ def _remote_settings(repo: Repo, remote: str | None) -> tuple[dict[str, Any], st
     settings = {"url": url} | limits | dict(there.get(name, {}))
     return {"core": {"remote": name}, "remote": {name: settings}}, f"the remote {hide_password(url)}"
 
-
+# %% ../../nbs/data/16_versions.ipynb #ver-reach
 def _reach(repo: Repo, push: bool) -> None:
     "`CelestialError` for a remote that is away, before anything is copied."
     remote = repo.cloud.get_remote()
@@ -229,6 +241,15 @@ def not_committed(
     lines = subprocess.run(listed, cwd=root, capture_output=True, text=True).stdout.split("\0")
     return [line[3:] for line in lines if line and not line.startswith("D")]
 
+# %% ../../nbs/data/16_versions.ipynb #ver-forget
+def _forget_remote(repo: Repo) -> None:
+    "Have DVC ask the remote what it holds: its own list of that may be wrong after a push that was killed."
+    from dvc_data.hashfile.db import get_index
+
+    index = get_index(repo.cloud.get_remote().odb)
+    index.clear()
+    index.close()
+
 # %% ../../nbs/data/16_versions.ipynb #ver-push
 @dataclass(frozen=True)
 class Copied:
@@ -264,7 +285,9 @@ def push(
                 f"{_counted(gone)} neither here nor on the remote, as {gone[0]}",
                 "Fetch them from another remote, or record the folder as it is: dvc commit",
             )
+        _forget_remote(repo)
         files = repo.push(targets=targets)
+        _forget_remote(repo)
         if left := [name for name, what in _status(repo, targets).items() if what != "deleted"]:
             raise CelestialError(f"{_counted(left)} not on the remote, as {left[0]}", _AGAIN)
     return Copied(files, tuple(_name(repo, out) for out in outs), tuple(changed))
@@ -324,10 +347,12 @@ def _fetch(repo: Repo, outs: list[Output]) -> int:
     files, lacking = 0, [out for out in outs if out.changed_cache()]
     if any(not out.stage.is_repo_import for out in lacking):
         _reach(repo, push=False)
-    if lacking:
-        with suppress(FileTransferError):  # DVC doesn't mind a listing that is missing: what counts is what is here
-            files = repo.fetch(targets=[out.fs_path for out in lacking])
-    if lacking := [_name(repo, out) for out in lacking if out.changed_cache()]:
+    for _ in range(2):  # after a process that was killed, the first call may fetch the listing alone
+        if lacking:
+            with suppress(FileTransferError):  # DVC doesn't mind a listing that is missing: what counts is what is here
+                files += repo.fetch(targets=[out.fs_path for out in lacking])
+        lacking = [out for out in lacking if out.changed_cache()]
+    if lacking := [_name(repo, out) for out in lacking]:
         raise CelestialError(
             f"the remote doesn't have all files of this version ({', '.join(lacking)}), or doesn't answer",
             "A push wasn't finished, or went elsewhere: give celestial data push again where the files are.\n"

@@ -19,7 +19,6 @@ from ..core.files import sha256_of, write_json
 from ..core.params import Params, load_params, params_path
 from ..core.plugins import plugin_file
 from ..core.progress import as_time, meanwhile, say
-from ..data.groups import splits_path
 from ..data.sources import get_source, image_folder, labels_path
 from .dag import Executor, build
 from .freshness import BY_HAND, folder_checksum, forget, stale_steps, step_inputs, write_inputs
@@ -107,7 +106,12 @@ def images_checksum(
     for folder in folders:
         if folder.is_dir() and folder not in cache:
             cache[folder] = folder_checksum(folder)
-    for table in filter(None, (labels_path(data, root), splits_path(data, root))):
+    tables = [labels_path(data, root)]
+    if data.split_file:
+        from celestial_ml.data.groups import splits_path  # pandas takes half a second
+
+        tables.append(splits_path(data, root))
+    for table in filter(None, tables):
         cache[table] = cache.get(table) or sha256_of(table)
         folders.append(table)
     return " ".join(cache[folder] for folder in folders) or None if all(f in cache for f in folders) else ""
