@@ -142,6 +142,7 @@ def _opened(root: Path, remote: str | None = None) -> Iterator[Repo]:
         with Repo(str(root)) as repo:
             settings, shown = _remote_settings(repo, remote)
         with Repo(str(root), config=settings) as repo, lock_repo(repo):
+            repo.drop_data_index()  # a process that was killed may have left it by halves
             yield repo
     except CelestialError:
         raise
