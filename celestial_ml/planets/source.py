@@ -25,7 +25,6 @@ from ..data.images import decode_image, find_pictures
 from ..data.sources import Origin, Source, image_folder
 from .bodies import BODIES
 from .renderer import View, linear, picture, render_many, sample_view
-from .unknown_bodies import UNKNOWN_BODIES
 
 # %% ../../nbs/planets/03_source.ipynb #read-maps
 _OTHER_LAYERS = {  # words in the names of files that are no picture of the ground
@@ -48,7 +47,11 @@ _OTHER_LAYERS = {  # words in the names of files that are no picture of the grou
 }
 
 
-_DRAWN = (*BODIES, *UNKNOWN_BODIES)
+def _drawn() -> tuple[str, ...]:
+    "The bodies that can be drawn."
+    from celestial_ml.planets.unknown_bodies import UNKNOWN_BODIES  # which imports half a second's worth
+
+    return (*BODIES, *UNKNOWN_BODIES)
 
 
 def read_maps(
@@ -60,7 +63,7 @@ def read_maps(
     width = 512 if size <= 160 else 1024  # as in `render`
     for path in sorted(map(Path, find_pictures(folder))):
         words = re.split("[^a-z]+", path.stem.casefold())
-        for body in (name for name in _DRAWN if name.casefold() in words and not _OTHER_LAYERS & {*words}):
+        for body in (name for name in _drawn() if name.casefold() in words and not _OTHER_LAYERS & {*words}):
             pixels = decode_image(path)
             if abs(pixels.shape[1] / pixels.shape[0] - 2) > 0.02:
                 size_of = f"{pixels.shape[1]} × {pixels.shape[0]} pixels aren't twice as wide as high"
@@ -81,6 +84,8 @@ def _draw_others(
     phase: tuple[float, float] | None,
 ) -> Iterator[tuple[str, int, View, np.ndarray]]:  # body, index, view, image
     "Pictures of bodies that are none of the ten, in views like theirs."
+    from celestial_ml.planets.unknown_bodies import UNKNOWN_BODIES
+
     for name in bodies:
         own = maps.get(name) or [UNKNOWN_BODIES[name].skin(512 if size <= 160 else 1024)]
         for i in range(per_class):
@@ -153,14 +158,14 @@ def choose_bodies(
     names: str | None,  # separated by commas, in any case; None: the ten
 ) -> list[str]:
     "Bodies that can be drawn; `CelestialError` for others."
-    by_name = {name.casefold(): name for name in _DRAWN}
+    by_name = {name.casefold(): name for name in _drawn()}
     chosen = []
     for name in filter(None, map(str.strip, (names or ",".join(BODIES)).split(","))):
         if name.casefold() not in by_name:
-            raise unknown("body", name, _DRAWN)
+            raise unknown("body", name, _drawn())
         chosen.append(by_name[name.casefold()])
     if not chosen:
-        raise CelestialError("there is no body to draw", f"Allowed: {', '.join(_DRAWN)}.")
+        raise CelestialError("there is no body to draw", f"Allowed: {', '.join(_drawn())}.")
     return list(dict.fromkeys(chosen))
 
 
