@@ -10,6 +10,7 @@ import logging
 import os
 import sqlite3
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
@@ -132,9 +133,12 @@ class _Record:
             self.client.log_param(self.id, name, value)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        "Figures, at a step (an epoch); those of epochs that it has already are left out."
-        for name, value in metrics.items() if step > self.recorded else ():
-            self.client.log_metric(self.id, name, float(value), step=step)
+        "Figures, at a step (an epoch), all or none; those of epochs that it has already are left out."
+        from mlflow.entities import Metric
+
+        now = time.time_ns() // 1_000_000
+        if step > self.recorded:
+            self.client.log_batch(self.id, [Metric(name, float(value), now, step) for name, value in metrics.items()])
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         "Other facts: revisions, checksums."
