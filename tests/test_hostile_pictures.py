@@ -147,7 +147,7 @@ def test_hostile_pictures_take_little_time_and_memory(kind: str) -> None:
     decode_image(encoded(np.zeros((2049, 2049, 3), np.uint8)))  # the process is there
     before, busy, began = resident_mb(), time.process_time(), time.monotonic()
     assert refusal(content) == code
-    assert time.process_time() - busy < 0.5, "of this process"
+    assert time.process_time() - busy < 1, "of this process"
     assert time.monotonic() - began < 3
     assert resident_mb() - before < 60
 
