@@ -21,15 +21,16 @@ from celestial_ml.core.seeds import set_seed
 from celestial_ml.data.catalog import image_files
 from celestial_ml.data.images import decode_image
 from celestial_ml.data.prepare import Preparer
-from celestial_ml.label.strategies import STRATEGIES, Pool, order
+from celestial_ml.label.strategies import STRATEGIES, Pool, like_new, order
 from celestial_ml.model.evaluate import logits_and_embeddings, softmax, with_embedding
 from celestial_ml.model.networks import build_network
 from celestial_ml.model.pretrained import cached_features
-from celestial_ml.model.train import fit
+from celestial_ml.model.train import class_weights, fit
 from celestial_ml.model.unknown import false_alarm_threshold, fit_distance
 from celestial_ml.model.warm_start import warm_start
 
 STEP, MOST, GOAL = 50, 500, 350  # labels of a round, of random, and with which a strategy has to be as good
+ROUND = 10  # labels between two orders of the queue, as the page has it
 COMPACT = Model(network="compact")
 Answer = tuple[np.ndarray, np.ndarray]  # probabilities (n, classes), embeddings (n, d)
 
@@ -74,7 +75,10 @@ class Frozen:
         "Fit the head anew."
         from sklearn.linear_model import LogisticRegression
 
-        self.head, self.classes = LogisticRegression(C=0.01, max_iter=300), np.unique(labels)
+        self.classes = np.unique(labels)
+        weights = class_weights(np.searchsorted(self.classes, labels), len(self.classes), "auto")
+        weights = None if weights is None else dict(zip(self.classes, weights, strict=True))
+        self.head = LogisticRegression(C=0.01, max_iter=300, class_weight=weights)
         self.head.fit(self.features[rows], labels)
 
     def answer(self, rows: np.ndarray) -> Answer:
@@ -159,9 +163,12 @@ def new_class(make: Callable[[], Any], labels: np.ndarray, body: int, seed: int,
     threshold = false_alarm_threshold(distance(model.answer(others[: len(others) // 2])[1]), 0.02)
     probabilities, vectors = model.answer(waiting)
     scores = distance(vectors)
-    chosen = order("auto", Pool(probabilities, vectors, scores <= threshold, space, labels[learned].astype(str)), seed)[
-        :most
-    ]
+    known, classes, chosen = scores <= threshold, {*model.classes.astype(str)}, np.zeros(0, int)
+    while len(chosen) < min(most, len(waiting)):  # as the page does it: ordered anew after some labels
+        rest, named = np.setdiff1d(np.arange(len(waiting)), chosen), labels[waiting[chosen]].astype(str)
+        like = like_new(vectors[rest], vectors[chosen], named, classes)
+        open_ = Pool(probabilities[rest], vectors[rest], known[rest] & ~like, vectors[chosen], named)
+        chosen = np.concatenate([chosen, rest[order("auto", open_, seed)[:ROUND]]])
     rows = np.concatenate([learned, waiting[chosen]])
     model.learn(rows, labels[rows])
     answers = model.classes[model.answer(held)[0].argmax(axis=1)]
@@ -196,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 figures = new_class(make, labels, classes.index(name), seed)
             print(
                 json.dumps(
-                    {"network": told.network, "seed": seed, "new": name}
+                    {"data": told.data.name, "network": told.network, "seed": seed, "new": name}
                     | figures
                     | {"seconds": round(time.monotonic() - began)}
                 ),
@@ -207,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             most = MOST if strategy == "random" else GOAL
             with redirect_stdout(sys.stderr):
                 points = curve(make, labels, strategy, seed, most)
-            line = {"network": told.network, "seed": seed, "strategy": strategy, "accuracy": points}
+            line = {"data": told.data.name, "network": told.network, "seed": seed, "strategy": strategy, "accuracy": points}
             print(json.dumps(line | {"seconds": round(time.monotonic() - began)}), flush=True)
 
 

@@ -116,9 +116,10 @@ def test_a_folder_as_remote(versioned: Path, tmp_path: Path, monkeypatch: pytest
     "Pushed from one place, pulled at another, through the commands; a command that is given twice does nothing."
     store = tmp_path / "store"
     assert "mkdir -p" in refusal(push, versioned, str(store)).hint and not store.exists()
+    monkeypatch.chdir(versioned)
+    assert CliRunner().invoke(versions_app, ["push", "--remote", str(store)]).exit_code == 2, "a remote that is away"
     store.mkdir()
     paint(versioned / IMAGES, "Mars", 700)
-    monkeypatch.chdir(versioned)
     result = CliRunner().invoke(versions_app, ["push", "--remote", str(store)])
     assert result.exit_code == 0, result.output
     assert f"recorded: {IMAGES}" in result.output and f"git add {IMAGES}.dvc" in result.output
@@ -175,7 +176,7 @@ def test_a_key_in_a_file_of_git_stops_everything(versioned: Path, tmp_path: Path
     assert "hush-hush" not in str(error)
 
 
-def test_a_push_by_halves_is_not_pulled(versioned: Path, tmp_path: Path) -> None:
+def test_a_push_by_halves_is_not_pulled(versioned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "What a push copies last is the listing; without it, or without a picture, nothing appears."
     (store := tmp_path / "store").mkdir()
     push(versioned, str(store))
@@ -188,6 +189,9 @@ def test_a_push_by_halves_is_not_pulled(versioned: Path, tmp_path: Path) -> None
         shutil.rmtree(other / ".dvc/tmp", ignore_errors=True)
         error = refusal(pull, other, str(store))
         assert "celestial data push" in error.hint and not (other / IMAGES).exists()
+        monkeypatch.chdir(other)
+        result = CliRunner().invoke(versions_app, ["pull", "--remote", str(store)])
+        assert result.exit_code == 2 and "celestial data push" in result.output and not (other / IMAGES).exists()
         shutil.move(kept, path)
     picture.unlink()  # and finished by the same command, even where DVC believes that all is there
     listing.unlink()
