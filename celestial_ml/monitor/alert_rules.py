@@ -142,5 +142,5 @@ def evaluate(
             entry = entry | {"alert": entry["alert"] | {"time": now, "changed": False}}
         ended = entry.pop("resolved", None)
         alerts += [Alert(**one) for one in (entry.get("alert"), ended) if one]
-        after[rule.name] = entry
+        after[rule.name] = entry | {"severity": rule.severity}
     return alerts, {"model": model, "time": now, "metrics": names, "rules": after}

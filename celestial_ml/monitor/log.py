@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from .exported_metrics import monitor_figures
+
 from ..core.database import database_error, database_errors
 from ..core.errors import CelestialError
 from ..core.files import home
@@ -224,7 +226,7 @@ class PredictionLog:
 
     def figures(self) -> Iterable[tuple[str, str, str, dict[str, str], float]]:
         "The same for metrics."
-        return figures_of(self.status())
+        return [*figures_of(self.status()), *monitor_figures()]
 
     def flush(self, timeout: float = 5.0) -> bool:
         "Wait until all that was recorded is written, or until the time is over."
