@@ -14,13 +14,12 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from .exported_metrics import monitor_figures
-
 from ..core.database import database_error, database_errors
 from ..core.errors import CelestialError
 from ..core.files import home
 from .buffer import Buffer, ImageRoom, find_waiting, oldest
 from .counters import Counters, counters_folder, end_process
+from .exported_metrics import monitor_figures
 from .feedback import add_feedback, find_answer
 from .retention import NO_IMAGES, ImagePolicy, served_policy
 from .tables import log_database, utc
