@@ -1,6 +1,7 @@
 "The rules for Prometheus and the dashboard for Grafana against a running server; real Prometheus and Alertmanager, slowly."
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from serving import neptune, running, tiny_model, until
 from celestial_ml.core.files import write_json
 from celestial_ml.core.params import Alerts, Params
 from celestial_ml.core.testing import TemporaryHome
+from celestial_ml.monitor.alert_rules import _NAMES as METRICS
 from celestial_ml.monitor.exported_metrics import dashboard
 from celestial_ml.monitor.sinks import notify
 from celestial_ml.monitor.snapshot import Snapshot, write_snapshot
@@ -25,23 +27,16 @@ from celestial_ml.monitor.snapshot import Snapshot, write_snapshot
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy/prometheus"
 DASHBOARD = ROOT / "deploy/grafana/celestial.json"
-METRICS = """answers unknown_share drift_evidence drift_alarms harm_alarms prior_shift accuracy accuracy_low accuracy_high
-accuracy_estimate labels_new feedback_wrong log_lost p99_ms champion_days""".split()
 
 
 def look(home: Path, **metrics: float) -> None:
     "What `celestial monitor check` leaves behind."
-    import os
-
-    before = os.environ.get("CELESTIAL_HOME")
-    with TemporaryHome() as temporary:
+    with TemporaryHome():
         os.environ["CELESTIAL_HOME"] = str(home)
         about = {"begin": 0.0, "end": 9.0, "answers": 9, "alarms": [], "reasons": []}
         snapshot = Snapshot(time=1e9, model="celestial/3", metrics=metrics, **about)
         write_snapshot(snapshot)
-        notify(snapshot, Params(alerts=Alerts(sinks=[])))
-        del temporary
-    assert os.environ.get("CELESTIAL_HOME") == before
+        notify(snapshot, Params(alerts=Alerts(sinks=["log"])))
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +179,8 @@ def test_a_real_prometheus_reports_an_alert_and_its_end(server: tuple[str, Path]
 
     processes = [start("prometheus-alertmanager", ports[1], "--cluster.listen-address="), start("prometheus", ports[0])]
     try:
-        until(lambda: not httpx.get(f"http://127.0.0.1:{ports[0]}/-/ready").is_error, 60, 0.2) if _is_up(
-            ports[0]
-        ) else None
+        for port in ports:
+            until(lambda port=port: not socket.socket().connect_ex(("127.0.0.1", port)), 60, 0.1)
         until(lambda: ask('up{job="celestial"} == 1'), 60, 0.2)
         assert not states()
         look(home, harm_alarms=1.0)
@@ -205,11 +199,3 @@ def test_a_real_prometheus_reports_an_alert_and_its_end(server: tuple[str, Path]
         assert [process.wait(30) for process in processes] == [0, 0]
         hook.shutdown()
         hook.server_close()
-
-
-def _is_up(port: int) -> bool:
-    "Wait until somebody listens on a port."
-    import socket
-
-    until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)), 60, 0.1)
-    return True

@@ -46,23 +46,11 @@ class Alert:
         return f"{begin}: {self.rule}: {self.metric} is {self.value:.4g} ({self.limit}), {self.model}, since {utc(self.since)}"
 
 # %% ../../nbs/monitor/30_alert_rules.ipynb #ar-check
-_NAMES = [
-    "answers",
-    "unknown_share",
-    "drift_evidence",
-    "drift_alarms",
-    "harm_alarms",
-    "prior_shift",
-    "accuracy",
-    "accuracy_low",
-    "accuracy_high",
-    "accuracy_estimate",
-    "labels_new",
-    "feedback_wrong",
-    "log_lost",
-    "p99_ms",
+_NAMES = (
+    *("answers", "unknown_share", "drift_evidence", "drift_alarms", "harm_alarms", "prior_shift", "accuracy"),
+    *("accuracy_low", "accuracy_high", "accuracy_estimate", "labels_new", "feedback_wrong", "log_lost", "p99_ms"),
     "champion_days",
-]
+)
 
 
 def check_rules(
