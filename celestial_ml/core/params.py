@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'ParamsError', 'Section', 'Data', 'Check', 'Prepare', 'Model', 'Train', 'Evaluate', 'Stress', 'Explain',
-           'Package', 'Register', 'Card', 'Span', 'Tune', 'Score', 'Track', 'Params', 'allowed', 'known_keys', 'typed',
-           'parse_yaml', 'params_path', 'load_params', 'default_yaml']
+           'Package', 'Register', 'Card', 'Span', 'Tune', 'Score', 'Monitor', 'Track', 'Params', 'allowed',
+           'known_keys', 'typed', 'parse_yaml', 'params_path', 'load_params', 'default_yaml']
 
 # %% ../../nbs/core/04_params.ipynb #feca52bd
 import json
@@ -307,6 +307,16 @@ class Score(Section):
     max_bad: float = Field(0.05, ge=0, le=1, description="share of the images that may be unreadable")
 
 
+class Monitor(Section):
+    "How the deployed model is watched."
+
+    alpha: float = Field(
+        0.05, gt=0, lt=1, description="share of stretches with any false alarm of drift, at most, while nothing changes"
+    )
+    images: int = Field(20_000, ge=100, le=100_000_000, description="answers of a stretch")
+    window: int = Field(1000, ge=20, le=1_000_000, description="newest answers over which shares are measured")
+
+
 class Track(Section):
     "Where experiments are tracked."
 
@@ -331,6 +341,7 @@ class Params(Section):
     stress: Stress = Stress()
     score: Score = Score()
     tune: Tune = Tune()
+    monitor: Monitor = Monitor()
     track: Track = Track()
 
 # %% ../../nbs/core/04_params.ipynb #allowed
