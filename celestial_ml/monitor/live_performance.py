@@ -60,11 +60,11 @@ def judged_answers(
     end: float,  # not included
     truths: Mapping[str, Truth] | None = None,  # by the checksum of the picture
     url: str | None = None,  # as `log_database` takes it
-) -> pd.DataFrame:  # one row an answer of a model: the log's columns, truth, source, outcome and right
+) -> pd.DataFrame:  # one row an answer: the log's columns, truth, source, outcome, right, complaint (by feedback)
     "The answers between two times that people judged, those of a shadow challenger too."
     import pandas as pd
 
-    truths, table = truths or {}, {}
+    truths, table = truths or {}, dict[tuple[str, str, str], dict[str, Any]]()
     with read_records(url) as connection:
         for row in _judged_rows(connection, begin, end, list(truths)):
             settled = truths.get(row.sha256)
@@ -72,9 +72,11 @@ def judged_answers(
             answer = {name: getattr(row, name) for name in (*COLUMNS, *STATISTICS)}
             answer |= {"truth": truth, "source": settled.source if settled else "feedback"}
             answer["outcome"] = _outcome(row, truth)
+            key = (row.request_id, row.role, row.model_version)
+            answer["complaint"] = row.correct is False or table.get(key, {}).get("complaint", False)
             if answer["outcome"] is not None:
-                table[row.request_id, row.role, row.model_version] = answer
-    columns = [*COLUMNS, *STATISTICS, "truth", "source", "outcome"]
+                table[key] = answer
+    columns = [*COLUMNS, *STATISTICS, "truth", "source", "outcome", "complaint"]
     judged = pd.DataFrame(list(table.values()), columns=columns)
     return judged.assign(
         right=judged.outcome == "right", answer=judged.label.where(judged.known.astype(bool), "unknown")
