@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 # %% auto #0
-__all__ = ['COLUMNS', 'STATISTICS', 'SURE', 'STRATA', 'AUDITS', 'Truth', 'judged_answers', 'answer_counts', 'stratum_of',
-           'weighted_accuracy', 'live_versions', 'beside_challenger', 'live_slices', 'slice_table_columns']
+__all__ = ['SURE', 'STRATA', 'Truth', 'judged_answers', 'answer_counts', 'stratum_of', 'weighted_accuracy', 'live_versions',
+           'beside_challenger', 'live_slices', 'slice_table_columns']
 
 # %% ../../nbs/monitor/20_live_performance.ipynb #lp-truth
-COLUMNS = ("request_id", "time", "role", "model_version", "sha256", "label", "known", "confidence", "ood_score")
-STATISTICS = ("brightness", "contrast", "sharpness")
+_COLUMNS = ("request_id", "time", "role", "model_version", "sha256", "label", "known", "confidence", "ood_score")
+_STATISTICS = ("brightness", "contrast", "sharpness")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def _judged_rows(
 
     rows, said, classes = (log_table(name) for name in ("predictions", "feedback", "classes"))
     within = (rows.c.time >= begin, rows.c.time < end)
-    columns = [rows.c[name] for name in (*COLUMNS, *STATISTICS)] + [classes.c.names]
+    columns = [rows.c[name] for name in (*_COLUMNS, *_STATISTICS)] + [classes.c.names]
     joined = rows.outerjoin(classes, classes.c.id == rows.c.classes)
     last = select(func.max(said.c.id)).group_by(said.c.request_id)
     feedback = select(*columns, said.c.correct, said.c.label.label("said")).where(*within, said.c.id.in_(last))
@@ -69,14 +69,14 @@ def judged_answers(
         for row in _judged_rows(connection, begin, end, list(truths)):
             settled = truths.get(row.sha256)
             truth = settled.label if settled else row.said
-            answer = {name: getattr(row, name) for name in (*COLUMNS, *STATISTICS)}
+            answer = {name: getattr(row, name) for name in (*_COLUMNS, *_STATISTICS)}
             answer |= {"truth": truth, "source": settled.source if settled else "feedback"}
             answer["outcome"] = _outcome(row, truth)
             key = (row.request_id, row.role, row.model_version)
             answer["complaint"] = row.correct is False or table.get(key, {}).get("complaint", False)
             if answer["outcome"] is not None:
                 table[key] = answer
-    columns = [*COLUMNS, *STATISTICS, "truth", "source", "outcome", "complaint"]
+    columns = [*_COLUMNS, *_STATISTICS, "truth", "source", "outcome", "complaint"]
     judged = pd.DataFrame(list(table.values()), columns=columns)
     return judged.assign(
         right=judged.outcome == "right", answer=judged.label.where(judged.known.astype(bool), "unknown")
@@ -126,7 +126,7 @@ def stratum_of(
     return np.where(~judged.known.astype(bool), "unknown", np.where(sure, "sure", "doubtful"))
 
 # %% ../../nbs/monitor/20_live_performance.ipynb #lp-accuracy-c
-AUDITS = 30  # random audits from which they alone give the accuracy
+_AUDITS = 30  # random audits from which they alone give the accuracy
 
 
 def weighted_accuracy(
@@ -137,7 +137,7 @@ def weighted_accuracy(
     audits = judged[judged.source == "audit"]
     by_source = {str(name): len(rows) for name, rows in judged.groupby("source")}
     result: dict[str, Any] = {"judged": len(judged), "by_source": by_source}
-    if len(audits) >= AUDITS:
+    if len(audits) >= _AUDITS:
         low, high = share_interval(audits.right.sum(), len(audits))
         return result | {"accuracy": float(audits.right.mean()), "low": low, "high": high, "basis": "audit"}
     if judged.empty:
@@ -198,7 +198,7 @@ def live_slices(
     from celestial_ml.model.slices import slice_table
 
     table = judged.assign(path=np.arange(len(judged)).astype(str), correct=judged.right)
-    names = ["answer", *(name for name in STATISTICS if judged[name].notna().any()), "source"]
+    names = ["answer", *(name for name in _STATISTICS if judged[name].notna().any()), "source"]
     return slice_table(table, table[["path", *names]], least, names) if len(table) else slice_table_columns()
 
 
