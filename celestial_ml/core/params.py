@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'ParamsError', 'Section', 'Data', 'Check', 'Prepare', 'Model', 'Train', 'Evaluate', 'Stress', 'Explain',
-           'Package', 'Register', 'Card', 'Span', 'Tune', 'Score', 'Track', 'Params', 'allowed', 'known_keys', 'typed',
-           'parse_yaml', 'params_path', 'load_params', 'default_yaml']
+           'Package', 'Register', 'Card', 'Span', 'Tune', 'Score', 'Track', 'Monitor', 'Params', 'allowed',
+           'known_keys', 'typed', 'parse_yaml', 'params_path', 'load_params', 'default_yaml']
 
 # %% ../../nbs/core/04_params.ipynb #feca52bd
 import json
@@ -313,6 +313,16 @@ class Track(Section):
     uri: str | None = Field(None, description="an MLflow server or database; null: mlflow.db in CELESTIAL_HOME")
     experiment: str = Field("celestial", min_length=1, description="name of the experiment in MLflow")
 
+# %% ../../nbs/core/04_params.ipynb #monitor-section
+class Monitor(Section):
+    "How the deployed model is watched."
+
+    alpha: float = Field(
+        0.05, gt=0, lt=1, description="share of stretches with any false alarm of drift, at most, while nothing changes"
+    )
+    images: int = Field(20_000, ge=100, le=100_000_000, description="answers of a stretch")
+    window: int = Field(1000, ge=20, le=1_000_000, description="newest answers over which shares are measured")
+
 # %% ../../nbs/core/04_params.ipynb #params
 class Params(Section):
     "Everything that a run depends on."
@@ -331,6 +341,7 @@ class Params(Section):
     stress: Stress = Stress()
     score: Score = Score()
     tune: Tune = Tune()
+    monitor: Monitor = Monitor()
     track: Track = Track()
 
 # %% ../../nbs/core/04_params.ipynb #allowed
