@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'Seconds', 'ParamsError', 'Section', 'Data', 'Check', 'Prepare', 'Model', 'Train', 'Evaluate', 'Stress',
-           'Explain', 'Package', 'Register', 'Card', 'Span', 'Tune', 'Score', 'Monitor', 'Track', 'AlertRule', 'Alerts',
+           'Explain', 'Package', 'Register', 'Card', 'Span', 'Tune', 'Score', 'Track', 'Monitor', 'AlertRule', 'Alerts',
            'Params', 'allowed', 'known_keys', 'typed', 'parse_yaml', 'params_path', 'load_params', 'default_yaml']
 
 # %% ../../nbs/core/04_params.ipynb #feca52bd
@@ -307,6 +307,13 @@ class Score(Section):
     max_bad: float = Field(0.05, ge=0, le=1, description="share of the images that may be unreadable")
 
 
+class Track(Section):
+    "Where experiments are tracked."
+
+    uri: str | None = Field(None, description="an MLflow server or database; null: mlflow.db in CELESTIAL_HOME")
+    experiment: str = Field("celestial", min_length=1, description="name of the experiment in MLflow")
+
+# %% ../../nbs/core/04_params.ipynb #monitor-section
 class Monitor(Section):
     "How the deployed model is watched."
 
@@ -315,13 +322,6 @@ class Monitor(Section):
     )
     images: int = Field(20_000, ge=100, le=100_000_000, description="answers of a stretch")
     window: int = Field(1000, ge=20, le=1_000_000, description="newest answers over which shares are measured")
-
-
-class Track(Section):
-    "Where experiments are tracked."
-
-    uri: str | None = Field(None, description="an MLflow server or database; null: mlflow.db in CELESTIAL_HOME")
-    experiment: str = Field("celestial", min_length=1, description="name of the experiment in MLflow")
 
 # %% ../../nbs/core/04_params.ipynb #alert-rule
 Seconds = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,5})[smhd]$")]  # 90s, 15m, 2h, 7d
