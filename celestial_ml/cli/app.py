@@ -268,12 +268,11 @@ def data_check(
     from dataclasses import asdict
 
     from celestial_ml.data.checks import require_pass
-    from celestial_ml.data.examine import examine, write_checks
-    from celestial_ml.flow.reference import reference_profile
+    from celestial_ml.data.examine import write_checks
+    from celestial_ml.flow.reference import check_batch
 
     catalog, p = _read_catalog(folder, params)
-    profile = reference_profile(reference or p.check.reference, project_root())
-    examination = examine(catalog, project_root(), p.check, p.prepare.background, profile)
+    examination = check_batch(catalog, project_root(), p.check, p.prepare.background, reference)
     findings = examination.findings
     new = f"celestial new my-project --data {shlex.quote(folder)}" if folder else f"celestial run {params}"
     if output or not json_:
