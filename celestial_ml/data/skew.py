@@ -28,7 +28,10 @@ def _values(
 ) -> tuple[dict[str, str], np.ndarray]:  # name → the key of its definition, or ""; float (n, names)
     "What is compared: the measurements, a projection of the thumbnails, and the features."
     table, look = seen.looks.table.drop(columns=["row", "mode"]), glimpses(seen.looks)
-    keys, parts = dict.fromkeys([*table, *(f"look {i + 1}" for i in range(look.shape[1]))], ""), [table.to_numpy(float), look]
+    keys, parts = (
+        dict.fromkeys([*table, *(f"look {i + 1}" for i in range(look.shape[1]))], ""),
+        [table.to_numpy(float), look],
+    )
     for one, values in seen.looks.features.items():
         some = values[:, :_DIRECTIONS] if one.columns == (one.name,) else values
         columns = [f"{one.name} {i + 1}" for i in range(some.shape[1])] if some is not values else one.columns

@@ -13,8 +13,8 @@ from ..core.errors import CelestialError
 from ..core.files import read_json
 from ..core.names import check_path
 from ..core.params import Check
-from ..data.features import DEFINITIONS
 from ..data.feature_store import FeatureStore
+from ..data.features import DEFINITIONS
 from ..registry.state import champion
 
 if TYPE_CHECKING:
