@@ -94,7 +94,8 @@ def drift(
         if model is not None:
             raise
         graph = None  # pictures can be compared without one
-    result = compare_samples(*(read_sample(one, graph, most, url) for one in (reference, current)), alpha, correction)
+    before, now = (read_sample(one, graph, most, url) for one in (reference, current))
+    result = compare_samples(before, now, alpha, "bh" if correction == "bh" else "holm")
     if json_:
         print(json.dumps(result))
     else:

@@ -42,7 +42,7 @@ def sample_of(
         numbers["unknown"] = 1.0 - table.known.astype(float)
     if numbers.empty:
         raise CelestialError(f"{name} has no figures to compare", "It needs rows and columns of numbers.")
-    vectors = table.embedding.tolist() if "embedding" in table else [None]
+    vectors: list[Any] = table.embedding.tolist() if "embedding" in table else [None]
     lengths = {0 if vector is None else len(vector) for vector in vectors}
     shown = next((table[key] for key in ("path", "request_id") if key in table), pd.Series(dtype=str))
     return Sample(
