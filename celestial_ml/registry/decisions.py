@@ -87,7 +87,9 @@ def _record(verdict: Verdict, p: Register, who: str | None, by_hand: bool, why: 
     content = verdict.to_dict()
     evidence = {key: content[key] for key in ("champion", "comparison", "rules")}
     evidence |= {"why": why or verdict.reasons[-1], "params": p.model_dump(), "by_hand": by_hand}
-    entry = append(verdict.decision, verdict.model, _WORDS[verdict.decision], evidence, who)
+    words = _WORDS[verdict.decision] + (", as a new baseline" if verdict.new_baseline else "")
+    evidence |= {"new_baseline": verdict.new_baseline} if verdict.new_baseline else {}
+    entry = append(verdict.decision, verdict.model, words, evidence, who)
     recover()
     write_json(published(verdict.model) / "gate.json", content | {key: entry[key] for key in ("n", "time", "who")})
     return verdict
