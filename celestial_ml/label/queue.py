@@ -20,7 +20,7 @@ from ..core.files import sha256_of
 from ..core.folders import PassedOver
 from ..data.images import find_pictures, read_content
 from .store import UNKNOWN, gone, keep_pictures, label_table, open_labels
-from .strategies import Pool, order
+from .strategies import Pool, like_new, linear_head, order
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -186,17 +186,15 @@ def _pool(waiting: list[Any], done: list[tuple[Any, str]]) -> Pool:
     labelled = np.array([np.frombuffer(row.embedding, "<f4") for row, _ in fit]).reshape(len(fit), embeddings.shape[1])
     labels = np.array([label for _, label in fit], dtype=str)
     known = np.array([row.known is not False for row in waiting], bool)
+    if classes := {row.guess for row in (*waiting, *(row for row, _ in fit)) if row.guess}:
+        known &= ~like_new(embeddings, labelled, labels, classes)
     return Pool(_probabilities(waiting, embeddings, labelled, labels), embeddings, known, labelled, labels)
 
 
 def _probabilities(waiting: list[Any], embeddings: np.ndarray, labelled: np.ndarray, labels: np.ndarray) -> np.ndarray:
     "What a head on the labelled pictures answers; before there are enough, what the model answered."
     if len(waiting) and len(labels) >= 3 * len(np.unique(labels)) > 3:
-        from sklearn.linear_model import LogisticRegression
-
-        scale = labelled.std(axis=0) + 1e-3
-        head = LogisticRegression(C=0.1, max_iter=200).fit(labelled / scale, labels)
-        return np.asarray(head.predict_proba(embeddings / scale))
+        return linear_head(labelled, labels)(embeddings)
     kept = [_read(row.probabilities) for row in waiting]
     size = max((len(one) for one in kept if one is not None), default=1)
     even = np.full(size, 1 / size, np.float32)
