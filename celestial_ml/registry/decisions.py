@@ -82,6 +82,16 @@ def submit(
                 return _record(verdict, p, who, by_hand, why)
 
 
+def gate_params(
+    model: str,  # "celestial/3"
+) -> Register:  # the defaults where the gate hasn't been asked about it
+    "The rules that a version was judged by when it was registered."
+    from celestial_ml.core.params import Register
+
+    verdicts = [e for e in read_log() if e["model"] == model and "params" in e["evidence"]]
+    return Register(**verdicts[0]["evidence"]["params"]) if verdicts else Register()
+
+# %% ../../nbs/registry/09_decisions.ipynb #record-verdict
 def _record(verdict: Verdict, p: Register, who: str | None, by_hand: bool, why: str) -> Verdict:
     "Record a verdict and carry it out."
     content = verdict.to_dict()
@@ -93,16 +103,6 @@ def _record(verdict: Verdict, p: Register, who: str | None, by_hand: bool, why: 
     recover()
     write_json(published(verdict.model) / "gate.json", content | {key: entry[key] for key in ("n", "time", "who")})
     return verdict
-
-
-def gate_params(
-    model: str,  # "celestial/3"
-) -> Register:  # the defaults where the gate hasn't been asked about it
-    "The rules that a version was judged by when it was registered."
-    from celestial_ml.core.params import Register
-
-    verdicts = [e for e in read_log() if e["model"] == model and "params" in e["evidence"]]
-    return Register(**verdicts[0]["evidence"]["params"]) if verdicts else Register()
 
 # %% ../../nbs/registry/09_decisions.ipynb #rollback
 def rollback(
