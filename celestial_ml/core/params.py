@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'ParamsError', 'Section', 'Data', 'Check', 'Prepare', 'Model', 'Train', 'Evaluate', 'Stress', 'Explain',
-           'Package', 'Register', 'Card', 'Span', 'Tune', 'Score', 'Track', 'Retrain', 'Params', 'allowed',
+           'Package', 'Register', 'Card', 'Span', 'Tune', 'Score', 'Track', 'Retrain', 'Monitor', 'Params', 'allowed',
            'known_keys', 'typed', 'parse_yaml', 'params_path', 'load_params', 'default_yaml']
 
 # %% ../../nbs/core/04_params.ipynb #feca52bd
@@ -341,6 +341,16 @@ class Retrain(Section):
     backoff_max_hours: float = Field(48.0, gt=0, description="this wait, at most")
     warm_start: bool = Field(False, description="begin with the champion's network, where its run is still there")
 
+# %% ../../nbs/core/04_params.ipynb #monitor-section
+class Monitor(Section):
+    "How the deployed model is watched."
+
+    alpha: float = Field(
+        0.05, gt=0, lt=1, description="share of stretches with any false alarm of drift, at most, while nothing changes"
+    )
+    images: int = Field(20_000, ge=100, le=100_000_000, description="answers of a stretch")
+    window: int = Field(1000, ge=20, le=1_000_000, description="newest answers over which shares are measured")
+
 # %% ../../nbs/core/04_params.ipynb #params
 class Params(Section):
     "Everything that a run depends on."
@@ -359,6 +369,7 @@ class Params(Section):
     stress: Stress = Stress()
     score: Score = Score()
     tune: Tune = Tune()
+    monitor: Monitor = Monitor()
     retrain: Retrain = Retrain()
     track: Track = Track()
 
