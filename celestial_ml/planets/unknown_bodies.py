@@ -191,9 +191,15 @@ def _skin(name: str, width: int) -> np.ndarray:
     return UNKNOWN_BODIES[name].skin(width)
 
 
-def draw_body(i: int, size: int, rng: np.random.Generator) -> np.ndarray:  # uint8 (size, size, 3)
-    "All the unknown bodies in turn, in views like those of the default data set."
-    name = list(UNKNOWN_BODIES)[i % len(UNKNOWN_BODIES)]
+def draw_body(
+    i: int,
+    size: int,
+    rng: np.random.Generator,
+    names: Sequence[str] | None = None,  # of `UNKNOWN_BODIES`; None: all
+) -> np.ndarray:  # uint8 (size, size, 3)
+    "Unknown bodies in turn, in views like those of the default data set."
+    names = list(UNKNOWN_BODIES) if names is None else names
+    name = names[i % len(names)]
     skin = _skin(name, 512 if size <= 160 else 1024)  # as in `render`
     return picture(UNKNOWN_BODIES[name].body, skin, sample_view("Mars", rng), size)
 
