@@ -185,9 +185,6 @@ def rough_share(
     return (0.75 if epoch < 0.8 * epochs else 0.4) * (1 if level == "sky" else 0.5)
 
 # %% ../../nbs/model/02_train.ipynb #epoch-function
-_STRANGER = -1  # the label of a picture of no class
-
-
 def epoch_function(
     model: keras.Model,
     train: tuple[np.ndarray, np.ndarray],
@@ -200,9 +197,8 @@ def epoch_function(
     import tensorflow as tf
 
     classes = model.output_shape[-1]
-    pixels, targets = train[0], keras.utils.to_categorical(np.maximum(train[1], 0), classes)
-    targets[train[1] == _STRANGER] = 1 / classes
-    weights = class_weights(train[1][train[1] != _STRANGER], classes, p.class_weights)
+    pixels, targets = train[0], keras.utils.to_categorical(train[1], classes)
+    weights = class_weights(train[1], classes, p.class_weights)
     steps = len(epoch_batches(len(pixels), p.batch_size, seed, 0))
     compile_model(model, p, steps)
     compiled = tf.function(augment)
@@ -234,17 +230,13 @@ def fit(
     seed: int,
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,  # (epoch from 1, its metrics)
     checkpoint: Path | None = None,  # a .npz to go on from, and to write after every epoch
-    strangers: np.ndarray | None = None,  # uint8 pixels of no class: no answer is right about them
+    strangers: np.ndarray | None = None,  # uint8 pixels of no class, for the embedding of a frozen network
 ) -> pd.DataFrame:  # a row an epoch: epoch, accuracy, cross_entropy, loss, val_accuracy, val_cross_entropy, val_loss
-    """Train the network; on one machine, the same arguments give the same weights, interrupted or not.
-
-    Strangers: Hendrycks et al. 2019, outlier exposure, arXiv:1812.04606; a frozen network's embedding holds them, too."""
+    "Train the network; on one machine, the same arguments give the same weights, interrupted or not."
     if is_frozen(model):
         return _fit_pretrained(model, train, val, p, seed, on_epoch, checkpoint, strangers)
     if p.patience and not len(val[0]):
         raise CelestialError("train.patience needs validation images", "Set data.val above 0, or train.patience to 0.")
-    if strangers is not None and len(strangers):
-        train = np.concatenate([train[0], strangers]), np.append(train[1], np.full(len(strangers), _STRANGER))
     run = epoch_function(model, train, val, p, seed)
     key = training_key(model, train, p, seed) if checkpoint else ""
     course = load_checkpoint(checkpoint, key, model) if checkpoint else Course()
