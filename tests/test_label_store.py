@@ -3,6 +3,8 @@
 import io
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -101,6 +103,44 @@ def test_people_label_at_the_same_time(home: TemporaryHome) -> None:
         one.join()
     assert failures == [] and {one.sha256 for one in accepted()} == files.keys()
     assert all(one.annotator.count(";") == 2 for one in accepted())
+
+
+SERVED = """
+import sys
+from celestial_ml.package.deployment_check import TRAINING
+sys.modules |= dict.fromkeys([*TRAINING, "cleanlab"])  # importing one of them is an error
+import io
+import numpy as np
+from PIL import Image
+from celestial_ml.core.files import sha256_of
+from celestial_ml.label import page, queue
+from celestial_ml.label.agreement import kappas
+from celestial_ml.label.store import read_judgements
+from celestial_ml.label.strategies import STRATEGIES
+rng, files = np.random.default_rng(0), []
+for i in range(24):
+    file = io.BytesIO()
+    Image.new("RGB", (9, 9), (i, 0, 0)).save(file, "PNG")
+    files.append(file.getvalue())
+rows = [queue.Waiting(sha256_of(one), embedding=rng.normal(i % 2, 0.1, 4)) for i, one in enumerate(files)]
+queue.enqueue(rows, {sha256_of(one): one for one in files})
+for name in STRATEGIES:
+    assert queue.rank(name) == 24
+for who in ("anna", "bert"):
+    desk = page.LabelDesk()
+    page.step(desk, who, None, ["Mars", "Moon"])
+    for _ in range(20):
+        label = "Mars" if desk.turn.waiting.embedding[0] < 0.5 else "Moon"
+        page.step(desk, who, {"do": "label", "sha256": desk.turn.waiting.sha256, "label": label}, ["Mars", "Moon"])
+        assert not desk.notice, desk.notice
+print(queue.rank("margin"), kappas(read_judgements())[0]["kappa"])
+"""
+
+
+def test_the_page_works_where_only_the_serving_side_is_installed(home: TemporaryHome) -> None:
+    "Without scikit-learn and pandas: every strategy, labels of two people, and their agreement."
+    done = subprocess.run([sys.executable, "-c", SERVED], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.split() == ["4", "1.0"], done.stderr
 
 
 @pytest.mark.postgres

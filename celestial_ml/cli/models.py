@@ -231,6 +231,24 @@ def models_retire(
     _follow_later()
 
 # %% ../../nbs/cli/01_models.ipynb #models-audit
+@command(models_app, "sign", "celestial models sign champion --key key.pem")
+def models_sign(
+    model: Annotated[str, typer.Argument(help="a version or its alias, or the folder or run of a package")],
+    key: Annotated[str | None, typer.Option(help="a private key, PEM; default: CELESTIAL_SIGNING_KEY")] = None,
+) -> None:
+    "Sign a version, so that whoever sets CELESTIAL_VERIFY_KEY can load it and no changed one."
+    from celestial_ml.package.published import find_model
+    from celestial_ml.package.signature import sign
+    from celestial_ml.registry.state import ALIASES
+
+    folder = find_model(_version(model) if model in ALIASES else model, signed=False)
+    if not sign(folder, key):
+        raise CelestialError(
+            "there is no key to sign with", "Name it with --key KEY.pem, or set CELESTIAL_SIGNING_KEY."
+        )
+    print(f"{folder} is signed\nnext:  CELESTIAL_VERIFY_KEY=key.pub celestial serve")
+
+
 @command(models_app, "audit", "celestial models audit --verify")
 def models_audit(
     verify_: Annotated[bool, typer.Option("--verify", help="only check the chain; exit 1 if it is broken")] = False,

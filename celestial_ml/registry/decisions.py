@@ -14,6 +14,7 @@ from ..core.errors import AnswerIsNo, CelestialError
 from ..core.files import atomic, home, sha256_of, write_json
 from ..package.manifest import damage
 from ..package.published import published, versions
+from ..package.signature import verify
 from .audit import append, locked, read_log
 from .state import State, recover, sync_aliases
 from .versions import create_version, publish, read_version, remove_leftovers
@@ -118,6 +119,7 @@ def rollback(
         if broken := damage(published(state.previous)):
             message = f"{state.previous} can't be served: {'; '.join(broken)}"
             raise CelestialError(message, f"{hint}, or restore its files.")
+        verify(published(state.previous))
         append("rollback", state.previous, "champion again", {"from": state.champion, "why": why}, who)
         recover()
         return state.champion, state.previous
