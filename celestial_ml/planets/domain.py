@@ -87,11 +87,15 @@ class Planets(Domain):
 
     def ood_kinds(self, classes: Collection[str] = ()) -> dict[str, Pictures]:
         "Bodies that are none of the classes, worlds that nobody has seen, and suns."
-        from celestial_ml.data.ood_images import pictures_of
+        from celestial_ml.data.ood_images import Draw, pictures_of
         from celestial_ml.planets.unknown_bodies import draw_body, draw_random_world, draw_sun
 
         others = [body for body in self.near_ood["bodies"] if body not in classes]
-        draws = {"bodies": partial(draw_body, names=others), "random_worlds": draw_random_world, "suns": draw_sun}
+        draws: dict[str, Draw] = {
+            "bodies": partial(draw_body, names=others),
+            "random_worlds": draw_random_world,
+            "suns": draw_sun,
+        }
         classes = {*classes, *([] if others else ["bodies"]), *(["suns"] if "Sun" in classes else [])}
         return {name: pictures_of(draw, name) for name, draw in draws.items() if name not in classes}
 
