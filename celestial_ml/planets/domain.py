@@ -7,7 +7,6 @@ __all__ = ['TABLECLOTH', 'DOMAIN', 'write_examples', 'Planets']
 
 # %% ../../nbs/planets/05_domain.ipynb #planets-domain-imports
 from collections.abc import Collection, Sequence
-from functools import partial
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
@@ -87,17 +86,10 @@ class Planets(Domain):
 
     def ood_kinds(self, classes: Collection[str] = ()) -> dict[str, Pictures]:
         "Bodies that are none of the classes, worlds that nobody has seen, and suns."
-        from celestial_ml.data.ood_images import Draw, pictures_of
-        from celestial_ml.planets.unknown_bodies import draw_body, draw_random_world, draw_sun
+        from celestial_ml.data.ood_images import pictures_of
+        from celestial_ml.planets.unknown_bodies import draws_without
 
-        others = [body for body in self.near_ood["bodies"] if body not in classes]
-        draws: dict[str, Draw] = {
-            "bodies": partial(draw_body, names=others),
-            "random_worlds": draw_random_world,
-            "suns": draw_sun,
-        }
-        classes = {*classes, *([] if others else ["bodies"]), *(["suns"] if "Sun" in classes else [])}
-        return {name: pictures_of(draw, name) for name, draw in draws.items() if name not in classes}
+        return {name: pictures_of(draw, name) for name, draw in draws_without(classes).items()}
 
     def sources(self) -> dict[str, Any]:
         "The source `render`."
