@@ -422,29 +422,8 @@ class Params(Section):
     score: Score = Score()
     tune: Tune = Tune()
     monitor: Monitor = Monitor()
-    retrain: Retrain = Retrain()
-    track: Track = Track()
-
-# %% ../../nbs/core/04_params.ipynb #params
-class Params(Section):
-    "Everything that a run depends on."
-
-    seed: int = Field(7, ge=0, lt=2**32, description="one seed for data, weights, order and augmentation")
-    data: Data = Data()
-    check: Check = Check()
-    prepare: Prepare = Prepare()
-    model: Model = Model()
-    train: Train = Train()
-    evaluate: Evaluate = Evaluate()
-    explain: Explain = Explain()
-    package: Package = Package()
-    register_: Register = Field(Register(), alias="register")  # BaseModel has a method of that name
-    card: Card = Card()
-    stress: Stress = Stress()
-    score: Score = Score()
-    tune: Tune = Tune()
-    monitor: Monitor = Monitor()
     alerts: Alerts = Alerts()
+    retrain: Retrain = Retrain()
     track: Track = Track()
 
 # %% ../../nbs/core/04_params.ipynb #allowed
