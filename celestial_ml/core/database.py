@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine, MetaData
 
 # %% auto #0
-__all__ = ['hide_password', 'Database', 'find_database', 'database_error', 'database_errors', 'make_engine', 'writing', 'Schema',
-           'schema_tables', 'table_lock', 'open_database']
+__all__ = ['hide_password', 'Database', 'find_database', 'database_error', 'database_errors', 'make_engine', 'writing',
+           'overwrite', 'Schema', 'schema_tables', 'table_lock', 'open_database']
 
 # %% ../../nbs/core/13_database.ipynb #hide-password
 _LOGIN = re.compile(r"(?<=://)([^:/@]*):([^@]*)@")  # what SQLAlchemy takes for user and password
@@ -155,6 +155,14 @@ def writing(engine: Engine) -> Iterator[Connection]:
     "A transaction that may write."
     with engine.execution_options(writing=True).begin() as connection:
         yield connection
+
+
+def overwrite(engine: Engine) -> None:
+    "Empty SQLite's write-ahead log, so that what was deleted is gone from the disk."
+    if engine.dialect.name == "sqlite":
+        raw = engine.raw_connection()
+        raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        raw.close()
 
 # %% ../../nbs/core/13_database.ipynb #schema-version
 @dataclass(frozen=True)

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..core.database import Schema, database_errors, find_database, open_database, schema_tables, writing
+from celestial_ml.core.database import (
+    Database,
+    Schema,
+    database_errors,
+    find_database,
+    open_database,
+    overwrite,
+    schema_tables,
+    writing,
+)
 from ..core.errors import CelestialError
 from ..core.files import atomic
 from ..core.progress import progress
@@ -26,8 +35,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Select, Table
 
 # %% auto #0
-__all__ = ['FeatureStore', 'store_values', 'online_features', 'Measuring', 'collect_features', 'write_features', 'feature_keys',
-           'training_table', 'write_feast']
+__all__ = ['FeatureStore', 'store_values', 'forget_features', 'online_features', 'Measuring', 'collect_features',
+           'write_features', 'feature_keys', 'training_table', 'write_feast']
 
 # %% ../../nbs/data/16_feature_store.ipynb #fs-tables
 def _first(op: Any) -> None:
@@ -52,6 +61,10 @@ def _version(definition: Definition, background: Background) -> str:
     return definition.key + ("" if background == "auto" else f"-{background}")
 
 # %% ../../nbs/data/16_feature_store.ipynb #fs-store
+def _database(url: str | None = None) -> Database:
+    return find_database(url or os.environ.get("CELESTIAL_FEATURES_URL"), "feature store", "features.db")
+
+
 class FeatureStore(AbstractContextManager["FeatureStore"]):
     "Features by the picture's checksum, in a database."
 
@@ -60,7 +73,7 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
         url: str
         | None = None,  # as `find_database`; None: CELESTIAL_FEATURES_URL, else features.db in the state folder
     ):
-        self.database = find_database(url or os.environ.get("CELESTIAL_FEATURES_URL"), "feature store", "features.db")
+        self.database = _database(url)
         self.engine = open_database(self.database, _SCHEMA)
         self.table = schema_tables(_SCHEMA).tables["features"]
         self._reader: Connection | None = None
@@ -114,6 +127,22 @@ def store_values(
         insert = (postgresql if store.engine.dialect.name == "postgresql" else sqlite).insert
         with database_errors(store.database), writing(store.engine) as connection:
             connection.execute(insert(store.table).on_conflict_do_nothing(), rows)
+
+
+def forget_features(
+    sha256: str,  # of the picture's file
+) -> int:  # how many rows
+    "Delete all that is stored of a picture, where there is a store."
+    from sqlalchemy import delete
+
+    database = _database()
+    if database.file and not database.file.is_file():
+        return 0
+    with FeatureStore() as store, database_errors(database):
+        with writing(store.engine) as connection:
+            count = connection.execute(delete(store.table).where(store.table.c.sha256 == sha256)).rowcount
+        overwrite(store.engine)
+    return count
 
 # %% ../../nbs/data/16_feature_store.ipynb #fs-online
 @lru_cache(maxsize=1)
