@@ -36,7 +36,7 @@ class Waiting:
     "A picture that waits for a label, and what a model answered."
 
     sha256: str
-    source: str = "folder"  # where it comes from: folder, log, map
+    source: str = "folder"  # where it comes from: folder, log, audit (drawn at random from the log), map
     time: float = field(default_factory=time.time)
     request_id: str | None = None
     model_version: str | None = None
@@ -63,13 +63,15 @@ def enqueue(
     table, kept, new = label_table("queue"), label_table("pictures"), 0
     rows = {one.sha256: one for one in waiting}
     with open_labels(url) as engine, engine.connect() as connection:
-        there = {row[0] for row in connection.execute(select(table.c.sha256))} & rows.keys()
+        there = dict(connection.execute(select(table.c.sha256, table.c.source)).tuples().all())
     with open_labels(url) as engine, writing(engine) as connection:
         keep_pictures(connection, {sha: file for sha, file in (pictures or {}).items() if sha in rows})
         for sha256, one in rows.items():
             if not connection.execute(select(kept.c.sha256).where(kept.c.sha256 == sha256)).first():
                 raise gone(sha256)
             values: dict[str, Any] = vars(one) | {name: _vector(getattr(one, name)) for name in _VECTORS}
+            if there.get(sha256) == "audit":  # whatever else it is, it was drawn at random
+                values["source"] = "audit"
             connection.execute(delete(table).where(table.c.sha256 == sha256))
             connection.execute(insert(table).values(values))
             new += sha256 not in there
