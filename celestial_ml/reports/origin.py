@@ -114,5 +114,5 @@ def origin(
     keys = ("label", "annotator", "source", "status", "reviewer")
     of_picture = [one for one in judged if one.sha256 == answer["sha256"]]
     judgements = [{key: getattr(one, key) for key in keys} | {"time": utc(one.time)} for one in of_picture]
-    model = origin_of_model(answer["model_version"] or "", judged)
-    return {"answer": answer, "feedback": feedback, "judgements": judgements, "model": model}
+    made = origin_of_model(answer["model_version"] or "", judged)
+    return {"answer": answer, "feedback": feedback, "judgements": judgements, "model": made}
