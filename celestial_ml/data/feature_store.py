@@ -51,11 +51,11 @@ _KEY = {"sha256": 64, "definition": 64, "version": 200}
 _SCHEMA = Schema("features_version", (_first,))
 _AT_ONCE = 500  # pictures of a query: SQLite takes a limited number of values
 
-
+# %% ../../nbs/data/16_feature_store.ipynb #fs-tables-1
 def _bytes(values: np.ndarray) -> bytes:
     return np.asarray(values, "<f4").tobytes()
 
-
+# %% ../../nbs/data/16_feature_store.ipynb #fs-tables-2
 def _version(definition: Definition, background: Background) -> str:
     "The key of a definition's values; pictures that are decoded on another ground than usual have their own."
     return definition.key + ("" if background == "auto" else f"-{background}")
@@ -64,7 +64,7 @@ def _version(definition: Definition, background: Background) -> str:
 def _database(url: str | None = None) -> Database:
     return find_database(url or os.environ.get("CELESTIAL_FEATURES_URL"), "feature store", "features.db")
 
-
+# %% ../../nbs/data/16_feature_store.ipynb #fs-store-1
 class FeatureStore(AbstractContextManager["FeatureStore"]):
     "Features by the picture's checksum, in a database."
 
@@ -128,7 +128,7 @@ def store_values(
         with database_errors(store.database), writing(store.engine) as connection:
             connection.execute(insert(store.table).on_conflict_do_nothing(), rows)
 
-
+# %% ../../nbs/data/16_feature_store.ipynb #fs-write-1
 def forget_features(
     sha256: str,  # of the picture's file
 ) -> int:  # how many rows
@@ -153,7 +153,7 @@ def _query_of_one(table: Table) -> Select[Any]:
     query = select(table.c.definition, table.c.version, table.c.numbers)
     return query.where(table.c.sha256 == bindparam("sha256"))
 
-
+# %% ../../nbs/data/16_feature_store.ipynb #fs-online-1
 def online_features(
     store: FeatureStore,
     sha256: str,  # of the picture's file
@@ -249,7 +249,7 @@ def write_features(
     with atomic(path) as f:
         table.to_parquet(f)
 
-
+# %% ../../nbs/data/16_feature_store.ipynb #fs-offline-1
 def feature_keys(
     table: pd.DataFrame,  # that `write_features` wrote
 ) -> dict[str, str]:  # definition → key
@@ -267,7 +267,7 @@ def _history(store: FeatureStore, name: str, sha256s: list[str]) -> Iterator[tup
         for sha, since, numbers in store._rows(select(t.c.sha256, t.c.since, t.c.numbers).where(*chosen)):
             yield sha, float(since), np.frombuffer(numbers, "<f4")
 
-
+# %% ../../nbs/data/16_feature_store.ipynb #fs-time-1
 def training_table(
     store: FeatureStore,
     labels: pd.DataFrame,  # sha256, label, time: when it arrived, and seen: when the picture came; seconds since 1970

@@ -38,7 +38,7 @@ def _forget_files(root: Path, sha256: str) -> list[str]:
                     csv.writer(file).writerows(left)
     return [str(path.relative_to(root)) for path in paths]
 
-
+# %% ../../nbs/label/17_forget.ipynb #fg-files-1
 def _evidence(model: str) -> Evidence | None:
     "Which images a version has seen; of a retired one by its archive."
     if not (retired := read_version(model).retired):
@@ -70,7 +70,7 @@ def holders(
             runs.append(catalog.parent.name)
     return {"versions": seen, "runs": runs}
 
-
+# %% ../../nbs/label/17_forget.ipynb #fg-holders-1
 def forget_picture(
     picture: str,  # its SHA-256, or the path of a copy
     root: Path | None = None,  # the project's; None: only the state folder

@@ -44,7 +44,7 @@ def open_records(
         finally:
             engine.dispose()
 
-
+# %% ../../nbs/monitor/08_records.ipynb #open-records-1
 @contextmanager
 def read_records(
     url: str | None = None,  # as `log_database` takes it
@@ -90,7 +90,7 @@ def joined_answers() -> Select[Any]:
     labels = (feedback.c[name].label(f"feedback_{name}") for name in ("label", "comment", "time"))
     return select(rows, feedback.c.correct, *labels).select_from(rows.outerjoin(feedback, is_last))
 
-
+# %% ../../nbs/monitor/08_records.ipynb #joined-answers-1
 def is_correct(
     row: Any,  # with role, label, known, correct and feedback_label
 ) -> bool | None:  # None: there is no feedback
@@ -101,7 +101,7 @@ def is_correct(
         return None
     return row.feedback_label == (row.label if row.known else "unknown")
 
-
+# %% ../../nbs/monitor/08_records.ipynb #joined-answers-2
 def last_answers(
     count: int = 20,
     url: str | None = None,  # as `log_database` takes it
@@ -142,7 +142,7 @@ def checksum_of(
         raise CelestialError(message, "A SHA-256 has 64 hexadecimal digits: sha256sum picture.jpg")
     return picture.lower()
 
-
+# %% ../../nbs/monitor/08_records.ipynb #forget-1
 def forget(
     picture: str,  # as `checksum_of` takes it
     url: str | None = None,  # as `log_database` takes it
@@ -163,7 +163,7 @@ def forget(
         overwrite(engine)
     return deleted
 
-
+# %% ../../nbs/monitor/08_records.ipynb #forget-2
 def _forget(engine: Engine, sha256: str, answers: bool) -> dict[str, int]:
     "Delete what is in the database now."
     from sqlalchemy import delete, insert, select

@@ -43,7 +43,7 @@ def _labels(folder: Path, manifest: Manifest, judged: list[Judgement]) -> list[d
         for who, some in sorted(people.items())
     ]  # fmt: skip
 
-
+# %% ../../nbs/reports/08_origin.ipynb #or-model-1
 def origin_of_model(
     model: str,  # "celestial/3", of an unregistered run "guide@a94c14b6"
     judged: list[Judgement] | None = None,  # of the label store
@@ -95,7 +95,7 @@ def _answer(request_id: str, url: str | None) -> tuple[dict[str, Any] | None, li
     judged = [{key: one[key] for key in ("correct", "label", "comment")} | {"time": utc(one["time"])} for one in said]
     return {key: row.get(key) for key in _SHOWN} | {"time": utc(row["time"])}, judged
 
-
+# %% ../../nbs/reports/08_origin.ipynb #or-answer-1
 def origin(
     name: str,  # of a request in the log, a version as "celestial/3", or an alias
     log_url: str | None = None,  # as `log_database` takes it
