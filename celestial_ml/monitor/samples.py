@@ -87,7 +87,7 @@ def _parquet_table(path: Path, most: int) -> pd.DataFrame:
     except pa.ArrowException as e:
         raise CelestialError(f"{path} is not a Parquet file: {e}", "Name the output of `celestial batch`.") from None
 
-
+# %% ../../nbs/monitor/16_samples.ipynb #sm-read
 def read_sample(
     source: str,  # a folder, a Parquet file, BEGIN..END of the log, or held-out
     model: Graph | None = None,  # answers for pictures, and chooses the answers of the log
