@@ -42,6 +42,7 @@ from .log import log_app
 from .models import models_app
 from .new import new_app
 from .report import report_app
+from .retrain import retrain_app
 from .sweep import sweep_app
 from .ui import ui_app
 from .versions import versions_app
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
 app = command_group("From a notebook to a served, monitored, retrained image classifier.")
 data_app = command_group("The images: fetch, validate, look at.")
 data_app.add_typer(versions_app)
-for group in (batch_app, sweep_app, report_app, new_app, ui_app):
+for group in (batch_app, sweep_app, retrain_app, report_app, new_app, ui_app):
     app.add_typer(group)
 add_queue(label_app)
 _groups = {"data": data_app, "feedback": feedback_app, "label": label_app, "log": log_app}
