@@ -62,6 +62,11 @@ def test_each_command_is_there(tmp_path: Path) -> None:
             assert first in ("git", "cd", "source"), command
 
 
+def test_links_within_the_repository_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)\s#:]+)(?:#[^)]*)?\)", (ROOT / "README.md").read_text())
+    assert len(links) > 20 and [link for link in links if not (ROOT / link).exists()] == []
+
+
 def draw(folder: Path, count: int) -> None:
     "A newcomer's photos: shapes in shades of a colour, of many sizes, JPEG and PNG, one of each class broken."
     chance = random.Random(1)
