@@ -7,7 +7,7 @@ __all__ = ['backbone_graph', 'Backbone']
 
 # %% ../../nbs/model/16_backbone.ipynb #bb-imports
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -36,7 +36,7 @@ class _Layers:
         self.constants.append(numpy_helper.from_array(np.ascontiguousarray(values, np.float32), name))
         return name
 
-    def node(self, kind: str, *inputs: str, **options: int | list[int] | str) -> str:
+    def node(self, kind: str, *inputs: str, **options: Any) -> str:
         from onnx import helper
 
         name = f"n{len(self.nodes)}"
@@ -74,8 +74,8 @@ def backbone_graph() -> "onnx.ModelProto":  # x float32 (n, 3, side, side), scal
     outputs.append(g.convolution(x, "_conv_head", "_bn1"))
     pooled = [g.node("Flatten", g.node("GlobalAveragePool", one)) for one in outputs[3:]]
     g.nodes.append(helper.make_node("Concat", pooled, ["features"], axis=1))
-    ends = [("x", ["n", 3, "side", "side"]), ("features", ["n", "d"])]
-    [begin, end] = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in ends]
+    begin = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, "side", "side"])
+    end = helper.make_tensor_value_info("features", TensorProto.FLOAT, ["n", "d"])
     graph = helper.make_graph(g.nodes, "backbone", [begin], [end], g.constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
 
