@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .alerts import alerts_app
 from .batch import batch_app
 from celestial_ml.cli.console import (
     CUT_OFF,
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
 app = command_group("From a notebook to a served, monitored, retrained image classifier.")
 data_app = command_group("The images: fetch, validate, look at.")
 data_app.add_typer(versions_app)
+monitor_app.add_typer(alerts_app)
 for group in (batch_app, drift_app, sweep_app, retrain_app, report_app, new_app, ui_app):
     app.add_typer(group)
 add_queue(label_app)
