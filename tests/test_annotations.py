@@ -69,7 +69,7 @@ def celestial(*words: str, before: str = "pass", **env: str) -> subprocess.Compl
 
 @pytest.mark.slow
 def test_a_killed_import_leaves_all_or_nothing(tmp_path: Path) -> None:
-    "At 12 moments of an import of 1,500 pictures; the same command again brings all of them."
+    "At 50 moments of an import of 1,500 pictures; the same command again brings all of them."
     names = pictures(tmp_path / "in", 1500)
     (tmp_path / "in/annotations.xml").write_text(cvat(names))
     code = f"""
@@ -88,7 +88,7 @@ os._exit(0)
     database = label_database().file
     assert database is not None and len(read_judgements()) == 1500
     states = []
-    for moment in [random.Random(moment).uniform(0, 1.1 * took) for moment in range(12)]:
+    for moment in [random.Random(moment).uniform(0, 1.1 * took) for moment in range(50)]:
         for path in database.parent.glob("labels.db*"):
             path.unlink()
         subprocess.run([sys.executable, "-c", code, str(moment)], capture_output=True)
@@ -138,6 +138,39 @@ def test_a_bad_file_is_answered_and_nothing_stored(kind: str, tmp_path: Path) ->
         result = CliRunner().invoke(label_app, ["import", *words])
         assert result.exit_code == 2 and "Traceback" not in result.output, result.output
     assert read_judgements() == before
+
+
+def via3(tag: dict[str, str], xy: list[float]) -> str:
+    "A project as VIA 3 saves it."
+    kind = {"aname": "body", "type": 4, "desc": "", "options": {"0": "Mars", "1": "Marss"}, "default_option_id": ""}
+    file = {"fid": "1", "fname": "0.png", "type": 2, "loc": 1, "src": ""}
+    return json.dumps({
+        "project": {"pid": "__VIA_PROJECT_ID__", "rev": "__VIA_PROJECT_REV_ID__", "created": 1, "vid_list": ["1"]},
+        "config": {"file": {"loc_prefix": {"1": "", "2": "", "3": "", "4": ""}}, "ui": {}},
+        "attribute": {"1": kind | {"anchor_id": "FILE1_Z0_XY1" if xy else "FILE1_Z0_XY0"}},
+        "file": {"1": file}, "metadata": {"1_Ab": {"vid": "1", "flg": 0, "z": [], "xy": xy, "av": tag}},
+        "view": {"1": {"fid_list": ["1"]}},
+    })  # fmt: skip
+
+
+def test_via_3(tmp_path: Path) -> None:
+    "The option's text is the label; a region is none, unless boxes are wanted."
+    pictures(tmp_path / "in", 1)
+    file = tmp_path / "in/via.json"
+    box = [2.0, 1.5, 1.5, 8.0, 8.0]
+    for text, words in (
+        (via3({"1": "0"}, box), []),
+        (via3({"1": "0"}, box).replace("0.png", "9.png"), ["--boxes"]),
+        (via3({}, []), []),
+        (via3({"1": "0"}, [])[:-9], []),
+    ):
+        file.write_text(text)
+        result = CliRunner().invoke(label_app, ["import", str(file), *words])
+        assert result.exit_code == 2 and "Traceback" not in result.output and read_judgements() == [], result.output
+    for text, words in ((via3({"1": "0"}, []), []), (via3({"1": "0"}, box), ["--boxes"])):
+        file.write_text(text)
+        assert CliRunner().invoke(label_app, ["import", str(file), *words]).exit_code == 0
+        assert [one.label for one in read_judgements()] == ["Mars"]
 
 
 def test_archives_of_strangers(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import io
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,11 +14,23 @@ import numpy as np
 import pytest
 from PIL import Image
 from programs import postgresql
+from typer.testing import CliRunner
 
+from celestial_ml.cli.feedback import feedback_app
 from celestial_ml.core.files import sha256_of
 from celestial_ml.core.testing import TemporaryHome
 from celestial_ml.label.labelled import LABELLED, write_labelled
-from celestial_ml.label.store import Judgement, accepted, forget_label, propose, review, withdraw
+from celestial_ml.label.page import LabelDesk, step
+from celestial_ml.label.queue import Waiting, enqueue
+from celestial_ml.label.store import (
+    Judgement,
+    accepted,
+    forget_label,
+    propose,
+    read_judgements,
+    review,
+    withdraw,
+)
 
 
 @pytest.fixture
@@ -101,6 +115,67 @@ def test_people_label_at_the_same_time(home: TemporaryHome) -> None:
         one.join()
     assert failures == [] and {one.sha256 for one in accepted()} == files.keys()
     assert all(one.annotator.count(";") == 2 for one in accepted())
+
+
+def test_bad_requests_as_a_person_types_them(home: TemporaryHome, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Two people who disagree, a picture that was deleted, one that nobody sent: an answer, and nothing changes."
+    (home.path / "pipeline.yaml").touch()
+    monkeypatch.chdir(home.path)
+    files = pictures(3)
+    first, second, third = files
+    propose([Judgement(sha, "Ceres", "anna", "page") for sha in (first, second)], files)
+    propose([Judgement(first, "Vesta", "bert", "page")])
+    forget_label(second)
+    before = read_judgements()
+    for words in ([first], [second], [second, "--label", "Ceres"], [third, "--label", "Ceres"], [third, "--reject"]):
+        result = CliRunner().invoke(feedback_app, ["accept", *words])
+        assert result.exit_code == 2 and "Traceback" not in result.output, (words, result.output)
+    assert read_judgements() == before and not (home.path / LABELLED).exists()
+    enqueue([Waiting(first)])
+    desk = LabelDesk()
+    assert first in step(desk, "carl", None, ["Mars"])
+    forget_label(first)  # while it is on the desk
+    step(desk, "carl", {"do": "label", "sha256": first, "label": "Mars"}, ["Mars"])
+    assert "deleted" in desk.notice and read_judgements() == []
+
+
+SERVED = """
+import sys
+from celestial_ml.package.deployment_check import TRAINING
+sys.modules |= dict.fromkeys([*TRAINING, "cleanlab"])  # importing one of them is an error
+import io
+import numpy as np
+from PIL import Image
+from celestial_ml.cli.feedback import feedback_app
+from celestial_ml.core.files import sha256_of
+from celestial_ml.label import page, queue
+from celestial_ml.label.agreement import kappas
+from celestial_ml.label.store import read_judgements
+from celestial_ml.label.strategies import STRATEGIES
+rng, files = np.random.default_rng(0), []
+for i in range(24):
+    file = io.BytesIO()
+    Image.new("RGB", (9, 9), (i, 0, 0)).save(file, "PNG")
+    files.append(file.getvalue())
+rows = [queue.Waiting(sha256_of(one), embedding=rng.normal(i % 2, 0.1, 4)) for i, one in enumerate(files)]
+queue.enqueue(rows, {sha256_of(one): one for one in files})
+for name in STRATEGIES:
+    assert queue.rank(name) == 24
+for who in ("anna", "bert"):
+    desk = page.LabelDesk()
+    page.step(desk, who, None, ["Mars", "Moon"])
+    for _ in range(20):
+        label = "Mars" if desk.turn.waiting.embedding[0] < 0.5 else "Moon"
+        page.step(desk, who, {"do": "label", "sha256": desk.turn.waiting.sha256, "label": label}, ["Mars", "Moon"])
+        assert not desk.notice, desk.notice
+print(queue.rank("margin"), kappas(read_judgements())[0]["kappa"])
+"""
+
+
+def test_the_page_works_where_only_the_serving_side_is_installed(home: TemporaryHome) -> None:
+    "Without scikit-learn and pandas: every strategy, labels of two people, and their agreement."
+    done = subprocess.run([sys.executable, "-c", SERVED], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.split() == ["4", "1.0"], done.stderr
 
 
 @pytest.mark.postgres

@@ -23,6 +23,7 @@ from ..data.thumbnails import data_uri
 from .identify import QUIET, Host, sorry
 from .wording import part
 from ..package.metrics import Metrics, Slice
+from ..package.signature import servable
 from ..serve.predictor import Predictor
 
 # %% ../../nbs/demo/05_performance.ipynb #performance-files
@@ -30,7 +31,7 @@ from ..serve.predictor import Predictor
 def performance_files(folder: Path) -> tuple[dict[str, Any], str] | None:  # the sheet, the thumbnails as a data URI
     "The evaluation in a package; None where there is none."
     sheet, thumbnails = folder / "performance.json", folder / "performance.webp"
-    if not (sheet.is_file() and thumbnails.is_file()):
+    if not (servable(sheet) and servable(thumbnails)):
         return None
     return read_json(sheet), data_uri(thumbnails.read_bytes())
 
@@ -133,7 +134,7 @@ _CARDS = {"model_card.html": "The model card", "data_card.html": "The data card 
 
 def _framed(card: Path, title: str) -> str:
     "A card in a frame of its own, without its links to the other one; nothing where there is none."
-    if not card.is_file():
+    if not servable(card):
         return ""
     return part("framed", title=title, page=card.read_text(encoding="utf-8").replace('class="links"', "hidden"))
 

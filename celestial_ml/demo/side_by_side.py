@@ -21,6 +21,7 @@ from .uploads import forget_uploads, read_file
 from .wording import card, headline, percent, text, track_record
 from ..package.manifest import Manifest
 from ..package.published import published, versions
+from ..package.signature import verify
 from ..registry.overview import look
 from ..registry.state import State
 from ..serve.predictor import Prediction, Predictor
@@ -63,6 +64,7 @@ def _registry() -> State:
 @lru_cache(maxsize=4)
 def _open_version(folder: Path) -> Predictor:
     "A version's model, kept while it's compared; a published one never changes."
+    verify(folder)
     return Predictor(folder)
 
 # %% ../../nbs/demo/04_side_by_side.ipynb #version-card

@@ -5,46 +5,38 @@
 # %% ../../nbs/label/03_agreement.ipynb #ag-imports
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .store import Judgement
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # %% auto #0
 __all__ = ['kappas', 'annotator_quality']
 
 # %% ../../nbs/label/03_agreement.ipynb #ag-kappa
-def _table(judgements: Sequence[Judgement]) -> pd.DataFrame:  # a row a picture, a column a person, labels
+def _labels(judgements: Sequence[Judgement]) -> dict[str, dict[str, str]]:  # person → checksum → label
     "Who gave which picture which label; the last one counts."
-    import pandas as pd
-
-    own = [one for one in judgements if one.source != "review"]
-    rows = pd.DataFrame([(one.sha256, one.annotator, one.label) for one in own], columns=["sha256", "who", "label"])
-    return rows.drop_duplicates(["sha256", "who"], keep="last").pivot(index="sha256", columns="who", values="label")
+    people: dict[str, dict[str, str]] = {}
+    for one in judgements:
+        if one.source != "review":
+            people.setdefault(one.annotator, {})[one.sha256] = one.label
+    return dict(sorted(people.items()))
 
 
 def kappas(
     judgements: Sequence[Judgement],
 ) -> list[dict[str, Any]]:  # people (two), pictures (both labelled), agreed (share), kappa (None: it's not defined)
     "Cohen's kappa of each two people. Source: Cohen 1960."
-    if len({one.annotator for one in judgements if one.source != "review"}) < 2:
-        return []  # without a second's wait for scikit-learn
-    from sklearn.metrics import cohen_kappa_score
-
-    table, rows = _table(judgements), []
-    for one, other in combinations(map(str, table.columns), 2):
-        both = table[[one, other]].dropna()
-        if len(both):
-            defined = len({*both[one], *both[other]}) > 1  # of a single label chance explains everything
-            kappa = float(cohen_kappa_score(both[one], both[other])) if defined else math.nan
-            agreed = float((both[one] == both[other]).mean())
-            kappa_ = None if math.isnan(kappa) else kappa
-            rows.append({"people": [one, other], "pictures": len(both), "agreed": agreed, "kappa": kappa_})
+    rows = []
+    for (one, its), (other, others) in combinations(_labels(judgements).items(), 2):
+        if both := its.keys() & others.keys():
+            first, second = Counter(its[sha] for sha in both), Counter(others[sha] for sha in both)
+            agreed = sum(its[sha] == others[sha] for sha in both) / len(both)
+            chance = sum(first[label] * second[label] for label in first) / len(both) ** 2
+            kappa = (agreed - chance) / (1 - chance) if chance < 1 else None  # of one label, chance explains all
+            rows.append({"people": [one, other], "pictures": len(both), "agreed": agreed, "kappa": kappa})
     return rows
 
 # %% ../../nbs/label/03_agreement.ipynb #ag-quality
@@ -55,7 +47,7 @@ def annotator_quality(
     import numpy as np
     import pandas as pd
 
-    table = _table(judgements)
+    table = pd.DataFrame(_labels(judgements))
     several = table[table.notna().sum(axis=1) > 1].dropna(axis=1, how="all")
     names = sorted(set(several.stack())) if len(several) else []
     if len(names) < 2:

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import IO, Any
@@ -133,11 +133,63 @@ def read_json_bytes(content: bytes, name: str) -> Any:
     except (ValueError, RecursionError) as e:
         raise _broken(name, f"it is not JSON ({e})") from None
 
+# %% ../../nbs/label/10_annotations.ipynb #an-via3
+# of each picture its name, the attributes of the file and of its regions; and what a project says of attributes
+_Rows = tuple[list[tuple[str, dict[str, Any], list[Any]]], dict[str, Any]]
+_CHECKBOX, _ADDRESSES = 2, (2, 3)  # the type of an attribute; where a file lies: on the web, or at file://
+
+
+def _via3_rows(attributes: dict[str, Any], entries: Iterable[tuple[str, Any, dict[str, Any]]]) -> _Rows:
+    "The rows of VIA 3: entries have a picture, a place in it or none, and values by the attribute's id."
+    rows: dict[str, tuple[str, dict[str, Any], list[Any]]] = {}
+    for picture, place, values in entries:
+        texts = {}
+        for key, value in values.items():
+            about, options = attributes[key], attributes[key].get("options") or {}
+            chosen = str(value).split(",") if about["type"] == _CHECKBOX else [value]
+            texts[about["aname"]] = {str(options.get(one) or one): True for one in chosen}
+        row = rows.setdefault(picture, (picture, {}, []))
+        if place:
+            row[2].append(texts)
+        else:
+            row[1].update(texts)
+    return [*rows.values()], {one["aname"]: None for one in attributes.values() if one["anchor_id"] == "FILE1_Z0_XY0"}
+
+
+def _via3_project(value: dict[str, Any]) -> _Rows:
+    "The rows of a project of VIA 3."
+    names = {}
+    for key, view in value["view"].items():
+        if len(view["fid_list"]) != 1:
+            raise ValueError("a view with several files")
+        file = value["file"][str(view["fid_list"][0])]
+        names[key] = file["src"] if file["loc"] in _ADDRESSES else file["fname"]
+    entries = [(names[str(one["vid"])], one["z"] or one["xy"], one["av"]) for one in value["metadata"].values()]
+    return _via3_rows(value["attribute"], [*((name, [], {}) for name in names.values()), *entries])
+
+
+def _via3_table(text: str) -> _Rows:
+    "The rows of a table of VIA 3, which begins with remarks on its attributes and columns."
+    lines = text.splitlines()
+    notes = dict(line[2:].split(" = ", 1) for line in lines if line.startswith("# ") and " = " in line)
+    table = csv.DictReader([line for line in lines if line[:1] != "#"], notes["CSV_HEADER"].split(","))
+    entries = []
+    for row in table:
+        files, z, xy, values = (
+            json.loads(row[key]) for key in ("file_list", "temporal_coordinates", "spatial_coordinates", "metadata")
+        )
+        if len(files) != 1:
+            raise ValueError("a view with several files")
+        entries.append((files[0], z or xy, values))
+    return _via3_rows(json.loads(notes["ATTRIBUTE"]), entries)
+
 # %% ../../nbs/label/10_annotations.ipynb #an-via-rows
-def _via_rows(content: bytes, name: str) -> tuple[list[tuple[str, dict[str, Any], list[Any]]], dict[str, Any]]:
-    "Of each picture its name, the attributes of the file and of its regions; and what a project says of attributes."
+def _via_rows(content: bytes, name: str) -> _Rows:
+    "The rows of a file of any version."
     if content.lstrip()[:1] == b"{":
         value = read_json_bytes(content, name)
+        if {"attribute", "file", "view", "metadata"} <= value.keys():
+            return _via3_project(value)
         options = value.get("_via_attributes", {}).get("file", {}) if "_via_img_metadata" in value else {}
         entries = list(value.get("_via_img_metadata", value).values())
         regions = [entry.get("regions") or [] for entry in entries]  # of version 1 by number
@@ -146,7 +198,10 @@ def _via_rows(content: bytes, name: str) -> tuple[list[tuple[str, dict[str, Any]
             (e["filename"], e.get("file_attributes") or {}, s) for e, s in zip(entries, shapes, strict=True)
         ], options
     rows: dict[str, tuple[str, dict[str, Any], list[Any]]] = {}
-    table = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+    text = content.decode("utf-8-sig")
+    if "\n# CSV_HEADER = " in text:
+        return _via3_table(text)
+    table = csv.DictReader(io.StringIO(text, newline=""))
     if "file_attributes" not in (table.fieldnames or ()):
         raise ValueError("a table without the column file_attributes")
     for row in table:
@@ -165,7 +220,7 @@ def read_via(
     name: str,  # for errors
     attribute: str | None = None,  # that holds the class; None: the only one, or one of a usual name
 ) -> Iterator[Annotation]:
-    "The pictures in a project or an export of VIA 1 or 2."
+    "The pictures in a project or an export of VIA 1, 2 or 3."
     try:
         rows, options = _via_rows(content, name)
         attributes = dict.fromkeys([*options, *(key for _, values, _ in rows for key in values)])

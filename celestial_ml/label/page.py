@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 # %% ../../nbs/label/04_page.ipynb #pg-desk
-_SKIPPED, _UNDO, _RERANK = 1000, 100, 20  # pictures that are remembered; labels between two orderings of the queue
+_SKIPPED, _UNDO, _RERANK = 1000, 100, 10  # pictures that are remembered; labels between two orderings of the queue
 
 
 @dataclass

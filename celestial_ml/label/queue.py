@@ -20,7 +20,7 @@ from ..core.files import sha256_of
 from ..core.folders import PassedOver
 from ..data.images import find_pictures, read_content
 from .store import UNKNOWN, gone, keep_pictures, label_table, open_labels
-from .strategies import Pool, order
+from .strategies import Pool, like_new, linear_head, order
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -36,7 +36,7 @@ class Waiting:
     "A picture that waits for a label, and what a model answered."
 
     sha256: str
-    source: str = "folder"  # where it comes from: folder, log, map
+    source: str = "folder"  # where it comes from: folder, log, audit (drawn at random from the log), map
     time: float = field(default_factory=time.time)
     request_id: str | None = None
     model_version: str | None = None
@@ -63,13 +63,15 @@ def enqueue(
     table, kept, new = label_table("queue"), label_table("pictures"), 0
     rows = {one.sha256: one for one in waiting}
     with open_labels(url) as engine, engine.connect() as connection:
-        there = {row[0] for row in connection.execute(select(table.c.sha256))} & rows.keys()
+        there = dict(connection.execute(select(table.c.sha256, table.c.source)).tuples().all())
     with open_labels(url) as engine, writing(engine) as connection:
         keep_pictures(connection, {sha: file for sha, file in (pictures or {}).items() if sha in rows})
         for sha256, one in rows.items():
             if not connection.execute(select(kept.c.sha256).where(kept.c.sha256 == sha256)).first():
                 raise gone(sha256)
             values: dict[str, Any] = vars(one) | {name: _vector(getattr(one, name)) for name in _VECTORS}
+            if there.get(sha256) == "audit":  # whatever else it is, it was drawn at random
+                values["source"] = "audit"
             connection.execute(delete(table).where(table.c.sha256 == sha256))
             connection.execute(insert(table).values(values))
             new += sha256 not in there
@@ -186,17 +188,15 @@ def _pool(waiting: list[Any], done: list[tuple[Any, str]]) -> Pool:
     labelled = np.array([np.frombuffer(row.embedding, "<f4") for row, _ in fit]).reshape(len(fit), embeddings.shape[1])
     labels = np.array([label for _, label in fit], dtype=str)
     known = np.array([row.known is not False for row in waiting], bool)
+    if classes := {row.guess for row in (*waiting, *(row for row, _ in fit)) if row.guess}:
+        known &= ~like_new(embeddings, labelled, labels, classes)
     return Pool(_probabilities(waiting, embeddings, labelled, labels), embeddings, known, labelled, labels)
 
 
 def _probabilities(waiting: list[Any], embeddings: np.ndarray, labelled: np.ndarray, labels: np.ndarray) -> np.ndarray:
     "What a head on the labelled pictures answers; before there are enough, what the model answered."
     if len(waiting) and len(labels) >= 3 * len(np.unique(labels)) > 3:
-        from sklearn.linear_model import LogisticRegression
-
-        scale = labelled.std(axis=0) + 1e-3
-        head = LogisticRegression(C=0.1, max_iter=200).fit(labelled / scale, labels)
-        return np.asarray(head.predict_proba(embeddings / scale))
+        return linear_head(labelled, labels)(embeddings)
     kept = [_read(row.probabilities) for row in waiting]
     size = max((len(one) for one in kept if one is not None), default=1)
     even = np.full(size, 1 / size, np.float32)

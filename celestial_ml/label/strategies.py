@@ -5,7 +5,7 @@
 # %% ../../nbs/label/01_strategies.ipynb #sg-imports
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from ..core.errors import unknown
 
 # %% auto #0
-__all__ = ['Strategy', 'STRATEGIES', 'FEW', 'Pool', 'order']
+__all__ = ['Strategy', 'STRATEGIES', 'FEW', 'Pool', 'order', 'like_new', 'linear_head']
 
 # %% ../../nbs/label/01_strategies.ipynb #sg-pool
 @dataclass(frozen=True)
@@ -76,25 +76,47 @@ STRATEGIES["auto"] = _auto
 
 # %% ../../nbs/label/01_strategies.ipynb #sg-typical
 _BATCH, _CLUSTERS, _NEIGHBOURS = 25, 200, 20  # pictures that are chosen together; at most; of a density
+_SAMPLE, _ROUNDS, _AT_ONCE = 5000, 10, 2000  # rows that centres and neighbours are of; of k-means; rows in memory
 
 
+def _squares(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    "Squared distances (n, m)."
+    return np.maximum((x**2).sum(axis=1)[:, None] - 2 * x @ y.T + (y**2).sum(axis=1), 0)
+
+
+def _by_parts(function: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
+    "The function of all rows, a part of them at a time."
+    return np.concatenate([function(x[i : i + _AT_ONCE]) for i in range(0, len(x), _AT_ONCE)])
+
+
+def _centres(x: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    "At most so many centres of k-means. Sources: Arthur, Vassilvitskii 2007, k-means++; Lloyd 1982."
+    centres = x[[int(rng.integers(len(x)))]]
+    nearest = _squares(x, centres)[:, 0].astype(float)
+    while len(centres) < count and nearest.max() > 0:
+        centres = np.concatenate([centres, x[[rng.choice(len(x), p=nearest / nearest.sum())]]])
+        nearest = np.minimum(nearest, _squares(x, centres[-1:])[:, 0])
+    for _ in range(_ROUNDS):
+        groups = _squares(x, centres).argmin(axis=1)
+        centres = np.stack([x[groups == group].mean(axis=0) for group in np.unique(groups)])
+    return centres
+
+# %% ../../nbs/label/01_strategies.ipynb #sg-typiclust
 def _typical(pool: Pool, rng: np.random.Generator) -> np.ndarray:
     "The densest picture of each group without a label. Source: Hacohen, Dekel, Weinshall 2022, TypiClust."
-    from sklearn.cluster import MiniBatchKMeans
-    from sklearn.neighbors import NearestNeighbors
-
     x = np.concatenate([pool.embeddings, pool.labelled]) if len(pool.labelled) else pool.embeddings
     n, most = len(pool.embeddings), min(len(x), len(pool.labelled) + _BATCH, _CLUSTERS)
-    groups = MiniBatchKMeans(most, n_init=3, random_state=int(rng.integers(2**31))).fit_predict(x)
-    near = NearestNeighbors(n_neighbors=min(_NEIGHBOURS, len(x))).fit(x).kneighbors(x[:n])[0]
-    density = 1 / (near.mean(axis=1) + 1e-9)
+    some = x[rng.permutation(len(x))[:_SAMPLE]]
+    centres, near = _centres(some, most, rng), min(_NEIGHBOURS, len(some))
+    groups = _by_parts(lambda part: _squares(part, centres).argmin(axis=1), x)
+    spread = _by_parts(lambda part: np.sqrt(np.partition(_squares(part, some), near - 1)[:, :near]).mean(axis=1), x[:n])
     covered, sizes = np.bincount(groups[n:], minlength=most), np.bincount(groups[:n], minlength=most)
     place = np.empty(most, int)
     place[np.lexsort((-sizes, covered))] = np.arange(most)  # the fewest labels first, then the largest group
     turn = np.zeros(n, int)  # the first of every group, then the second of every group
     for group in range(most):
         rows = np.flatnonzero(groups[:n] == group)
-        turn[rows[np.argsort(-density[rows])]] = np.arange(len(rows))
+        turn[rows[np.argsort(spread[rows])]] = np.arange(len(rows))
     return (turn * most + place[groups[:n]]).astype(float)
 
 
@@ -111,3 +133,46 @@ def _diverse(pool: Pool, rng: np.random.Generator) -> np.ndarray:
 
 
 STRATEGIES["typical"], STRATEGIES["diverse"] = _typical, _diverse
+
+# %% ../../nbs/label/01_strategies.ipynb #sg-new
+def like_new(
+    embeddings: np.ndarray,  # float (n, d), of the pictures that wait
+    labelled: np.ndarray,  # float (m, d)
+    labels: np.ndarray,  # str (m,)
+    classes: Collection[str],  # that the model has
+    few: int = 30,  # labels, from which a class is new no more
+) -> np.ndarray:  # bool (n,)
+    "Whether the nearest labelled picture is of a class that is new: the model may be sure and wrong there."
+    names, counts = np.unique(labels, return_counts=True)
+    new = [str(name) for name, count in zip(names, counts, strict=True) if name not in classes and count < few]
+    if not new:
+        return np.zeros(len(embeddings), bool)
+    return np.isin(labels, new)[_by_parts(lambda part: _squares(part, labelled).argmin(axis=1), embeddings)]
+
+# %% ../../nbs/label/01_strategies.ipynb #sg-head
+_PRIOR, _STEPS = 10.0, 200  # the inverse variance of a weight; of the descent
+
+
+def linear_head(
+    x: np.ndarray,  # float (n, d), of the labelled pictures
+    labels: np.ndarray,  # (n,)
+) -> Callable[[np.ndarray], np.ndarray]:  # float (m, d) -> probabilities (m, classes), classes in order
+    "Fit a linear classifier. Source: Nesterov 1983; Bishop 2006, 4.3.4."
+    numbers = np.unique(labels, return_inverse=True)[1]
+    centre, scale, target = x.mean(axis=0), x.std(axis=0) + 1e-3, np.eye(numbers.max() + 1)[numbers]
+
+    def answer(some: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        logits = some @ weights
+        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return shares / shares.sum(axis=1, keepdims=True)
+
+    def unit(some: np.ndarray) -> np.ndarray:
+        return np.column_stack([(some - centre) / scale, np.ones(len(some))])
+
+    inside = unit(x)
+    before = weights = ahead = np.zeros((inside.shape[1], target.shape[1]))
+    step = 1 / (np.linalg.norm(inside, 2) ** 2 / 2 + _PRIOR)
+    for turn in range(_STEPS):
+        weights = ahead - step * (inside.T @ (answer(inside, ahead) - target) + _PRIOR * ahead)
+        ahead, before = weights + turn / (turn + 3) * (weights - before), weights
+    return lambda some: answer(unit(some), weights)

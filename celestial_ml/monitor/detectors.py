@@ -5,7 +5,7 @@
 # %% ../../nbs/monitor/11_detectors.ipynb #det-imports
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 
 # %% auto #0
-__all__ = ['Promise', 'Alarm', 'ClassScale', 'bets', 'Detector']
+__all__ = ['Promise', 'Alarm', 'ClassScale', 'bets', 'ranks', 'Detector']
 
 # %% ../../nbs/monitor/11_detectors.ipynb #promise
 @dataclass(frozen=True)
@@ -45,21 +45,24 @@ class ClassScale:
     def __init__(
         self,
         values: np.ndarray,  # float (n, columns), of training images
-        labels: Sequence[str],  # (n,), the model's answers for them
+        labels: Sequence[str] | np.ndarray,  # (n,), the model's answers for them
     ):
         values, answers = np.asarray(values, float), np.asarray(labels)
-        groups = {"": values} | {str(name): values[answers == name] for name in np.unique(answers)}
+        names, counts = np.unique(answers, return_counts=True)
+        groups = {"": values} | {str(name): values[answers == name] for name in names[counts >= 5]}
         self.mean = {name: rows.mean(axis=0) for name, rows in groups.items()}
         self.deviation = {name: np.maximum(rows.std(axis=0), 1e-6) for name, rows in groups.items()}
 
     def __call__(
         self,
         values: np.ndarray,  # float (n, columns)
-        labels: Sequence[str],  # (n,), the model's answers
+        labels: Sequence[str] | np.ndarray,  # (n,), the model's answers
     ) -> np.ndarray:  # float (n, columns)
         "The scaled figures; a class that training hadn't is scaled by all images."
-        names = [name if name in self.mean else "" for name in map(str, labels)]
-        return (values - np.stack([self.mean[n] for n in names])) / np.stack([self.deviation[n] for n in names])
+        names, which = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
+        keys = [name if name in self.mean else "" for name in names] or [""]
+        mean, deviation = (np.stack([of[key] for key in keys])[which] for of in (self.mean, self.deviation))
+        return (values - mean) / deviation
 
 # %% ../../nbs/monitor/11_detectors.ipynb #bets
 _POWERS = np.array([0.1, 0.4])  # of the p-value, as its density: k * p ** (k - 1)
@@ -67,33 +70,73 @@ _SHARES = np.array([0.03, 0.1, 0.3, 1.0])  # of images that are changed
 
 
 def bets(
-    p: np.ndarray,  # float (columns,), uniform while nothing changes
-    two_sided: np.ndarray,  # bool (columns,): large p-values are as strange as small ones
-) -> np.ndarray:  # float (columns, 16): the factors, of mean one; 0 for bets that aren't held
+    p: np.ndarray,  # float (…), uniform while nothing changes
+) -> np.ndarray:  # float (…, 8): the factors, of mean one
     "Mixtures of powers and a constant. Source: Vovk, Nouretdinov and Gammerman 2003, Testing exchangeability on-line."
-    p = np.clip(p, 1e-12, 1 - 1e-12)[:, None, None]
-    k, share = _POWERS[:, None], _SHARES[None, :]
-    low, high = (1 - share + share * k * side ** (k - 1) for side in (p, 1 - p))
-    return np.concatenate([low, high * two_sided[:, None, None]], axis=1).reshape(len(p), -1)
+    k, share = np.repeat(_POWERS, len(_SHARES)), np.tile(_SHARES, len(_POWERS))
+    return 1 - share + share * k * np.clip(p, 1e-12, 1)[..., None] ** (k - 1)
 
 # %% ../../nbs/monitor/11_detectors.ipynb #ranks
-def _rank(
-    ranked: list[float],  # sorted; the value is put in
-    value: float,
-    draw: float,  # 0 … 1, the place among ties
-) -> float:  # 0 … 1
-    "The share of values that are larger."
-    first, last = bisect_left(ranked, value), bisect_right(ranked, value)
-    ranked.insert(last, value)
-    return (len(ranked) - 1 - last + draw * (last - first + 1)) / len(ranked)
+def ranks(
+    ranked: np.ndarray,  # float (n,), sorted
+    values: np.ndarray,  # float (m,), which come one after the other
+    draws: np.ndarray,  # float (m,), 0 … 1: the place among ties
+) -> np.ndarray:  # float (m,), 0 … 1
+    "For each value the share of larger ones, of `ranked` and of all values that came before it."
+    earlier = np.tri(len(values), k=-1, dtype=bool)
+    below = np.searchsorted(ranked, values, "left") + (earlier & (values < values[:, None])).sum(1)
+    up_to = np.searchsorted(ranked, values, "right") + (earlier & (values <= values[:, None])).sum(1)
+    before = len(ranked) + np.arange(len(values))
+    return (before - up_to + draws * (up_to - below + 1)) / (before + 1)
+
+# %% ../../nbs/monitor/11_detectors.ipynb #bet
+def _bet(self: Detector, rows: np.ndarray) -> int:
+    "Bet on images up to an alarm; how many they were."
+    draws = np.random.Generator(np.random.PCG64(self.seed).advance(self.images * rows.shape[1])).random(rows.shape)
+    p = np.stack([ranks(*column) for column in zip(self.ranked.T, rows.T, draws.T, strict=True)], axis=1)
+    factors = np.log(bets(np.abs(self.high - p[:, self.columns]))).reshape(len(rows), -1)
+    walks = self.walk + np.vstack([np.zeros(len(self.weights)), np.cumsum(factors, axis=0)])
+    sums = np.logaddexp.accumulate(np.vstack([self.evidence, self.walk - walks[:-1]]))
+    evidence = (sums + walks - self.walk)[1:]
+    shares = np.logaddexp.reduce(evidence + self.weights, axis=1) - math.log(self.promise.threshold)
+    over = shares >= 0
+    last = int(over.argmax()) if over.any() else len(rows) - 1
+    lows = np.minimum.accumulate(np.vstack([self.lowest, walks[: last + 1]]))
+    at_low = walks[: last + 1] <= lows[:-1]
+    newest = self.images + 1 + last - at_low[::-1].argmax(axis=0)
+    self.began = np.where(at_low.any(axis=0), newest, self.began)
+    self.evidence, self.walk, self.lowest = evidence[last], walks[last + 1], lows[-1]
+    self.share, self.images = math.exp(min(shares[last], 50.0)), self.images + last + 1
+    self.ranked = np.sort(np.concatenate([self.ranked, rows[: last + 1]]), axis=0, kind="stable")
+    if over.any():
+        most = int((self.evidence + self.weights).argmax())
+        group, column = self.names[self.columns[most // (len(_POWERS) * len(_SHARES))]]
+        self.alarm = Alarm(self.images, group, column, int(self.began[most]))
+    # those after the alarm are counted by `look`
+    return last + 1
+
+# %% ../../nbs/monitor/11_detectors.ipynb #state
+_STATE = ("ranked", "evidence", "walk", "lowest", "began", "images", "first", "share")
 
 
-def _weights(groups: Mapping[str, Sequence[str]], two_sided: np.ndarray) -> np.ndarray:  # float (columns, 1)
-    "The weight of each bet on a column: each group's sum to the same."
-    held = len(_POWERS) * len(_SHARES) * (1 + two_sided)
-    return 1 / (held * [len(groups) * len(columns) for columns in groups.values() for _ in columns])[:, None]
+def _state(self: Detector) -> dict[str, np.ndarray]:
+    "All that a detector has learned, as arrays for `np.savez`."
+    alarm = self.alarm
+    words = ["", "", "", ""] if alarm is None else [str(alarm.image), alarm.group, alarm.column, str(alarm.since)]
+    return {name: np.asarray(getattr(self, name)) for name in _STATE} | {"alarm": np.array(words)}
+
+
+def _resume(self: Detector, state: Mapping[str, np.ndarray]) -> None:
+    "Go on where another detector of the same reference stopped."
+    for name in _STATE:
+        setattr(self, name, state[name] if state[name].ndim else state[name].item())
+    image, group, column, since = map(str, state["alarm"])
+    self.alarm = Alarm(int(image), group, column, int(since)) if image else None
 
 # %% ../../nbs/monitor/11_detectors.ipynb #detector
+_BLOCK = 256  # images that are ranked at once
+
+
 class Detector:
     "Looks at one image after the other; an alarm stays until `restart`. Source: Shin, Ramdas and Rinaldo 2022."
 
@@ -105,42 +148,39 @@ class Detector:
         promise: Promise = Promise(),
         seed: int = 0,  # of the order among ties
     ):
-        self.promise, self.rng = promise, np.random.default_rng(seed)
+        self.promise, self.seed = promise, seed
         self.names = [(group, column) for group, columns in groups.items() for column in columns]
         self.reference = np.asarray(reference, float).reshape(-1, len(self.names))
-        self.two_sided = np.array([column not in one_sided for _, column in self.names])
-        self.weights, self.images = _weights(groups, self.two_sided), 0
+        sides = [(i, side) for i, (_, name) in enumerate(self.names) for side in (0, 1)[: 1 + (name not in one_sided)]]
+        self.columns, self.high = (np.array(one, int) for one in zip(*sides, strict=True))
+        of_column = np.bincount(self.columns)[self.columns] * len(_POWERS) * len(_SHARES)
+        of_group = [len(groups) * len(groups[self.names[i][0]]) for i in self.columns]
+        self.weights = np.repeat(
+            -np.log(of_column * of_group), len(_POWERS) * len(_SHARES)
+        )  # each group's sum to the same
+        self.images = 0
         self.restart()
 
     def restart(self) -> None:
         "Begin a stretch: without evidence or alarm, and with the reference images alone to compare with."
-        self.ranked = [np.sort(column).tolist() for column in self.reference.T]
-        self.evidence = np.zeros((len(self.names), 2 * len(_POWERS) * len(_SHARES)))
-        self.recent, self.began = np.ones(self.evidence.shape), np.zeros(self.evidence.shape, int)
-        self.first, self.alarm = self.images, cast("Alarm | None", None)
+        self.ranked = np.sort(self.reference, axis=0)
+        self.evidence = np.full(len(self.weights), -np.inf)  # its logarithm, for each bet
+        self.walk, self.lowest = np.zeros((2, len(self.weights)))  # of the logarithms of all factors
+        self.began = np.zeros(len(self.weights), int)  # after the lowest point of the walk, as CUSUM has it
+        self.first, self.alarm, self.share = self.images, cast("Alarm | None", None), 0.0
+
+    state, resume = _state, _resume
 
     def look(
         self,
         values: np.ndarray,  # float (n, columns), of new images in their order
     ) -> Alarm | None:
         "Look at images, and start a new stretch where one is over."
-        for row in np.asarray(values, float).reshape(-1, len(self.names)):
-            if self.alarm is None and self.images == self.first + self.promise.images:
+        values = np.asarray(values, float).reshape(-1, len(self.names))
+        while len(values) and self.alarm is None:
+            if self.images == self.first + self.promise.images:
                 self.restart()
-            self.images += 1
-            if self.alarm is None:
-                self._bet(row)
+            some = values[: min(_BLOCK, self.first + self.promise.images - self.images)]
+            values = values[_bet(self, some) :]
+        self.images += len(values)
         return self.alarm
-
-    def _bet(self, row: np.ndarray) -> None:
-        "Bet on an image."
-        columns = zip(self.ranked, row.tolist(), self.rng.random(len(row)), strict=True)
-        p = np.array([_rank(*column) for column in columns])
-        factors = bets(p, self.two_sided)
-        self.evidence = (1 + self.evidence) * factors
-        self.began[self.recent <= 1] = self.images  # of the evidence since its best beginning, as CUSUM has it
-        self.recent = np.maximum(self.recent, 1) * factors
-        shares = self.weights * self.evidence
-        if shares.sum() >= self.promise.threshold:
-            place = np.unravel_index(shares.argmax(), shares.shape)
-            self.alarm = Alarm(self.images, *self.names[place[0]], since=int(self.began[place]))

@@ -19,6 +19,7 @@ from ..core.errors import CelestialError
 from ..core.files import home
 from .buffer import Buffer, ImageRoom, find_waiting, oldest
 from .counters import Counters, counters_folder, end_process
+from .exported_metrics import monitor_figures
 from .feedback import add_feedback, find_answer
 from .retention import NO_IMAGES, ImagePolicy, served_policy
 from .tables import log_database, utc
@@ -224,7 +225,7 @@ class PredictionLog:
 
     def figures(self) -> Iterable[tuple[str, str, str, dict[str, str], float]]:
         "The same for metrics."
-        return figures_of(self.status())
+        return [*figures_of(self.status()), *monitor_figures()]
 
     def flush(self, timeout: float = 5.0) -> bool:
         "Wait until all that was recorded is written, or until the time is over."

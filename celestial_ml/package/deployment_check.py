@@ -38,9 +38,11 @@ def check_here(
     from celestial_ml.core.errors import CelestialError
     from celestial_ml.package.graph import Graph
     from celestial_ml.package.self_test import self_test
+    from celestial_ml.package.signature import verify
 
     began = time.perf_counter()
     try:
+        verify(Path(folder))
         pictures, difference = self_test(Graph(folder))
     except CelestialError as e:
         return Deployment(error=e.message)

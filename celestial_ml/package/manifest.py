@@ -80,14 +80,6 @@ class Project(Document):
             domain, title=title, noun=self.noun, plural=self.plural, purpose=self.purpose, colour=self.colour
         )
 
-
-class Signature(Document):
-    "Who vouches for a package."
-
-    algorithm: str
-    key: str
-    value: str
-
 # %% ../../nbs/package/02_manifest.ipynb #manifest
 class Manifest(Document):
     "What `model.json` holds. A server needs the first four fields; `missing` names what a registered model must add."
@@ -111,7 +103,6 @@ class Manifest(Document):
     statistics: dict[str, Statistic] = Field({})  # of the training images, by feature
     profile: dict[str, Any] = Field({})  # of all images, of `data.skew.profile_of`: what later ones are compared with
     project: Project = Project()
-    signature: Signature | None = None
     retired: dict[str, Any] | None = None  # of a retired version: successor, archive, why and when
 
     @property

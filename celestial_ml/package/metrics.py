@@ -214,6 +214,7 @@ class Metrics(Document):
     production: Production | None = None
     behaviour: dict[str, dict[str, BehaviouralTest]] = {}
     photos: Photographs | None = None
+    estimates: list[dict[str, Any]] = []  # of `model.estimates.shifted_estimates`
 
     @property
     def worst_class(self) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..core.files import DamagedFile, find_root, home, read_json
 from .folder import MODEL_JSON, ModelError
+from .signature import verify
 
 # %% ../../nbs/package/03_published.ipynb #published
 def models_folder() -> Path:  # may not exist yet
@@ -67,8 +68,17 @@ def read_pointer(
 # %% ../../nbs/package/03_published.ipynb #find-model
 def find_model(
     name: str | None = None,  # a folder, a run, a version as "celestial/3"; None: CELESTIAL_MODEL, else the champion
+    signed: bool = True,  # it's to be loaded: its signature has to be good where CELESTIAL_VERIFY_KEY is set
 ) -> Path:  # of a package
-    "The folder of the model that is meant; `ModelError` says what to do where there is none."
+    "The folder of the model that is meant; `ModelError` where there is none, or it isn't what was signed."
+    folder = _find(name)
+    if signed:
+        verify(folder)
+    return folder
+
+
+def _find(name: str | None) -> Path:
+    "The folder, signed or not."
     name = name or os.environ.get("CELESTIAL_MODEL")
     if name is None:
         champion = read_pointer("champion")

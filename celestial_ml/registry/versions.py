@@ -14,6 +14,7 @@ from ..core.errors import CelestialError, unknown
 from ..package.folder import MODEL_JSON, ModelError
 from ..package.manifest import Manifest, copy_package, damage, fingerprint, read_manifest
 from ..package.published import models_folder, published, versions
+from ..package.signature import SIGNATURE, sign
 
 if TYPE_CHECKING:
     from celestial_ml.registry.tracking import Run
@@ -40,10 +41,12 @@ def publish(
     package: Path,  # a folder with model.json and what it names
     model: str,  # "celestial/3"
 ) -> None:
-    "Copy a package to where servers look for it; a folder that is there and whole stays as it is."
+    "Copy a package to where servers look for it, and sign it if there is a key; one that is there and whole stays."
     if damage(published(model)):
         name, _, number = model.partition("/")
         copy_package(package, published(model), name, number)
+    if not (published(model) / SIGNATURE).is_file():
+        sign(published(model))
 
 
 def remove_leftovers() -> None:

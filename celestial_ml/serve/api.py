@@ -35,6 +35,7 @@ from ..core.errors import CelestialError
 from ..core.files import without_folders
 from ..data.images import Limits
 from ..package.examples import Neighbour
+from ..package.signature import servable
 from .error_responses import HANDLERS, errors, refuse
 from .forms import read_form
 from .guard import Door, Guard, Proxies, RateLimit
@@ -512,9 +513,9 @@ async def ready(service: TheService, model: TheModel) -> Status:
 
 # %% ../../nbs/serve/20_api.ipynb #model-info
 @api.get("/model", summary="Which model answers", tags=["Model"], responses=NO_MODEL | NO_KEY)
-async def model_info(model: TheModel) -> ModelInfo:
+def model_info(model: TheModel) -> ModelInfo:
     "Its version, classes, metrics and lineage."
-    card = "/model/card" if (model.folder / "model_card.html").is_file() else None
+    card = "/model/card" if servable(model.folder / "model_card.html") else None
     content = model.manifest.to_json()
     lineage = without_folders(content.get("lineage", {}))  # paths on the training machine are private
     return ModelInfo(**content | {"lineage": lineage, "card": card})
@@ -529,13 +530,13 @@ CARD: Any = {"tags": ["Model"], "response_class": HTMLResponse, "responses": NO_
 
 
 @api.get("/model/card", summary="The model card", **CARD)
-async def model_card(model: TheModel) -> Response:
+def model_card(model: TheModel) -> Response:
     "What the model is for, how good it is and where it fails, as one page of HTML."
     return _card(model, "model_card.html")
 
 
 @api.get("/model/data_card.html", summary="The data card", **CARD)
-async def data_card(model: TheModel) -> Response:
+def data_card(model: TheModel) -> Response:
     "Where the model's images come from, what they are and under which licence, as one page of HTML."
     return _card(model, "data_card.html")
 
@@ -543,7 +544,7 @@ async def data_card(model: TheModel) -> Response:
 def _card(model: Predictor, name: str) -> Response:
     "A card that was published with the model."
     card = model.folder / name
-    if not card.is_file():
+    if not servable(card):
         raise CelestialError("this model has no card", "Package and register it again.", "no_card")
     # No scripts and nothing from other sites: the card contains its pictures and styles.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; frame-ancestors 'self'"

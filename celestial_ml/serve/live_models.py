@@ -20,6 +20,7 @@ from ..core.names import printable
 from ..package.folder import ModelError
 from ..package.published import models_folder, pointer_file, published, read_pointer
 from ..package.self_test import SELF_TEST
+from ..package.signature import SIGNATURE, verify
 from .predictor import Predictor
 from .service_metrics import Figure, ServiceMetrics
 
@@ -50,7 +51,7 @@ def file_stamps(
 ) -> list[tuple[int, ...] | None]:
     "Times, sizes and inodes of a package's files, which differ once one was changed in place."
     stats: list[tuple[int, ...] | None] = []
-    for name in ("model.json", "model.onnx", "model.int8.onnx", "selftest.npz") if folder else ():
+    for name in ("model.json", "model.onnx", "model.int8.onnx", "selftest.npz", SIGNATURE) if folder else ():
         try:
             s = (folder / name).stat()  # type: ignore[operator]
             stats.append((s.st_mtime_ns, s.st_size, s.st_ino))
@@ -151,6 +152,7 @@ class Role(Standing):
 
     def take(self, folder: Path) -> None:
         "Load a model; it answers once it has passed its self-test."
+        verify(folder)
         predictor = Predictor(folder)
         if SELF_TEST in predictor.manifest.files:  # older packages have none
             predictor.self_test()
