@@ -206,9 +206,9 @@ def serve(
     challenger: Annotated[str | None, typer.Option(help="off, shadow:SHARE or canary:SHARE of the requests")] = None,
 ) -> None:
     "Serve the HTTP API and the demo."
-    from celestial_ml.label.page import add_labelled_demo
     from celestial_ml.monitor.log import service_log
     from celestial_ml.package.published import find_model
+    from celestial_ml.reports.health import add_whole_demo
     from celestial_ml.serve.server import serve as serve_forever
     from celestial_ml.serve.settings import serve_settings
 
@@ -217,7 +217,7 @@ def serve(
     name = model or os.environ.get("CELESTIAL_MODEL")
     folder, log = find_model(name) if name else None, service_log(settings)
     try:
-        serve_forever(folder, host, port, add_labelled_demo if demo else None, settings, log)
+        serve_forever(folder, host, port, add_whole_demo if demo else None, settings, log)
     finally:
         if log is not None:
             log.close()
