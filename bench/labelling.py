@@ -1,8 +1,9 @@
 """How many labels a model needs: learning curves of the strategies against random, and what a new class takes.
 
 `python -m bench.labelling --data FOLDER [--network compact|frozen] [--strategy NAME]… [--new CLASS]… [--seed N]…`. FOLDER
-holds a folder of images a class; each figure is a line of JSON. With `compact` each round trains our own network on, by a warm start, as a labelling project does; with
-`frozen` a linear head is fitted anew on features of EfficientNet-Lite0. Accuracy is on held-out images that nobody labels.
+holds a folder of images a class; each figure is a line of JSON. With `compact` each round trains our own network on, by a
+warm start, as a labelling project does; with `frozen` a linear head is fitted anew on features of EfficientNet-Lite0.
+Accuracy is on held-out images that nobody labels. `python -m bench.labelling --plot RESULTS PICTURE` draws the curves.
 """
 
 import argparse
@@ -21,15 +22,16 @@ from celestial_ml.core.seeds import set_seed
 from celestial_ml.data.catalog import image_files
 from celestial_ml.data.images import decode_image
 from celestial_ml.data.prepare import Preparer
-from celestial_ml.label.strategies import STRATEGIES, Pool, order
+from celestial_ml.label.strategies import STRATEGIES, Pool, like_new, order
 from celestial_ml.model.evaluate import logits_and_embeddings, softmax, with_embedding
 from celestial_ml.model.networks import build_network
 from celestial_ml.model.pretrained import cached_features
-from celestial_ml.model.train import fit
+from celestial_ml.model.train import class_weights, fit
 from celestial_ml.model.unknown import false_alarm_threshold, fit_distance
 from celestial_ml.model.warm_start import warm_start
 
 STEP, MOST, GOAL = 50, 500, 350  # labels of a round, of random, and with which a strategy has to be as good
+ROUND = 10  # labels between two orders of the queue, as the page has it
 COMPACT = Model(network="compact")
 Answer = tuple[np.ndarray, np.ndarray]  # probabilities (n, classes), embeddings (n, d)
 
@@ -74,7 +76,10 @@ class Frozen:
         "Fit the head anew."
         from sklearn.linear_model import LogisticRegression
 
-        self.head, self.classes = LogisticRegression(C=0.01, max_iter=300), np.unique(labels)
+        self.classes = np.unique(labels)
+        weights = class_weights(np.searchsorted(self.classes, labels), len(self.classes), "auto")
+        weights = None if weights is None else dict(zip(self.classes, weights, strict=True))
+        self.head = LogisticRegression(C=0.01, max_iter=300, class_weight=weights)
         self.head.fit(self.features[rows], labels)
 
     def answer(self, rows: np.ndarray) -> Answer:
@@ -159,9 +164,12 @@ def new_class(make: Callable[[], Any], labels: np.ndarray, body: int, seed: int,
     threshold = false_alarm_threshold(distance(model.answer(others[: len(others) // 2])[1]), 0.02)
     probabilities, vectors = model.answer(waiting)
     scores = distance(vectors)
-    chosen = order("auto", Pool(probabilities, vectors, scores <= threshold, space, labels[learned].astype(str)), seed)[
-        :most
-    ]
+    known, classes, chosen = scores <= threshold, {*model.classes.astype(str)}, np.zeros(0, int)
+    while len(chosen) < min(most, len(waiting)):  # as the page does it: ordered anew after some labels
+        rest, named = np.setdiff1d(np.arange(len(waiting)), chosen), labels[waiting[chosen]].astype(str)
+        like = like_new(vectors[rest], vectors[chosen], named, classes)
+        open_ = Pool(probabilities[rest], vectors[rest], known[rest] & ~like, vectors[chosen], named)
+        chosen = np.concatenate([chosen, rest[order("auto", open_, seed)[:ROUND]]])
     rows = np.concatenate([learned, waiting[chosen]])
     model.learn(rows, labels[rows])
     answers = model.classes[model.answer(held)[0].argmax(axis=1)]
@@ -172,10 +180,46 @@ def new_class(make: Callable[[], Any], labels: np.ndarray, body: int, seed: int,
     }  # fmt: skip
 
 
+def labels_needed(points: dict[str, float], goal: float) -> int | None:  # None: it never gets there
+    "The labels from which the accuracy stays at a goal."
+    short = [int(count) for count, accuracy in points.items() if accuracy < goal]
+    return next((int(count) for count in points if int(count) > max(short, default=0)), None)
+
+
+def plot(results: Path, picture: Path) -> None:
+    "Draw the curves: a panel for each data set and network, a line for each strategy, from the worst to the best seed."
+    import matplotlib.pyplot as plt
+
+    rows = [row for line in results.read_text().splitlines() if "accuracy" in (row := json.loads(line))]
+    panels = list(dict.fromkeys((row["data"], row["network"]) for row in rows))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), layout="constrained", squeeze=False)
+    colours = {name: f"C{place}" for place, name in enumerate(dict.fromkeys(row["strategy"] for row in rows))}
+    for axis, panel in zip(axes[0], panels, strict=True):
+        mine = [row for row in rows if (row["data"], row["network"]) == panel]
+        for name, colour in colours.items():
+            curves = [row["accuracy"] for row in mine if row["strategy"] == name]
+            if not curves:
+                continue
+            counts, values = [*map(int, curves[0])], np.array([[*curve.values()] for curve in curves])
+            axis.plot(counts, values.mean(axis=0), color=colour, label=name, lw=2 if name in ("random", "auto") else 1)
+            axis.fill_between(counts, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.1, lw=0)
+        goal = np.mean([[*row["accuracy"].values()][-1] for row in mine if row["strategy"] == "random"])
+        axis.axhline(goal, color="grey", ls=":", lw=1)
+        seeds = max(sum(row["strategy"] == name for row in mine) for name in colours)
+        axis.set(
+            title=f"{panel[0]}, {panel[1]} network, {seeds} seeds",
+            xlabel="labels",
+            ylabel="accuracy on held-out images",
+        )
+        axis.legend(fontsize="small", loc="lower right")
+    figure.savefig(picture, dpi=110)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     "Measure, and print a line of JSON for each figure."
     parser = argparse.ArgumentParser(prog="bench labelling", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--plot", type=Path, nargs=2, metavar=("RESULTS", "PICTURE"), help="draw what was measured")
     parser.add_argument("--network", choices=("compact", "frozen"), default="compact")
     parser.add_argument("--strategy", action="append")
     parser.add_argument("--seed", action="append", type=int)
@@ -183,6 +227,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=300, help="of the optimiser, in a round of the compact network")
     parser.add_argument("--size", type=int, default=64)
     told = parser.parse_args(arguments)
+    if told.plot:
+        plot(*told.plot)
+        return
+    if told.data is None:
+        parser.error("--data or --plot")
     pixels, labels, classes = read(told.data, told.size)
     networks: dict[str, Any] = {"compact": Compact, "frozen": Frozen}
     for seed in told.seed or (7, 8, 9):
@@ -196,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 figures = new_class(make, labels, classes.index(name), seed)
             print(
                 json.dumps(
-                    {"network": told.network, "seed": seed, "new": name}
+                    {"data": told.data.name, "network": told.network, "seed": seed, "new": name}
                     | figures
                     | {"seconds": round(time.monotonic() - began)}
                 ),
@@ -207,7 +256,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             most = MOST if strategy == "random" else GOAL
             with redirect_stdout(sys.stderr):
                 points = curve(make, labels, strategy, seed, most)
-            line = {"network": told.network, "seed": seed, "strategy": strategy, "accuracy": points}
+            line = {
+                "data": told.data.name,
+                "network": told.network,
+                "seed": seed,
+                "strategy": strategy,
+                "accuracy": points,
+            }
             print(json.dumps(line | {"seconds": round(time.monotonic() - began)}), flush=True)
 
 

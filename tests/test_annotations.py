@@ -69,7 +69,7 @@ def celestial(*words: str, before: str = "pass", **env: str) -> subprocess.Compl
 
 @pytest.mark.slow
 def test_a_killed_import_leaves_all_or_nothing(tmp_path: Path) -> None:
-    "At 12 moments of an import of 1,500 pictures; the same command again brings all of them."
+    "At 50 moments of an import of 1,500 pictures; the same command again brings all of them."
     names = pictures(tmp_path / "in", 1500)
     (tmp_path / "in/annotations.xml").write_text(cvat(names))
     code = f"""
@@ -88,7 +88,7 @@ os._exit(0)
     database = label_database().file
     assert database is not None and len(read_judgements()) == 1500
     states = []
-    for moment in [random.Random(moment).uniform(0, 1.1 * took) for moment in range(12)]:
+    for moment in [random.Random(moment).uniform(0, 1.1 * took) for moment in range(50)]:
         for path in database.parent.glob("labels.db*"):
             path.unlink()
         subprocess.run([sys.executable, "-c", code, str(moment)], capture_output=True)

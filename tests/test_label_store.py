@@ -14,11 +14,23 @@ import numpy as np
 import pytest
 from PIL import Image
 from programs import postgresql
+from typer.testing import CliRunner
 
+from celestial_ml.cli.feedback import feedback_app
 from celestial_ml.core.files import sha256_of
 from celestial_ml.core.testing import TemporaryHome
 from celestial_ml.label.labelled import LABELLED, write_labelled
-from celestial_ml.label.store import Judgement, accepted, forget_label, propose, review, withdraw
+from celestial_ml.label.page import LabelDesk, step
+from celestial_ml.label.queue import Waiting, enqueue
+from celestial_ml.label.store import (
+    Judgement,
+    accepted,
+    forget_label,
+    propose,
+    read_judgements,
+    review,
+    withdraw,
+)
 
 
 @pytest.fixture
@@ -105,6 +117,28 @@ def test_people_label_at_the_same_time(home: TemporaryHome) -> None:
     assert all(one.annotator.count(";") == 2 for one in accepted())
 
 
+def test_bad_requests_as_a_person_types_them(home: TemporaryHome, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Two people who disagree, a picture that was deleted, one that nobody sent: an answer, and nothing changes."
+    (home.path / "pipeline.yaml").touch()
+    monkeypatch.chdir(home.path)
+    files = pictures(3)
+    first, second, third = files
+    propose([Judgement(sha, "Ceres", "anna", "page") for sha in (first, second)], files)
+    propose([Judgement(first, "Vesta", "bert", "page")])
+    forget_label(second)
+    before = read_judgements()
+    for words in ([first], [second], [second, "--label", "Ceres"], [third, "--label", "Ceres"], [third, "--reject"]):
+        result = CliRunner().invoke(feedback_app, ["accept", *words])
+        assert result.exit_code == 2 and "Traceback" not in result.output, (words, result.output)
+    assert read_judgements() == before and not (home.path / LABELLED).exists()
+    enqueue([Waiting(first)])
+    desk = LabelDesk()
+    assert first in step(desk, "carl", None, ["Mars"])
+    forget_label(first)  # while it is on the desk
+    step(desk, "carl", {"do": "label", "sha256": first, "label": "Mars"}, ["Mars"])
+    assert "deleted" in desk.notice and read_judgements() == []
+
+
 SERVED = """
 import sys
 from celestial_ml.package.deployment_check import TRAINING
@@ -112,6 +146,7 @@ sys.modules |= dict.fromkeys([*TRAINING, "cleanlab"])  # importing one of them i
 import io
 import numpy as np
 from PIL import Image
+from celestial_ml.cli.feedback import feedback_app
 from celestial_ml.core.files import sha256_of
 from celestial_ml.label import page, queue
 from celestial_ml.label.agreement import kappas

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from celestial_ml.cli.app import data_app
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.params import Data
 from celestial_ml.data.catalog import image_files, make_catalog, with_split
@@ -143,8 +145,8 @@ def test_tables_that_are_refused_name_the_row(tmp_path: Path, content: str, said
     with pytest.raises(CelestialError, match=expected):
         make_catalog(folder, labels=labels)
     (folder / "metadata.csv").write_bytes(labels.read_bytes())
-    code, _, err = celestial("data", "check", folder)
-    assert code == 2 and err.startswith("error: ") and "Traceback" not in err
+    result = CliRunner().invoke(data_app, ["check", str(folder)])
+    assert result.exit_code == 2 and result.stderr.startswith("error: ") and "Traceback" not in result.stderr
 
 
 def test_class_names_with_commas_are_names(tmp_path: Path) -> None:

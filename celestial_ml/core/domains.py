@@ -90,8 +90,8 @@ class Domain:
         "The plain picture of a class that every model must recognise."
         return None
 
-    def ood_kinds(self) -> dict[str, Pictures]:
-        "Kinds of pictures that show none of the classes, beside those of `data.ood_images`."
+    def ood_kinds(self, classes: Collection[str] = ()) -> dict[str, Pictures]:
+        "Kinds of pictures that show none of the classes, a model's own included, beside those of `data.ood_images`."
         return {}
 
     def sources(self) -> dict[str, Any]:

@@ -215,8 +215,8 @@ def ood_kinds(
     # Photographs from the ground may show a project's own classes: cats, flowers.
     general = {name: draw for name, draw in OOD_KINDS.items() if of_domain.on_black or name != "photographs"}
     others = [other for other in domains() if other.name != of_domain.name and not set(classes) & set(other.classes)]
-    elsewhere = {name: draw for other in others for name, draw in other.ood_kinds().items()}
-    return elsewhere | of_domain.ood_kinds() | general | ({"own": _pictures_in(own)} if own else {})
+    elsewhere = {name: draw for other in others for name, draw in other.ood_kinds(classes).items()}
+    return elsewhere | of_domain.ood_kinds(classes) | general | ({"own": _pictures_in(own)} if own else {})
 
 # %% ../../nbs/data/14_ood_images.ipynb #strangers-table
 def by_subject(

@@ -43,13 +43,13 @@ def sign(
         signer.sign(Path(copy), f)
     return True
 
-
+# %% ../../nbs/package/09_signature.ipynb #sg-sign-1
 def _package(folder: Path) -> set[str]:
     "The names of the files that make a package."
     content = read_description(folder)
     return {MODEL_JSON, content.get("file", MODEL_FILE), *content.get("files", {})}
 
-
+# %% ../../nbs/package/09_signature.ipynb #sg-sign-2
 def _library():  # type: ignore[no-untyped-def]  # it has no types
     "The modules that sign and verify."
     try:
@@ -88,7 +88,7 @@ def verify(
 
 _HINT = "Fetch it again from where it was signed, or sign it: celestial models sign MODEL --key KEY.pem"
 
-
+# %% ../../nbs/package/09_signature.ipynb #sg-verify-1
 def servable(
     path: Path,  # of a file in a package's folder, such as a card
 ) -> bool:

@@ -6,7 +6,7 @@
 __all__ = ['TABLECLOTH', 'DOMAIN', 'write_examples', 'Planets']
 
 # %% ../../nbs/planets/05_domain.ipynb #planets-domain-imports
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
@@ -84,13 +84,12 @@ class Planets(Domain):
         "The plain portrait."
         return render(label, size=size) if label in BODIES else None
 
-    def ood_kinds(self) -> dict[str, Pictures]:
-        "Bodies that are none of the ten, worlds that nobody has seen, and suns."
+    def ood_kinds(self, classes: Collection[str] = ()) -> dict[str, Pictures]:
+        "Bodies that are none of the classes, worlds that nobody has seen, and suns."
         from celestial_ml.data.ood_images import pictures_of
-        from celestial_ml.planets.unknown_bodies import draw_body, draw_random_world, draw_sun
+        from celestial_ml.planets.unknown_bodies import draws_without
 
-        draws = {"bodies": draw_body, "random_worlds": draw_random_world, "suns": draw_sun}.items()
-        return {name: pictures_of(draw, name) for name, draw in draws}
+        return {name: pictures_of(draw, name) for name, draw in draws_without(classes).items()}
 
     def sources(self) -> dict[str, Any]:
         "The source `render`."
