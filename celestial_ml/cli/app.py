@@ -44,6 +44,7 @@ from .monitor import drift_app, monitor_app
 from .new import new_app
 from .report import report_app
 from .retrain import retrain_app
+from .status import status_app
 from .sweep import sweep_app
 from .ui import ui_app
 from .versions import versions_app
@@ -66,6 +67,7 @@ data_app.add_typer(versions_app)
 for group in (batch_app, drift_app, sweep_app, retrain_app, report_app, new_app, ui_app):
     app.add_typer(group)
 add_queue(label_app)
+monitor_app.add_typer(status_app)
 _groups = {"data": data_app, "feedback": feedback_app, "label": label_app, "log": log_app}
 _groups |= {"keys": keys_app, "models": models_app, "monitor": monitor_app}
 for name, group in _groups.items():

@@ -43,6 +43,7 @@ def monitor_check(
     json_: AsJson = False,
 ) -> None:
     "Look at what was logged since the last look; exit code 1 while an alarm stands."
+    import celestial_ml.label.live_labels  # noqa: F401 its metrics: accuracy, labels
     from celestial_ml.monitor.check import check
     from celestial_ml.monitor.tables import utc
 

@@ -60,20 +60,21 @@ def build_health(
     "The tab, inside of a `gr.Blocks`."
     import gradio as gr
 
-    lock, kept = threading.Lock(), {"time": float("-inf"), "page": ""}
+    lock, kept = threading.Lock(), (float("-inf"), "")
 
     def shown() -> str:
+        nonlocal kept
         with lock:
-            if time.monotonic() > kept["time"] + _KEPT:
+            if time.monotonic() > kept[0] + _KEPT:
                 try:
-                    kept["page"] = health_page(read())
+                    page = health_page(read())
                 except CelestialError as e:
-                    kept["page"] = part(
+                    page = part(
                         "panel", title="Health", inside=part("notice", words=as_sentence(e.message)), kind="wide"
                     )
-                kept["time"] = time.monotonic()
-            return str(kept["page"])
+                kept = (time.monotonic(), page)
+            return kept[1]
 
-    page = gr.HTML("", js_on_load=_AGAIN, elem_id="health", apply_default_css=False)
-    tab.select(shown, None, page, **QUIET)
-    page.click(shown, None, page, **QUIET)
+    html = gr.HTML("", js_on_load=_AGAIN, elem_id="health", apply_default_css=False)
+    tab.select(shown, None, html, **QUIET)
+    html.click(shown, None, html, **QUIET)

@@ -242,13 +242,8 @@ def health(
     (alert_words, alerts), (label_words, labels) = _alerts(), _labels()
     figures: dict[str, Any] = {"alerts": alerts, "alarms": [one.model_dump() for one in alarms], "labels": labels}
     figures["snapshot"] = snapshot.metrics if snapshot and snapshot.model == model else {}
-    sections, beside, estimates, checks, versions = (
-        [Section("Traffic", "Nobody has asked anything yet.")],
-        None,
-        [],
-        {},
-        [],
-    )
+    sections, beside, versions = [Section("Traffic", "Nobody has asked anything yet.")], None, list[dict[str, Any]]()
+    estimates, checks = list[Estimate](), dict[str, dict[str, Any]]()
     if _is_logged(url):
         begin, end = newest_range(url=url)
         folder = folder or (published(model) if model and published(model).is_dir() else None)
@@ -256,7 +251,8 @@ def health(
         sections, traffic = _traffic(begin, end, url, manifest.false_alarms if manifest else None)
         judged = judged_answers(begin, end, truths(), url)
         versions, beside = live_versions(begin, end, url=url, judged=judged), beside_challenger(judged)
-        estimates, checks = live_estimates(model, folder, begin, end, judged, url) if folder and model else ([], {})
+        if folder and model:
+            estimates, checks = live_estimates(model, folder, begin, end, judged, url)
         figures |= traffic | {"versions": versions, "beside": beside, "estimate_checks": checks}
         figures["estimates"] = [one.to_json() for one in estimates]
     sections += [_drift(snapshot, model), *_accuracy(versions, estimates, checks)]
@@ -269,8 +265,8 @@ def health(
 def health_of(service: Service) -> dict[str, Any]:
     "The health of the model that a service answers with."
     model, challenger = service.models.now(), service.models.challenger.predictor
-    names = (model and model.version, challenger and challenger.version)
-    return health(None, *names, model and model.folder).to_json()
+    names = [one.version if one else None for one in (model, challenger)]
+    return health(None, *names, folder=model.folder if model else None).to_json()
 
 
 def add_whole_demo(app: FastAPI, service: Service) -> None:
