@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .alerts import alerts_app
 from .batch import batch_app
 from celestial_ml.cli.console import (
     CUT_OFF,
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
 app = command_group("From a notebook to a served, monitored, retrained image classifier.")
 data_app = command_group("The images: fetch, validate, look at.")
 data_app.add_typer(versions_app)
+monitor_app.add_typer(alerts_app)
 for group in (batch_app, drift_app, sweep_app, retrain_app, report_app, new_app, ui_app):
     app.add_typer(group)
 add_queue(label_app)
@@ -273,12 +275,11 @@ def data_check(
     from dataclasses import asdict
 
     from celestial_ml.data.checks import require_pass
-    from celestial_ml.data.examine import examine, write_checks
-    from celestial_ml.flow.reference import reference_profile
+    from celestial_ml.data.examine import write_checks
+    from celestial_ml.flow.reference import check_batch
 
     catalog, p = _read_catalog(folder, params)
-    profile = reference_profile(reference or p.check.reference, project_root())
-    examination = examine(catalog, project_root(), p.check, p.prepare.background, profile)
+    examination = check_batch(catalog, project_root(), p.check, p.prepare.background, reference)
     findings = examination.findings
     new = f"celestial new my-project --data {shlex.quote(folder)}" if folder else f"celestial run {params}"
     if output or not json_:

@@ -92,6 +92,7 @@ class Check(Section):
     pictures: Literal["off", "warn", "fail"] = Field(
         "warn", description="what blank, washed-out, blurred, odd and mislabelled pictures do"
     )
+    backbone: bool = Field(True, description="look at the pictures with a pretrained network, too")
     near_copies: Literal["off", "warn", "fail"] = Field(
         "warn", description="what near duplicates in two splits or classes do"
     )

@@ -55,7 +55,10 @@ def find_sink(name: str) -> Sink:
 @sink("log")
 def _to_log(alert: Alert, p: Alerts) -> None:
     "A line of JSON in the program's own log, which is standard error unless somebody configured another."
-    _log.log(logging.CRITICAL if alert.severity == "critical" else logging.WARNING, json.dumps(asdict(alert)))
+    _log.log(
+        logging.CRITICAL if alert.severity == "critical" else logging.WARNING,
+        json.dumps({"text": alert.text} | asdict(alert)),
+    )
 
 # %% ../../nbs/monitor/31_sinks.ipynb #sk-call
 _SECRETS = ("CELESTIAL_WEBHOOK_SECRET", "CELESTIAL_SMTP_PASSWORD", "GITHUB_TOKEN")
