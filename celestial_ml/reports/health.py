@@ -265,8 +265,8 @@ def health(
 def health_of(service: Service) -> dict[str, Any]:
     "The health of the model that a service answers with."
     model, challenger = service.models.now(), service.models.challenger.predictor
-    names = [one.version if one else None for one in (model, challenger)]
-    return health(None, *names, folder=model.folder if model else None).to_json()
+    version, folder = (model.version, model.folder) if model else (None, None)
+    return health(None, version, challenger.version if challenger else None, folder).to_json()
 
 
 def add_whole_demo(app: FastAPI, service: Service) -> None:
