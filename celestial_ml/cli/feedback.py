@@ -175,13 +175,10 @@ def _label_queue(
 
         if not folder.is_dir():
             raise CelestialError(f"{folder} is not a folder", "Name a folder of pictures.")
-        answered = queue.answered_folder(
-            folder, Predictor(find_model(model or os.environ.get("CELESTIAL_MODEL"))), passed
-        )
-        pairs = list(answered)
+        predictor = Predictor(find_model(model or os.environ.get("CELESTIAL_MODEL")))
+        pairs = list(queue.answered_folder(folder, predictor, passed))
         new += queue.enqueue((one for one, _ in pairs), {one.sha256: path for one, path in pairs}, url)
-    answers = chain(queue.answered_log() if log else (), audit_log(audit, seed) if audit else ())
-    for one, content in answers:
+    for one, content in chain(queue.answered_log() if log else (), audit_log(audit, seed) if audit else ()):
         new += queue.enqueue([one], {one.sha256: content}, url)
     queue.rank(strategy, seed, url)
     figures = queue.progress_of(url=url)
