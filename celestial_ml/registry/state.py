@@ -112,7 +112,15 @@ def _adopt(why: str) -> None:
         write_json(pointer_file("champion"), {"model": pointer.model, "entry": entry["sha256"]})
 
 
-_REMAINS = ("retired.json", "gate.json", "model_card.md", "model_card.html", "data_card.md", "data_card.html")
+_REMAINS = (
+    "retired.json",
+    "gate.json",
+    "model_card.md",
+    "model_card.html",
+    "data_card.md",
+    "data_card.html",
+    "bom.json",
+)
 
 
 def _put_away(model: str, evidence: dict[str, Any]) -> None:
