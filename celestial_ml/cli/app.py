@@ -40,8 +40,10 @@ from .keys import keys_app
 from .label import label_app
 from .log import log_app
 from .models import models_app
+from .monitor import drift_app, monitor_app
 from .new import new_app
 from .report import report_app
+from .retrain import retrain_app
 from .sweep import sweep_app
 from .ui import ui_app
 from .versions import versions_app
@@ -51,6 +53,7 @@ from ..core.folders import PassedOver
 from ..core.names import printable
 from ..core.quiet import quiet_tensorflow
 
+# %% ../../nbs/cli/09_app.ipynb #app-types
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -60,11 +63,11 @@ if TYPE_CHECKING:
 app = command_group("From a notebook to a served, monitored, retrained image classifier.")
 data_app = command_group("The images: fetch, validate, look at.")
 data_app.add_typer(versions_app)
-for group in (batch_app, sweep_app, report_app, new_app, ui_app):
+for group in (batch_app, drift_app, sweep_app, retrain_app, report_app, new_app, ui_app):
     app.add_typer(group)
 add_queue(label_app)
 _groups = {"data": data_app, "feedback": feedback_app, "label": label_app, "log": log_app}
-_groups |= {"keys": keys_app, "models": models_app}
+_groups |= {"keys": keys_app, "models": models_app, "monitor": monitor_app}
 for name, group in _groups.items():
     app.add_typer(group, name=name, short_help=str(group.info.help))
 

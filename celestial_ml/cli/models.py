@@ -166,6 +166,9 @@ def models_promote(
     who: Who = None,
     why: Why = "",
     params: Annotated[str | None, typer.Option(help="params file with the rules; those it was registered by")] = None,
+    new_baseline: Annotated[
+        bool, typer.Option("--new-baseline", help="also where it can't be compared with the champion; needs --why")
+    ] = False,
     json_: AsJson = False,
 ) -> None:
     "Make a version champion if it passes the gate. Exits with 1 if it doesn't."
@@ -175,6 +178,9 @@ def models_promote(
     version, root = _version(model), find_root()
     folder = root / "params" if root else "params"
     rules = load_params(params, folder=folder).register_ if params else gate_params(version)
+    if new_baseline and not why.strip():
+        raise CelestialError("--new-baseline needs a reason", "Say it in the log: --why 'the classes are others now'")
+    rules = rules.model_copy(update={"new_baseline": why}) if new_baseline else rules
     verdict = submit(version, rules, who, by_hand=True, why=why)
     if json_:
         print(json.dumps(verdict.to_dict()), flush=True)

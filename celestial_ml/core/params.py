@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'Seconds', 'ParamsError', 'Section', 'Data', 'Check', 'Prepare', 'Model', 'Train', 'Evaluate', 'Stress',
-           'Explain', 'Package', 'Register', 'Card', 'Span', 'Tune', 'Score', 'Track', 'Monitor', 'AlertRule', 'Alerts',
-           'Params', 'allowed', 'known_keys', 'typed', 'parse_yaml', 'params_path', 'load_params', 'default_yaml']
+           'Explain', 'Package', 'Register', 'Card', 'Span', 'Tune', 'Score', 'Track', 'Retrain', 'Monitor',
+           'AlertRule', 'Alerts', 'Params', 'allowed', 'known_keys', 'typed', 'parse_yaml', 'params_path',
+           'load_params', 'default_yaml']
 
 # %% ../../nbs/core/04_params.ipynb #feca52bd
 import json
@@ -258,6 +259,11 @@ class Register(Section):
     promote: Literal["better", "not_worse", "by_hand"] = Field(
         "not_worse", description="better or not_worse than the champion: it takes over; by_hand: a person decides"
     )
+    new_baseline: str | None = Field(
+        None,
+        min_length=1,
+        description="why a version may begin a new line where it can't be compared with the champion; null: it may not",
+    )
 
 # %% ../../nbs/core/04_params.ipynb #card
 class Card(Section):
@@ -312,6 +318,29 @@ class Track(Section):
 
     uri: str | None = Field(None, description="an MLflow server or database; null: mlflow.db in CELESTIAL_HOME")
     experiment: str = Field("celestial", min_length=1, description="name of the experiment in MLflow")
+
+# %% ../../nbs/core/04_params.ipynb #retrain
+class Retrain(Section):
+    "When `celestial retrain --if-triggered` trains anew."
+
+    triggers: list[str] = Field(
+        ["schedule", "labels", "decay", "drift"], description="what starts it: schedule, labels, decay, drift, your own"
+    )
+    every_days: float | None = Field(None, gt=0, description="schedule: days since the last training; null: never")
+    min_labels: int = Field(50, ge=1, description="labels: accepted labels that the champion wasn't trained on")
+    decay_points: float = Field(
+        3.0,
+        ge=0,
+        le=100,
+        description="decay: points that all of the live accuracy's interval is below the held-out one",
+    )
+    harm_only: bool = Field(True, description="drift: only an alarm that costs accuracy counts")
+    min_gap_hours: float = Field(6.0, ge=0, description="hours between the begin of two trainings")
+    backoff_minutes: float = Field(
+        30.0, ge=0, description="wait after a training that failed or was refused; twice as long each time"
+    )
+    backoff_max_hours: float = Field(48.0, gt=0, description="this wait, at most")
+    warm_start: bool = Field(False, description="begin with the champion's network, where its run is still there")
 
 # %% ../../nbs/core/04_params.ipynb #monitor-section
 class Monitor(Section):
@@ -394,6 +423,7 @@ class Params(Section):
     tune: Tune = Tune()
     monitor: Monitor = Monitor()
     alerts: Alerts = Alerts()
+    retrain: Retrain = Retrain()
     track: Track = Track()
 
 # %% ../../nbs/core/04_params.ipynb #allowed

@@ -23,7 +23,7 @@ from ..core.params import Monitor, Params
 from ..data.features import FEATURES
 from .detectors import Detector, Promise
 from .drift_tests import prior_shift
-from .records import log_status, read_records
+from .records import read_records
 from .reference import FIGURES, GROUPS, ONE_SIDED, Reference, read_reference
 from celestial_ml.monitor.snapshot import (
     AlarmRow,
@@ -84,10 +84,14 @@ def champion_since(
 # %% ../../nbs/monitor/14_check.ipynb #chk-metrics
 @metric("log")
 def log_metrics(context: MetricContext) -> dict[str, float]:
-    "Answers of the window, how many are unknown, how slow they were, and what the log lost."
+    "Answers of the window, how many are unknown, how slow they were, and what the log lost within a day."
+    from sqlalchemy import func, select
+
     with read_records(context.url) as connection:
         parts = [*answers_of(connection, context.model or "", newest=context.params.monitor.window)]
-    figures = {"log_lost": float(log_status(context.url)["lost"]), "answers": float(sum(map(len, parts)))}
+        processes = log_table("processes").c
+        today = select(func.sum(processes.lost)).where(processes.ended > time.time() - 86400)
+        figures = {"log_lost": float(connection.execute(today).scalar() or 0), "answers": float(sum(map(len, parts)))}
     if parts:
         figures["unknown_share"] = float((~parts[0].known).mean())
         figures["p99_ms"] = float(parts[0].latency_ms.astype(float).quantile(0.99))

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from ..core.errors import CelestialError, unknown
@@ -24,7 +24,7 @@ from .alert_rules import Alert, evaluate
 from .snapshot import Snapshot, monitor_folder
 
 # %% auto #0
-__all__ = ['Sink', 'SINKS', 'sink', 'find_sink', 'sign', 'read_alerts', 'standing_alerts', 'notify']
+__all__ = ['Sink', 'SINKS', 'sink', 'find_sink', 'sign', 'read_alerts', 'standing_alerts', 'notify', 'send_test']
 
 # %% ../../nbs/monitor/31_sinks.ipynb #sk-sink
 Sink = Callable[[Alert, Alerts], None]
@@ -251,3 +251,13 @@ def notify(snapshot: Snapshot, params: Params) -> list[Alert]:  # those that sta
     for name, why in failures.items():
         _log.warning("the sink %s failed and is tried again at the next look: %s", name, why)
     return alerts
+
+# %% ../../nbs/monitor/31_sinks.ipynb #sk-test
+def send_test(name: str, p: Alerts) -> None:
+    "Send an alert that is none, and its end; `CelestialError` says why a sink didn't take them."
+    alert = Alert("test", "none", "warning", "test", 1.0, "above 0", time.time(), time.time())
+    for one in (alert, replace(alert, state="resolved")):
+        try:
+            _attempt(find_sink(name), one, p)
+        except Exception as e:
+            raise CelestialError(f"the sink {name} failed: {_plain(e)}", "See operations.md, Alerts.") from None
