@@ -28,6 +28,7 @@ _ParamsOption = Annotated[str, typer.Option("--params", help="a file in params/,
 def _params(name: str, settings: list[str] | None) -> "Params":
     "The parameters of the project around; the defaults where there is none."
     from celestial_ml.core.params import Params, load_params
+    from celestial_ml.label import bias  # noqa: F401  # the metrics of labels, which a look at the model computes
 
     root = find_root()
     return load_params(name, settings, root / "params") if root else Params()
