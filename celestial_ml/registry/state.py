@@ -112,15 +112,7 @@ def _adopt(why: str) -> None:
         write_json(pointer_file("champion"), {"model": pointer.model, "entry": entry["sha256"]})
 
 
-_REMAINS = (
-    "retired.json",
-    "gate.json",
-    "model_card.md",
-    "model_card.html",
-    "data_card.md",
-    "data_card.html",
-    "bom.json",
-)
+_REMAINS = ("retired.json", "gate.json", "model_card.md", "model_card.html", "data_card.md", "data_card.html")
 
 
 def _put_away(model: str, evidence: dict[str, Any]) -> None:
