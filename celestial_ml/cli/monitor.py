@@ -43,11 +43,14 @@ def monitor_check(
     url: Where = None,
     json_: AsJson = False,
 ) -> None:
-    "Look at what was logged since the last look; exit code 1 while an alarm stands."
+    "Look at what was logged since the last look, and send alerts; exit code 1 while an alarm or an alert stands."
+    import celestial_ml.label.live_labels  # noqa: F401 its metrics: accuracy, labels
     from celestial_ml.monitor.check import check
+    from celestial_ml.monitor.sinks import standing_alerts
     from celestial_ml.monitor.tables import utc
 
     snapshot = check(_params(params, set_), model, url, restart)
+    standing = standing_alerts()
     if json_:
         print(snapshot.model_dump_json())
     else:
@@ -60,10 +63,11 @@ def monitor_check(
             )
         if not snapshot.alarms and "drift_evidence" in metrics:
             print(f"no alarm; the evidence is {metrics['drift_evidence']:.1%} of an alarm's")
-        print("\n".join(snapshot.reasons), end="\n" if snapshot.reasons else "")
+        for line in (*snapshot.reasons, *(f"alert: {alert.text}" for alert in standing)):
+            print(line)
         if snapshot.alarms:
             print("next:  celestial monitor report, or, where it was dealt with, celestial monitor check --restart")
-    if snapshot.alarms:
+    if snapshot.alarms or standing:
         raise typer.Exit(1)
 
 # %% ../../nbs/cli/12_monitor.ipynb #cm-tests
