@@ -266,8 +266,7 @@ def health(
         figures |= traffic | {"versions": versions, "beside": beside, "estimate_checks": checks}
         figures["estimates"] = [one.to_json() for one in estimates]
     sections += [_drift(snapshot, model), *_accuracy(versions, estimates, checks)]
-    sections += _bias(figures["snapshot"])
-    sections += [_versions(about, snapshot, beside), alert_words, label_words]
+    sections += [*_bias(figures["snapshot"]), _versions(about, snapshot, beside), alert_words, label_words]
     harm = alerts or any(one.severity == "harm" for one in alarms)
     state = "harm" if harm else "drift" if alarms else "well" if figures.get("answers") else "nothing"
     return Health(time.time(), **about, state=state, headline=HEADLINES[state], sections=sections, figures=figures)
