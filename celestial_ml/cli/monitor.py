@@ -44,7 +44,8 @@ def monitor_check(
     json_: AsJson = False,
 ) -> None:
     "Look at what was logged since the last look, and send alerts; exit code 1 while an alarm or an alert stands."
-    import celestial_ml.label.live_labels  # noqa: F401 its metrics: accuracy, labels
+    import celestial_ml.label.live_labels
+    import celestial_ml.monitor.triggers  # noqa: F401 their metrics: accuracy, labels, what was held out
     from celestial_ml.monitor.check import check
     from celestial_ml.monitor.sinks import standing_alerts
     from celestial_ml.monitor.tables import utc
