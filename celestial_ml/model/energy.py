@@ -27,7 +27,12 @@ def measure_energy() -> Iterator[dict[str, Any]]:  # after the block: kwh, kg_co
         from codecarbon import OfflineEmissionsTracker
 
         logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
-        quiet = {"save_to_file": False, "save_to_api": False, "save_to_logger": False, "log_level": "critical"}
+        quiet: dict[str, Any] = {
+            "save_to_file": False,
+            "save_to_api": False,
+            "save_to_logger": False,
+            "log_level": "critical",
+        }
         tracker = OfflineEmissionsTracker(**place, **quiet, allow_multiple_runs=True)
         tracker.start()
     try:

@@ -47,7 +47,8 @@ def _energy(energy: dict[str, Any]) -> dict[str, Any]:
 # %% ../../nbs/reports/09_bill_of_materials.ipynb #bo-card
 def _model_card(manifest: Manifest) -> dict[str, Any]:
     "The model card in CycloneDX's form."
-    metrics, lineage, worst = manifest.metrics, manifest.lineage, manifest.metrics.fairness.worst
+    metrics, lineage = manifest.metrics, manifest.lineage
+    worst = metrics.fairness.worst if metrics.fairness else None
     figures = [_metric(name, one.value, one) for name, one in metrics.intervals.items()]
     figures += [_metric("f1", one.f1, None, name) for name, one in metrics.per_class.items()]
     figures += [_metric("accuracy", worst.accuracy, None, f"{worst.slice} {worst.bin}")] if worst else []
@@ -82,14 +83,19 @@ def bill_of_materials(
     from celestial_ml import __version__
 
     lineage, sha = manifest.lineage, [{"alg": "SHA-256", "content": manifest.sha256}]
-    data = {"type": "data", "bom-ref": "images", "name": lineage.source or "images"}
+    data: dict[str, Any] = {"type": "data", "bom-ref": "images", "name": lineage.source or "images"}
     data |= {"hashes": [{"alg": "SHA-256", "content": lineage.data_sha256}]} if lineage.data_sha256 else {}
-    code = {"type": "library", "bom-ref": "celestial_ml", "name": "celestial_ml", "version": __version__}
+    code: dict[str, Any] = {
+        "type": "library",
+        "bom-ref": "celestial_ml",
+        "name": "celestial_ml",
+        "version": __version__,
+    }
     code["licenses"] = [{"license": {"id": "Apache-2.0"}}]
     code["properties"] = [{"name": "revision", "value": lineage.code_revision or "unknown"}]
     libraries = [one for name in _SERVING for one in _library(name, "required")]
     libraries += [one for name in _TRAINING for one in _library(name, "excluded")]
-    model = {"type": "machine-learning-model", "bom-ref": "model", "name": manifest.name or lineage.run}
+    model: dict[str, Any] = {"type": "machine-learning-model", "bom-ref": "model", "name": manifest.name or lineage.run}
     model |= {"version": manifest.version, "hashes": sha, "modelCard": _model_card(manifest)}
     names = ["images", *(str(one["bom-ref"]) for one in (code, *libraries))]
     parameters = without_folders(lineage.parameters)
