@@ -23,7 +23,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from typer.testing import CliRunner
 
-from celestial_ml.cli.alerts import alerts_app
+from celestial_ml.cli.app import app
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.params import AlertRule, Alerts, Params
 from celestial_ml.core.testing import TemporaryHome
@@ -387,7 +387,7 @@ def test_an_issue_is_not_opened_twice_where_the_answer_got_lost(home: TemporaryH
 
 def test_the_command_shows_what_stands(home: TemporaryHome, tmp_path: Path) -> None:
     def call(*arguments: str) -> tuple[int, str]:
-        done = CliRunner().invoke(alerts_app, arguments)
+        done = CliRunner().invoke(app, ["monitor", "alerts", *arguments])
         return done.exit_code, done.stdout
 
     assert call()[0] == 0
@@ -404,17 +404,16 @@ def test_the_command_tries_a_sink(home: TemporaryHome, tmp_path: Path) -> None:
     hook = Webhook()
     with http(hook) as url:
         arguments = [
-            "--test",
-            "webhook",
+            *("monitor", "alerts", "--test", "webhook"),
             "--set",
             f"alerts.webhook={url}",
             "--set",
             "alerts.attempts=1",
         ]
-        assert CliRunner().invoke(alerts_app, arguments).exit_code == 0
+        assert CliRunner().invoke(app, arguments).exit_code == 0
         assert [one["state"] for one in hook.taken] == ["firing", "resolved"]
         hook.answers = [500]
-        assert CliRunner().invoke(alerts_app, arguments).exit_code == 2
+        assert CliRunner().invoke(app, arguments).exit_code == 2
     assert read_alerts() == {} and not (home.path / "monitor/alert_history.jsonl").exists(), "a test is no alert"
 
 

@@ -46,7 +46,8 @@ def monitor_alerts(
         print(json.dumps({"standing": [asdict(one) for one in standing], "waiting": waiting, "failures": failures}))
     else:
         rows = [
-            [one.severity, one.rule, f"{one.value:.4g} ({one.limit})", one.model, utc(one.since)] for one in standing
+            [one.severity, one.rule, f"{one.metric} {one.value:.4g} ({one.limit})", one.model, utc(one.since)]
+            for one in standing
         ]
         print(table([["severity", "alert", "value", "model", "since"], *rows]) if rows else "no alert stands")
         for name in failures | waiting:

@@ -92,6 +92,7 @@ class Check(Section):
     pictures: Literal["off", "warn", "fail"] = Field(
         "warn", description="what blank, washed-out, blurred, odd and mislabelled pictures do"
     )
+    backbone: bool = Field(True, description="look at the pictures with a pretrained network, too")
     near_copies: Literal["off", "warn", "fail"] = Field(
         "warn", description="what near duplicates in two splits or classes do"
     )
@@ -381,7 +382,7 @@ class Alerts(Section):
             AlertRule(name="unknown", metric="unknown_share", above=0.2, recovery=0.1, lasts="3"),
             AlertRule(name="drift", metric="drift_alarms", above=0.0),
             AlertRule(name="harm", metric="harm_alarms", above=0.0, severity="critical"),
-            AlertRule(name="accuracy", metric="accuracy_high", below=0.9, severity="critical"),
+            AlertRule(name="accuracy", metric="accuracy_high", below=0.75, severity="critical"),
             AlertRule(name="estimated_accuracy", metric="accuracy_estimate", below=0.85, recovery=0.9, lasts="3"),
             AlertRule(name="slow", metric="p99_ms", above=1000.0, recovery=500.0, lasts="3", cooldown="1h"),
             AlertRule(name="log_lost", metric="log_lost", above=0.0),

@@ -191,22 +191,25 @@ class Measuring:
         "Of the rows."
         return [column for one in self.definitions for column in one.columns]
 
-    def row(
+    def values(
         self,
         sha256: str,  # of the picture's file
         pixels: np.ndarray | Callable[[], np.ndarray],  # uint8 (height, width, 3); called where a value is missing
-    ) -> dict[str, Any]:  # column → number or vector
+    ) -> list[np.ndarray]:  # float32 (columns,) of each definition
         "The features of one picture."
-        row: dict[str, Any] = {}
         frame = None
         for one in self.definitions:
-            if (values := self.stored[one].get(sha256)) is None:
+            if self.stored[one].get(sha256) is None:
                 frame = frame or Frame(pixels() if callable(pixels) else pixels)
-                values = self.stored[one][sha256] = self.fresh[one][sha256] = one.values(frame)
-            row |= one.row(values)
+                self.stored[one][sha256] = self.fresh[one][sha256] = one.values(frame)
         if frame is not None and max(map(len, self.fresh.values())) >= _AT_ONCE:
             self.save()
-        return row
+        return [self.stored[one][sha256] for one in self.definitions]
+
+    def row(self, sha256: str, pixels: np.ndarray | Callable[[], np.ndarray]) -> dict[str, Any]:
+        "The same by column: numbers, and vectors."
+        pairs = zip(self.definitions, self.values(sha256, pixels), strict=True)
+        return {column: value for one, values in pairs for column, value in one.row(values).items()}
 
     def save(self) -> None:
         "Store what was computed since the last time."

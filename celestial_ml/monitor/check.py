@@ -25,6 +25,7 @@ from .detectors import Detector, Promise
 from .drift_tests import prior_shift
 from .records import read_records
 from .reference import FIGURES, GROUPS, ONE_SIDED, Reference, read_reference
+from .sinks import notify
 from celestial_ml.monitor.snapshot import (
     AlarmRow,
     MetricContext,
@@ -278,11 +279,12 @@ def check(
     url: str | None = None,  # of the prediction log, as `log_database` takes it
     restart: bool = False,  # the alarm was dealt with: begin a new stretch
 ) -> Snapshot:
-    "Look at all that was logged since the last look, and store how things are."
+    "Look at all that was logged since the last look, store how things are, and send alerts."
     folder = find_model(model)
     about = read_description(folder)
     name = model_name(str(about.get("name", "")), about["version"])
     with hold(monitor_folder() / "check.lock", "the monitor is looking already", "Try again in a minute.", timeout=60):
         snapshot = _look(name, folder, params, url, restart)
         write_snapshot(snapshot)
+    notify(snapshot, params)
     return snapshot
