@@ -7,6 +7,7 @@ __all__ = ['monitor_app', 'drift_app', 'monitor_check', 'monitor_report', 'drift
 
 # %% ../../nbs/cli/12_monitor.ipynb #cm-imports
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer

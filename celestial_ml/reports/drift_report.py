@@ -58,7 +58,9 @@ def advice(
         words += ["Label the answers that people called wrong, and train again: celestial feedback list"]
     elif pictures:
         words += ["Nothing is broken. See whether the source of the pictures was changed on purpose."]
-    if shift > 0.1:
+    if shift > 0.1 and pictures:
+        words += ["The mix of answers has changed with the pictures, so classes may be confused: label some of them."]
+    elif shift > 0.1:
         words += ["The mix of classes has changed: judge accuracy by class, not as a whole."]
     return words or ["Watch it: it is too small to act on."]
 
@@ -85,7 +87,7 @@ def _with_embedding(connection: Connection, table: pd.DataFrame, most: int = 100
         vectors |= {
             row.id: row.embedding for row in connection.execute(select(rows.id, rows.embedding).where(rows.id.in_(ids)))
         }
-    decoded = [None if (one := vectors.get(i)) is None else np.frombuffer(one, "<f2") for i in some.id]
+    decoded: list[Any] = [None if (one := vectors.get(i)) is None else np.frombuffer(one, "<f2") for i in some.id]
     columns = ["request_id", "label", "known", *FIGURES]
     return some[columns] if any(one is None for one in decoded) else some[columns].assign(embedding=decoded)
 
@@ -95,7 +97,8 @@ def _kept_pictures(connection: Connection, table: pd.DataFrame, most: int = 12) 
     from sqlalchemy import select
 
     images, shown = log_table("images").c, list[tuple[bytes | None, str, str]]()
-    for row in table.head(20 * most).drop_duplicates("sha256").itertuples():
+    rows: Any = table.head(20 * most).drop_duplicates("sha256").itertuples()
+    for row in rows:
         content = connection.execute(select(images.content).where(images.sha256 == row.sha256)).scalar()
         if content is not None:
             shown.append(
@@ -159,7 +162,8 @@ def timeline(
     "The share of unknown answers, and the figure that moved most, in the order of the answers."
     import matplotlib.pyplot as plt
 
-    changes, table = report.about["moved"], report.table
+    changes, length = report.about["moved"], len(report.table) - report.since
+    table = report.table[max(0, report.since - 4 * length) if report.about["alarms"] else 0 :]
     name = next((one for one in changes if one in FEATURES), next(iter(changes), FEATURES[0]))
     i = 1 + FIGURES.index(name)
     held_out, edges = (
@@ -180,11 +184,13 @@ def timeline(
         for alarm in report.about["alarms"]:
             ax.axvline(int((table.time < alarm["since_time"]).sum()), color="#c1121f", linestyle="--", linewidth=1.2)
     axes[0].set_ylim(0, max(0.1, 1.15 * axes[0].get_ylim()[1]))
-    axes[1].set_xlabel("answers" + (", and where the change began" if report.about["alarms"] else ""))
+    axes[1].set_xlabel(
+        f"the newest {len(table):,} answers" + (", and where the change began" if report.about["alarms"] else "")
+    )
     plt.close(figure)
     return figure
 
-# %% ../../nbs/reports/08_drift_report.ipynb #dr-page
+# %% ../../nbs/reports/08_drift_report.ipynb #dr-four
 def _answers(about: dict[str, Any]) -> list[dict[str, Any]]:
     "The questions that a person comes with."
     severity, moved_names = about["severity"], [f"{name} {change:+.1f}" for name, change in about["moved"].items()]
@@ -195,17 +201,18 @@ def _answers(about: dict[str, Any]) -> list[dict[str, Any]]:
         if "accuracy" in right
         else []
     )
+    live = live or ["Nobody judged answers, so a fall of accuracy may be hidden."] * (severity != "none")
     hurts = f"{share(now['now'])} of the answers are unknown; {share(now['before'])} of the held-out images were."
     tone = {"none": "good", "drift": "wait", "harm": "bad"}[severity]
     return [
         {"question": "What moved?", "short": short[severity], "tone": tone, "sentences": [", ".join(moved_names[:3]) or "No figure of the known answers."]},
         {"question": "Since when?", "short": about["since"][:16].replace("T", " ") if about["alarms"] else "–", "tone": "", "sentences":
          [f"At answer {alarm['image']:,} it was sure, by {alarm['column']}." for alarm in about["alarms"]] or ["No alarm stands."]},
-        {"question": "Does it hurt?", "short": "yes" if severity == "harm" else "no", "tone": tone, "sentences": [hurts, *live]},
+        {"question": "Does it hurt?", "short": {"none": "no", "drift": "no sign of it", "harm": "yes"}[severity], "tone": tone, "sentences": [hurts, *live]},
         {"question": "What to do?", "short": "", "tone": "", "sentences": about["advice"]},
     ]  # fmt: skip
 
-
+# %% ../../nbs/reports/08_drift_report.ipynb #dr-page
 def drift_page(report: DriftReport) -> Page:
     "The report as a page."
     about, reference = report.about, report.reference
