@@ -29,6 +29,7 @@ _ParamsOption = Annotated[str, typer.Option("--params", help="a file in params/,
 def _params(name: str, settings: list[str] | None) -> "Params":
     "The parameters of the project around; the defaults where there is none."
     from celestial_ml.core.params import Params, load_params
+    from celestial_ml.label import bias  # noqa: F401  # the metrics of labels, which a look at the model computes
 
     root = find_root()
     return load_params(name, settings, root / "params") if root else Params()
@@ -44,7 +45,8 @@ def monitor_check(
     json_: AsJson = False,
 ) -> None:
     "Look at what was logged since the last look, and send alerts; exit code 1 while an alarm or an alert stands."
-    import celestial_ml.label.live_labels  # noqa: F401 its metrics: accuracy, labels
+    import celestial_ml.label.live_labels
+    import celestial_ml.monitor.triggers  # noqa: F401 their metrics: accuracy, labels, what was held out
     from celestial_ml.monitor.check import check
     from celestial_ml.monitor.sinks import standing_alerts
     from celestial_ml.monitor.tables import utc

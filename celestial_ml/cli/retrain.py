@@ -73,7 +73,10 @@ def watch(
     more = [word for setting in set_ or [] for word in ("--set", setting)]
     try:
         while not stop.is_set():
-            for words in (["monitor", "check", params, *more], ["retrain", params, *more, "--if-triggered"]):
+            for words in (
+                ["monitor", "check", "--params", params, *more],
+                ["retrain", params, *more, "--if-triggered"],
+            ):
                 if stop.is_set():
                     break
                 print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  celestial {shlex.join(words)}", flush=True)

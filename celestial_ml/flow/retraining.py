@@ -111,11 +111,14 @@ def _made(folder: Path, model: Manifest | None) -> bool:
 # %% ../../nbs/flow/20_retraining.ipynb #ret-look
 def _moment(params: Params, before: Manifest | None, last: LastRun | None, request: str | None, retry: bool) -> Moment:
     "What the triggers see: the monitor's latest look at this champion, with what can be known at once."
+    import celestial_ml.label.live_labels
+    import celestial_ml.monitor.check  # noqa: F401 both for their metrics
+
     now, model = time.time(), before.model if before else None
     seen = read_snapshot()
     if seen is None or seen.model != model:  # nobody has looked at this champion yet
         seen = Snapshot(time=now, model=model, begin=now, end=now, answers=0, metrics={}, alarms=[], reasons=[])
-    figures, _ = measure(MetricContext(model, seen.begin, now, params), ("champion", "labels"))
+    figures, _ = measure(MetricContext(model, seen.begin, now, params), ("champion", "held_out", "labels"))
     return Moment(now, seen.model_copy(update={"metrics": seen.metrics | figures}), last, request, retry)
 
 # %% ../../nbs/flow/20_retraining.ipynb #ret-train
