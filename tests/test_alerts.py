@@ -9,8 +9,6 @@ import logging
 import os
 import signal
 import ssl
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,9 +20,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import httpx
+import numpy as np
 import pytest
-from serving import until
+from serving import encoded, running, tiny_model, until
+from typer.testing import CliRunner
 
+from celestial_ml.cli.app import app
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.core.params import AlertRule, Alerts, Params
 from celestial_ml.core.testing import TemporaryHome
@@ -387,10 +389,6 @@ def test_an_issue_is_not_opened_twice_where_the_answer_got_lost(home: TemporaryH
 
 
 def test_the_command_shows_what_stands(home: TemporaryHome, tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
-    from celestial_ml.cli.app import app
-
     def call(*arguments: str) -> tuple[int, str]:
         done = CliRunner().invoke(app, ["monitor", "alerts", *arguments])
         return done.exit_code, done.stdout
@@ -406,17 +404,10 @@ def test_the_command_shows_what_stands(home: TemporaryHome, tmp_path: Path) -> N
 
 
 def test_the_command_tries_a_sink(home: TemporaryHome, tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
-    from celestial_ml.cli.app import app
-
     hook = Webhook()
     with http(hook) as url:
         arguments = [
-            "monitor",
-            "alerts",
-            "--test",
-            "webhook",
+            *("monitor", "alerts", "--test", "webhook"),
             "--set",
             f"alerts.webhook={url}",
             "--set",
@@ -430,17 +421,38 @@ def test_the_command_tries_a_sink(home: TemporaryHome, tmp_path: Path) -> None:
 
 
 def test_two_looks_at_once_send_each_change_once(home: TemporaryHome) -> None:
-    hook = Webhook()
-    code = (
-        "import json, sys; from celestial_ml.core.params import Params; from celestial_ml.monitor.sinks import notify;"
-        "from celestial_ml.monitor.snapshot import Snapshot; a, p = map(json.loads, sys.argv[1:]);"
-        "notify(Snapshot(**a), Params(alerts=p))"
-    )
+    hook, children = Webhook(), []
     with http(hook) as url:
-        p = params("webhook", webhook=url, timeout=20.0).alerts.model_dump_json(by_alias=True)
-        about = {"time": 60.0, "model": "m/1", "begin": 0.0, "end": 0.0, "answers": 9, "alarms": [], "reasons": []}
-        text = json.dumps(about | {"metrics": {"unknown_share": 0.3}})
-        both = [subprocess.Popen([sys.executable, "-c", code, text, p]) for _ in range(2)]
-        assert [one.wait(60) for one in both] == [0, 0]
+        for _ in range(4):
+            children.append(os.fork())
+            if not children[-1]:
+                code = 1
+                try:
+                    look(params("webhook", webhook=url, timeout=20.0), 1, 0.3)
+                    code = 0
+                finally:
+                    os._exit(code)
+        assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
     assert [one["state"] for one in hook.taken] == ["firing"]
-    until(lambda: len(read_alerts()["rules"]) == 1, 5)
+
+
+def test_from_answers_of_a_server_to_a_webhook_and_back_to_its_metrics(home: TemporaryHome, tmp_path: Path) -> None:
+    hook, model, state = Webhook(), tiny_model(tmp_path / "model"), tmp_path / "home"
+    with http(hook) as url, running(model, tmp_path / "err", demo=False) as service:
+        for picture in [np.zeros((32, 32, 3), np.uint8)] * 6:  # nearly black is unknown
+            answer = httpx.post(f"{service}/predict", files={"image": encoded(picture)}, timeout=60).json()
+            assert not answer["known"]
+        os.environ["CELESTIAL_HOME"] = str(state)
+        until(lambda: "celestial_log_written 6.0" in httpx.get(f"{service}/metrics", timeout=60).text)
+        rule = "{name: unknown, metric: unknown_share, above: 0.2, severity: critical}"
+        settings = {"rules": f"[{rule}]", "sinks": "[webhook]", "webhook": url}
+        options = [text for name, value in settings.items() for text in ("--set", f"alerts.{name}={value}")]
+        done = CliRunner().invoke(app, ["monitor", "check", "--model", str(model), *options])
+        assert done.exit_code == 1 and "alert: critical: unknown" in done.stdout, done.output
+        assert [(one["rule"], one["value"], one["state"]) for one in hook.taken] == [("unknown", 1.0, "firing")]
+        page = httpx.get(f"{service}/metrics", timeout=60).text
+        assert 'celestial_alert{rule="unknown",severity="critical"} 1.0' in page
+        assert "celestial_monitor_unknown_share{" in page
+        settings = ["--set", "alerts.rules=[{name: a, metric: unknown_shar, above: 1}]"]
+        done = CliRunner().invoke(app, ["monitor", "check", "--model", str(model), *settings])
+        assert done.exit_code == 2 and "did you mean 'unknown_share'?" in done.stderr

@@ -38,7 +38,7 @@ PACKAGE = (  # what of a run is served
     "selftest.npz",
     "performance.*",
 )
-NOT_SERVED = {"test_predictions.npz"}  # what the gate compares versions by
+NOT_SERVED = {"test_predictions.npz", "monitor.npz"}  # what the gate compares versions by, and the monitor traffic
 HEAVY = r"tensorflow|keras|mlflow|ploomber|jupyter|ipykernel|ipython|papermill|nbdev|dvc|pytest|scikit-learn|pip$"
 
 

@@ -41,7 +41,7 @@ CHANGES = {
     "limit of 5 MB on uploads": ("serve", "nbs/serve/04_settings.ipynb", "max_bytes"),
     "a new corruption": ("data", "nbs/data/11_corruptions.ipynb", "CORRUPTIONS"),
     "another column in the log": ("monitor", "nbs/monitor/00_tables.ipynb", "Column"),
-    "another sink for alerts, such as mail": ("monitor", "nbs/monitor/05_feedback.ipynb", "feedback"),
+    "another sink for alerts, such as mail": ("monitor", "nbs/monitor/31_sinks.ipynb", "sink"),
     "a stricter gate": ("registry", "nbs/registry/05_gate.ipynb", "judge"),
     "a new augmentation": ("model", "nbs/model/01_augment.ipynb", "random_fog"),
     "the colour of a chart in the report": ("core", "celestial_ml/core/templates/charts.jinja", "known"),

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 from bench.attacks import Answer  # noqa: E402
 from bench.soak import LARGE, Attack, Sample, Soak, Wait, soak  # noqa: E402
 from celestial_ml.core.errors import STATUS  # noqa: E402
+from celestial_ml.core.files import write_json  # noqa: E402
 from celestial_ml.demo.uploads import upload_figures  # noqa: E402
 from celestial_ml.monitor.log import service_log  # noqa: E402
 from celestial_ml.serve.api import build_app  # noqa: E402
@@ -100,6 +101,10 @@ def documented(app) -> set[tuple[int, str]]:
 def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     "The service, with a prediction log."
     monkeypatch.setenv("CELESTIAL_HOME", str(tmp_path))
+    look = {"time": 1.0, "model": "tiny/1", "metrics": {"unknown_share": 0.1}}  # as the monitor leaves it
+    write_json(tmp_path / "monitor/snapshot.json", look)
+    alerts = {"rules": {"unknown": {"severity": "warning"}}, "waiting": {"log": []}}
+    write_json(tmp_path / "monitor/alerts.json", alerts)
     log = service_log(serve_settings())
     app = build_app(tiny_model(tmp_path / "model"), log=log)
     Connections(app.state.service.settings, app.state.service.metrics)  # a server has them; they count themselves

@@ -177,6 +177,7 @@ def test_int8_is_served_where_it_is_as_good(celestial, smoke: Plan) -> None:
         "performance.json",
         "performance.webp",
         "held_out.npz",
+        "monitor.npz",
     }
     assert beside == about["files"].keys()
 

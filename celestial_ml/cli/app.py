@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .alerts import alerts_app
 from .batch import batch_app
 from celestial_ml.cli.console import (
     CUT_OFF,
@@ -40,8 +41,11 @@ from .keys import keys_app
 from .label import label_app
 from .log import log_app
 from .models import models_app
+from .monitor import drift_app, monitor_app
 from .new import new_app
 from .report import report_app
+from .retrain import retrain_app
+from .status import status_app
 from .sweep import sweep_app
 from .ui import ui_app
 from .versions import versions_app
@@ -51,6 +55,7 @@ from ..core.folders import PassedOver
 from ..core.names import printable
 from ..core.quiet import quiet_tensorflow
 
+# %% ../../nbs/cli/09_app.ipynb #app-types
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -60,11 +65,13 @@ if TYPE_CHECKING:
 app = command_group("From a notebook to a served, monitored, retrained image classifier.")
 data_app = command_group("The images: fetch, validate, look at.")
 data_app.add_typer(versions_app)
-for group in (batch_app, sweep_app, report_app, new_app, ui_app):
+monitor_app.add_typer(alerts_app)
+for group in (batch_app, drift_app, sweep_app, retrain_app, report_app, new_app, ui_app):
     app.add_typer(group)
 add_queue(label_app)
+monitor_app.add_typer(status_app)
 _groups = {"data": data_app, "feedback": feedback_app, "label": label_app, "log": log_app}
-_groups |= {"keys": keys_app, "models": models_app}
+_groups |= {"keys": keys_app, "models": models_app, "monitor": monitor_app}
 for name, group in _groups.items():
     app.add_typer(group, name=name, short_help=str(group.info.help))
 
@@ -206,9 +213,9 @@ def serve(
     challenger: Annotated[str | None, typer.Option(help="off, shadow:SHARE or canary:SHARE of the requests")] = None,
 ) -> None:
     "Serve the HTTP API and the demo."
-    from celestial_ml.label.page import add_labelled_demo
     from celestial_ml.monitor.log import service_log
     from celestial_ml.package.published import find_model
+    from celestial_ml.reports.health import add_whole_demo
     from celestial_ml.serve.server import serve as serve_forever
     from celestial_ml.serve.settings import serve_settings
 
@@ -217,7 +224,7 @@ def serve(
     name = model or os.environ.get("CELESTIAL_MODEL")
     folder, log = find_model(name) if name else None, service_log(settings)
     try:
-        serve_forever(folder, host, port, add_labelled_demo if demo else None, settings, log)
+        serve_forever(folder, host, port, add_whole_demo if demo else None, settings, log)
     finally:
         if log is not None:
             log.close()
@@ -268,12 +275,11 @@ def data_check(
     from dataclasses import asdict
 
     from celestial_ml.data.checks import require_pass
-    from celestial_ml.data.examine import examine, write_checks
-    from celestial_ml.flow.reference import reference_profile
+    from celestial_ml.data.examine import write_checks
+    from celestial_ml.flow.reference import check_batch
 
     catalog, p = _read_catalog(folder, params)
-    profile = reference_profile(reference or p.check.reference, project_root())
-    examination = examine(catalog, project_root(), p.check, p.prepare.background, profile)
+    examination = check_batch(catalog, project_root(), p.check, p.prepare.background, reference)
     findings = examination.findings
     new = f"celestial new my-project --data {shlex.quote(folder)}" if folder else f"celestial run {params}"
     if output or not json_:

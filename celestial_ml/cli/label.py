@@ -7,13 +7,18 @@ __all__ = ['label_app']
 
 # %% ../../nbs/cli/10_label.ipynb #la-imports
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from .console import AsJson, ModelOption, command, command_group, table
 from ..core.errors import CelestialError
+from ..core.files import find_root
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% ../../nbs/cli/10_label.ipynb #la-app
 label_app = command_group("Labels: import, export, and the model for Label Studio.")
@@ -24,6 +29,17 @@ _NewClass = Annotated[list[str] | None, typer.Option(help="a class that nobody h
 def _is_address(name: str) -> bool:
     "Whether a name is a Label Studio's address."
     return name.lower().startswith(("http://", "https://"))
+
+# %% ../../nbs/cli/10_label.ipynb #la-odd
+def _odd(catalog: "pd.DataFrame") -> list[dict[str, Any]]:
+    "What is odd about pictures that come in, by the limits of the project, under the names that they came by."
+    from celestial_ml.core.params import Check, load_params
+    from celestial_ml.flow.reference import incoming_findings
+
+    root, names = find_root(), dict(zip(catalog.path, catalog["name"], strict=True))
+    p = load_params(folder=root / "params").check if root else Check()
+    findings = incoming_findings(catalog, root or Path(), p) if len(catalog) else []
+    return [asdict(f) | {"images": [names.get(path, path) for path in f.images]} for f in findings]
 
 # %% ../../nbs/cli/10_label.ipynb #la-import
 @command(label_app, "import", "celestial label import cvat.zip")
@@ -61,7 +77,7 @@ def label_import(
     else:
         from celestial_ml.label.imports import import_labels
 
-        result = import_labels(source, format_, images, attribute=attribute, **options)
+        result = import_labels(source, format_, images, attribute=attribute, check=_odd, **options)
     if json_:
         print(json.dumps(result))
         return
@@ -70,6 +86,8 @@ def label_import(
     left = {"unlabelled": result["unlabelled"]} | result["left_out"]
     if any(left.values()):
         print("left out:", ", ".join(f"{count} {what}" for what, count in left.items() if count))
+    for one in result.get("findings", ()):
+        print(f"!  {one['saw']}{', as ' + one['images'][0] if one['images'] else ''}")
     print("next:  they wait for a review")
 
 # %% ../../nbs/cli/10_label.ipynb #la-export

@@ -14,6 +14,7 @@ import typer
 
 from .console import AsJson, command, command_group, table
 from ..core.errors import CelestialError
+from ..core.files import find_root
 
 # %% ../../nbs/cli/02_log.ipynb #b33bc115
 log_app = command_group("The prediction log: status, answers, export, deletion.")
@@ -99,21 +100,31 @@ def log_export(
 # %% ../../nbs/cli/02_log.ipynb #log-forget
 @command(log_app, "forget", "celestial log forget $(sha256sum picture.jpg | cut -c-64)")
 def log_forget(
-    sha256: Annotated[str, typer.Argument(help="the checksum of the picture's file")],
+    picture: Annotated[str, typer.Argument(help="the checksum of its file, or the path of a copy")],
     image_only: Annotated[bool, typer.Option("--image-only", help="keep the answers about it")] = False,
     url: Where = None,
     json_: AsJson = False,
 ) -> None:
-    "Delete a picture, the answers about it and the feedback on those."
-    from celestial_ml.label.store import forget_label, label_database
-    from celestial_ml.monitor.records import forget
+    "Delete a picture everywhere: log, feedback, labels, queue, features, data/labelled. Repeat it if interrupted."
+    from celestial_ml.label.forget import forget_picture
 
-    deleted = forget(sha256, url, answers=not image_only)
-    if (labels := label_database()).file is None or labels.file.is_file():
-        deleted["labels"] = forget_label(sha256.lower())
-    print(json.dumps(deleted) if json_ else ", ".join(f"{n} {name}" for name, n in deleted.items()) + " deleted")
-    if deleted["predictions"] and not json_:
+    deleted = forget_picture(picture, root := find_root(), url, answers=not image_only)
+    if json_:
+        print(json.dumps(deleted))
+        return
+    counts = [f"{n} {name}" for name, n in deleted.items() if isinstance(n, int)]
+    print(f"{', '.join(counts)}, {len(deleted['files'])} files deleted")
+    if deleted["predictions"]:
         print("next:  export those days again that were already exported")
+    if deleted["pointers"] and root:
+        print(
+            f"next:  git add {' '.join(deleted['pointers'])}; git commit; dvc gc --workspace --cloud, for DVC's older versions"
+        )
+    for model, how in deleted["versions"].items():
+        print(f"{model} was {how} on it: celestial models retire {model} --successor NEW, then delete its archive")
+    if deleted["versions"] or deleted["runs"]:
+        runs = ", ".join(f"output/{run}" for run in deleted["runs"]) or "the runs elsewhere"
+        print(f"train without it before that, and delete {runs} and their runs in MLflow: mlflow gc")
 
 
 @command(log_app, "feedback", "celestial log feedback 0f8fad5bd9cb469f --wrong --label Uranus")

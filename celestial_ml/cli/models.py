@@ -59,7 +59,7 @@ def _follow_in_mlflow() -> str | None:  # why the aliases lag behind
         return f"MLflow's aliases lag behind ({type(e).__name__}: {e})"
     return None
 
-
+# %% ../../nbs/cli/01_models.ipynb #follow-in-mlflow-1
 def _follow_later() -> None:
     "Have another process do it: importing MLflow takes longer than going back."
     code = "from celestial_ml.cli.models import models_app; models_app(['sync'])"
@@ -91,7 +91,7 @@ def models_list(json_: AsJson = False) -> None:
 
 _COLUMNS = ["version", "alias", "accuracy", "macro F1", "images", "source", "run", "made"]
 
-
+# %% ../../nbs/cli/01_models.ipynb #models-list-1
 def _cells(row: dict[str, Any]) -> list[str]:
     "A version as the cells of a table."
     status = f"retired for {row['retired']}" if row["retired"] else ", ".join(row["aliases"]) or row["aside"] or ""
@@ -150,7 +150,7 @@ def models_compare(first: Model, second: Model, json_: AsJson = False) -> None:
         print(f"{result['first']} is {better if clear else 'neither better nor worse'}: {words}")
     print(f"next:  celestial models {_next_after(order, clear)}")
 
-
+# %% ../../nbs/cli/01_models.ipynb #models-compare-1
 def _next_after(order: list[str], clear: bool) -> str:
     "What to do after a comparison: promote only a version that is better than the champion by more than chance."
     from celestial_ml.registry.overview import look
@@ -166,6 +166,9 @@ def models_promote(
     who: Who = None,
     why: Why = "",
     params: Annotated[str | None, typer.Option(help="params file with the rules; those it was registered by")] = None,
+    new_baseline: Annotated[
+        bool, typer.Option("--new-baseline", help="also where it can't be compared with the champion; needs --why")
+    ] = False,
     json_: AsJson = False,
 ) -> None:
     "Make a version champion if it passes the gate. Exits with 1 if it doesn't."
@@ -175,6 +178,9 @@ def models_promote(
     version, root = _version(model), find_root()
     folder = root / "params" if root else "params"
     rules = load_params(params, folder=folder).register_ if params else gate_params(version)
+    if new_baseline and not why.strip():
+        raise CelestialError("--new-baseline needs a reason", "Say it in the log: --why 'the classes are others now'")
+    rules = rules.model_copy(update={"new_baseline": why}) if new_baseline else rules
     verdict = submit(version, rules, who, by_hand=True, why=why)
     if json_:
         print(json.dumps(verdict.to_dict()), flush=True)
@@ -202,7 +208,7 @@ def models_rollback(who: Who = None, why: Why = "", json_: AsJson = False) -> No
         print(f"next:  celestial models compare {before} {now}", flush=True)
     _follow_later()
 
-
+# %% ../../nbs/cli/01_models.ipynb #models-rollback-1
 @command(models_app, "sync", "celestial models sync")
 def models_sync() -> None:
     "Set MLflow's aliases to those of the audit log, such as after MLflow was unreachable. Exits with 1 if it still is."
@@ -210,7 +216,7 @@ def models_sync() -> None:
         raise AnswerIsNo(problem, "Serving doesn't depend on it. Try again when MLflow is reachable.")
     print("MLflow's aliases match the audit log\nnext:  celestial models list")
 
-
+# %% ../../nbs/cli/01_models.ipynb #models-rollback-2
 @command(models_app, "retire", "celestial models retire celestial/1 --successor celestial/3")
 def models_retire(
     model: Model,
@@ -230,25 +236,101 @@ def models_retire(
         print(f"{version} is retired, and archived in {archive}\nnext:  celestial models list", flush=True)
     _follow_later()
 
-# %% ../../nbs/cli/01_models.ipynb #models-audit
+# %% ../../nbs/cli/01_models.ipynb #models-package
+_Package = Annotated[str, typer.Argument(help="a version or its alias, or the folder or run of a package")]
+
+
+def _folder(model: str) -> Path:
+    "The folder of a package, whether it's signed or not."
+    from celestial_ml.package.published import find_model
+    from celestial_ml.registry.state import ALIASES
+
+    return find_model(_version(model) if model in ALIASES else model, signed=False)
+
+# %% ../../nbs/cli/01_models.ipynb #models-sign
 @command(models_app, "sign", "celestial models sign champion --key key.pem")
 def models_sign(
-    model: Annotated[str, typer.Argument(help="a version or its alias, or the folder or run of a package")],
+    model: _Package,
     key: Annotated[str | None, typer.Option(help="a private key, PEM; default: CELESTIAL_SIGNING_KEY")] = None,
 ) -> None:
     "Sign a version, so that whoever sets CELESTIAL_VERIFY_KEY can load it and no changed one."
-    from celestial_ml.package.published import find_model
     from celestial_ml.package.signature import sign
-    from celestial_ml.registry.state import ALIASES
 
-    folder = find_model(_version(model) if model in ALIASES else model, signed=False)
+    folder = _folder(model)
     if not sign(folder, key):
         raise CelestialError(
             "there is no key to sign with", "Name it with --key KEY.pem, or set CELESTIAL_SIGNING_KEY."
         )
     print(f"{folder} is signed\nnext:  CELESTIAL_VERIFY_KEY=key.pub celestial serve")
 
+# %% ../../nbs/cli/01_models.ipynb #models-verify
+@command(models_app, "verify", "celestial models verify champion --key key.pub")
+def models_verify(
+    model: _Package,
+    key: Annotated[str | None, typer.Option(help="a public key, PEM; default: CELESTIAL_VERIFY_KEY")] = None,
+    json_: AsJson = False,
+) -> None:
+    "Check a version's files and, with a key, its signature. Exits with 1 if they aren't what was packaged and signed."
+    from celestial_ml.package.manifest import damage
+    from celestial_ml.package.signature import verify
 
+    folder, signed = _folder(model), None
+    problems = damage(folder)
+    try:
+        signed = verify(folder, key)
+    except CelestialError as e:
+        problems.append(e.message)
+    if json_:
+        print(json.dumps({"folder": str(folder), "problems": problems, "signed": signed and sorted(signed)}))
+    elif not problems:
+        words = "its signature wasn't checked: name a key" if signed is None else f"signed: {', '.join(sorted(signed))}"
+        print(f"{folder} is as it was packaged; {words}")
+    if problems:
+        raise AnswerIsNo(f"{folder} doesn't verify: {'; '.join(problems)}", "Fetch it again, or package it again.")
+
+# %% ../../nbs/cli/01_models.ipynb #models-lineage
+@command(models_app, "lineage", "celestial models lineage 0f8fad5bd9cb469f")
+def models_lineage(
+    name: Annotated[str, typer.Argument(help="the request_id of an answer, a version as celestial/3, or an alias")],
+    url: Annotated[str | None, typer.Option(help="the prediction log; default: CELESTIAL_LOG_URL")] = None,
+    json_: AsJson = False,
+) -> None:
+    "Trace an answer to its model, run, parameters, code, data and people. Exits with 2 for an id that nothing has."
+    from celestial_ml.core.files import without_folders
+    from celestial_ml.reports.origin import origin
+
+    whole = origin(name, url)
+    if json_:
+        print(json.dumps(whole))
+        return
+    answer, made = whole["answer"], whole["model"]
+    blocks = [_facts(answer)] if answer else []
+    blocks += [_rows(part, whole[part]) for part in ("feedback", "judgements") if whole[part]]
+    if made is None:
+        blocks.append("its model isn't here any more: the run was made again, or the version is in another registry")
+    else:
+        blocks += [_facts(made), f"parameters  {json.dumps(without_folders(made['parameters']))}"]
+        titles = {"labels": "images labelled by", "decisions": "decisions"}
+        blocks += [_rows(title, made[part]) for part, title in titles.items() if made[part]]
+        blocks.append(
+            f"next:  celestial models show {made['model']}" if made["registered"] else "next:  celestial models list"
+        )
+    print("\n\n".join(blocks))
+
+# %% ../../nbs/cli/01_models.ipynb #models-lineage-1
+def _facts(values: dict[str, Any]) -> str:
+    "Single values, a line each."
+    lines = [
+        [key.replace("_", " "), _show(value)] for key, value in values.items() if not isinstance(value, dict | list)
+    ]
+    return table(lines, head=False)
+
+# %% ../../nbs/cli/01_models.ipynb #models-lineage-2
+def _rows(title: str, rows: list[dict[str, Any]]) -> str:
+    "Rows of the same keys as a table with a title."
+    return f"{title}\n{table([[*rows[0]], *([', '.join(v) if isinstance(v, list) else _show(v) for v in row.values()] for row in rows)])}"
+
+# %% ../../nbs/cli/01_models.ipynb #models-audit
 @command(models_app, "audit", "celestial models audit --verify")
 def models_audit(
     verify_: Annotated[bool, typer.Option("--verify", help="only check the chain; exit 1 if it is broken")] = False,

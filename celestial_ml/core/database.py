@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine, MetaData
 
 # %% auto #0
-__all__ = ['hide_password', 'Database', 'find_database', 'database_error', 'database_errors', 'make_engine', 'writing', 'Schema',
-           'schema_tables', 'table_lock', 'open_database']
+__all__ = ['hide_password', 'Database', 'find_database', 'database_error', 'database_errors', 'make_engine', 'writing',
+           'overwrite', 'Schema', 'schema_tables', 'table_lock', 'open_database']
 
 # %% ../../nbs/core/13_database.ipynb #hide-password
 _LOGIN = re.compile(r"(?<=://)([^:/@]*):([^@]*)@")  # what SQLAlchemy takes for user and password
@@ -36,7 +36,7 @@ def hide_password(
     "The text with *** for every password of a URL."
     return _QUERY.sub(r"\1***", _LOGIN.sub(r"\1:***@", text))
 
-
+# %% ../../nbs/core/13_database.ipynb #hide-password-1
 @dataclass(frozen=True)
 class Database:
     "A SQLite file or a PostgreSQL database."
@@ -104,7 +104,7 @@ def database_error(
     message = f"the {database.name} {database.shown} can't be used: {words[:300] or type(error).__name__}"
     return CelestialError(message, hint, "database_unavailable")
 
-
+# %% ../../nbs/core/13_database.ipynb #database-error-1
 @contextmanager
 def database_errors(
     database: Database,
@@ -149,12 +149,20 @@ def make_engine(
     options["options"] = f"-c lock_timeout={round(patience * 1000)}"
     return create_engine(database.url, pool_pre_ping=True, pool_size=2, connect_args=options)
 
-
+# %% ../../nbs/core/13_database.ipynb #make-engine-1
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
     "A transaction that may write."
     with engine.execution_options(writing=True).begin() as connection:
         yield connection
+
+# %% ../../nbs/core/13_database.ipynb #make-engine-2
+def overwrite(engine: Engine) -> None:
+    "Empty SQLite's write-ahead log, so that what was deleted is gone from the disk."
+    if engine.dialect.name == "sqlite":
+        raw = engine.raw_connection()
+        raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        raw.close()
 
 # %% ../../nbs/core/13_database.ipynb #schema-version
 @dataclass(frozen=True)
@@ -229,7 +237,7 @@ def _changing(database: Database) -> Iterator[Connection]:
     finally:
         engine.dispose()
 
-
+# %% ../../nbs/core/13_database.ipynb #a183aad8-1
 @contextmanager
 def table_lock(database: Database) -> Iterator[None]:
     "One process at a time, while a library (MLflow, Optuna) makes or changes tables of its own."

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'Seconds', 'ParamsError', 'Section', 'Data', 'Check', 'Prepare', 'Model', 'Train', 'Evaluate', 'Stress',
-           'Explain', 'Package', 'Register', 'Card', 'Span', 'Tune', 'Score', 'Track', 'Monitor', 'AlertRule', 'Alerts',
-           'Params', 'allowed', 'known_keys', 'typed', 'parse_yaml', 'params_path', 'load_params', 'default_yaml']
+           'Explain', 'Package', 'Register', 'Card', 'Span', 'Tune', 'Score', 'Track', 'Retrain', 'Monitor',
+           'AlertRule', 'Alerts', 'Params', 'allowed', 'known_keys', 'typed', 'parse_yaml', 'params_path',
+           'load_params', 'default_yaml']
 
 # %% ../../nbs/core/04_params.ipynb #feca52bd
 import json
@@ -91,6 +92,7 @@ class Check(Section):
     pictures: Literal["off", "warn", "fail"] = Field(
         "warn", description="what blank, washed-out, blurred, odd and mislabelled pictures do"
     )
+    backbone: bool = Field(True, description="look at the pictures with a pretrained network, too")
     near_copies: Literal["off", "warn", "fail"] = Field(
         "warn", description="what near duplicates in two splits or classes do"
     )
@@ -258,6 +260,11 @@ class Register(Section):
     promote: Literal["better", "not_worse", "by_hand"] = Field(
         "not_worse", description="better or not_worse than the champion: it takes over; by_hand: a person decides"
     )
+    new_baseline: str | None = Field(
+        None,
+        min_length=1,
+        description="why a version may begin a new line where it can't be compared with the champion; null: it may not",
+    )
 
 # %% ../../nbs/core/04_params.ipynb #card
 class Card(Section):
@@ -313,6 +320,29 @@ class Track(Section):
     uri: str | None = Field(None, description="an MLflow server or database; null: mlflow.db in CELESTIAL_HOME")
     experiment: str = Field("celestial", min_length=1, description="name of the experiment in MLflow")
 
+# %% ../../nbs/core/04_params.ipynb #retrain
+class Retrain(Section):
+    "When `celestial retrain --if-triggered` trains anew."
+
+    triggers: list[str] = Field(
+        ["schedule", "labels", "decay", "drift"], description="what starts it: schedule, labels, decay, drift, your own"
+    )
+    every_days: float | None = Field(None, gt=0, description="schedule: days since the last training; null: never")
+    min_labels: int = Field(50, ge=1, description="labels: accepted labels that the champion wasn't trained on")
+    decay_points: float = Field(
+        3.0,
+        ge=0,
+        le=100,
+        description="decay: points that all of the live accuracy's interval is below the held-out one",
+    )
+    harm_only: bool = Field(True, description="drift: only an alarm that costs accuracy counts")
+    min_gap_hours: float = Field(6.0, ge=0, description="hours between the begin of two trainings")
+    backoff_minutes: float = Field(
+        30.0, ge=0, description="wait after a training that failed or was refused; twice as long each time"
+    )
+    backoff_max_hours: float = Field(48.0, gt=0, description="this wait, at most")
+    warm_start: bool = Field(False, description="begin with the champion's network, where its run is still there")
+
 # %% ../../nbs/core/04_params.ipynb #monitor-section
 class Monitor(Section):
     "How the deployed model is watched."
@@ -352,7 +382,7 @@ class Alerts(Section):
             AlertRule(name="unknown", metric="unknown_share", above=0.2, recovery=0.1, lasts="3"),
             AlertRule(name="drift", metric="drift_alarms", above=0.0),
             AlertRule(name="harm", metric="harm_alarms", above=0.0, severity="critical"),
-            AlertRule(name="accuracy", metric="accuracy_high", below=0.9, severity="critical"),
+            AlertRule(name="accuracy", metric="accuracy_high", below=0.75, severity="critical"),
             AlertRule(name="estimated_accuracy", metric="accuracy_estimate", below=0.85, recovery=0.9, lasts="3"),
             AlertRule(name="slow", metric="p99_ms", above=1000.0, recovery=500.0, lasts="3", cooldown="1h"),
             AlertRule(name="log_lost", metric="log_lost", above=0.0),
@@ -394,6 +424,7 @@ class Params(Section):
     tune: Tune = Tune()
     monitor: Monitor = Monitor()
     alerts: Alerts = Alerts()
+    retrain: Retrain = Retrain()
     track: Track = Track()
 
 # %% ../../nbs/core/04_params.ipynb #allowed

@@ -115,7 +115,7 @@ def make_catalog(
     passed = PassedOver()
     table = label_table(folder, labels, passed)
     files = [(path, label) for label, paths in _files(folder, passed, table).items() for path in paths]
-    catalog = _read(files, root)
+    catalog = read_files(files, root)
     names = [composed(path.relative_to(folder).as_posix()) for path, _ in files]
     if table is not None:
         more = table.drop(columns=["label", "path", "source", "part"], errors="ignore").reindex(names)
@@ -125,8 +125,11 @@ def make_catalog(
     return catalog
 
 # %% ../../nbs/data/04_catalog.ipynb #catalog-row
-def _read(files: list[tuple[Path, str]], root: Path | None) -> pd.DataFrame:
-    "A row for each file."
+def read_files(
+    files: list[tuple[Path, str]],  # and their labels
+    root: Path | None = None,  # paths below it are written relative to it
+) -> pd.DataFrame:  # path, label, sha256, bytes, width, height, format, error
+    "Read every file."
     rows = []
     for path, label in progress(files, "reading images", len(files)):
         below = root is not None and path.is_relative_to(root)
@@ -179,7 +182,7 @@ def any_catalog(
         return make_catalog(folder, root)
     passed = PassedOver()
     if files := [(Path(path), "") for path in find_pictures(folder, passed)]:
-        return _read(files, root)
+        return read_files(files, root)
     raise CelestialError(f"{folder} holds no images ({', '.join(SUFFIXES)})", "Name a folder with images in it.")
 
 # %% ../../nbs/data/04_catalog.ipynb #stratified-split

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..core.database import Schema, database_errors, find_database, open_database, schema_tables, writing
+from celestial_ml.core.database import (
+    Database,
+    Schema,
+    database_errors,
+    find_database,
+    open_database,
+    overwrite,
+    schema_tables,
+    writing,
+)
 from ..core.errors import CelestialError
 from ..core.files import atomic
 from ..core.progress import progress
@@ -26,8 +35,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Select, Table
 
 # %% auto #0
-__all__ = ['FeatureStore', 'store_values', 'online_features', 'Measuring', 'collect_features', 'write_features', 'feature_keys',
-           'training_table', 'write_feast']
+__all__ = ['FeatureStore', 'store_values', 'forget_features', 'online_features', 'Measuring', 'collect_features',
+           'write_features', 'feature_keys', 'training_table', 'write_feast']
 
 # %% ../../nbs/data/16_feature_store.ipynb #fs-tables
 def _first(op: Any) -> None:
@@ -42,16 +51,20 @@ _KEY = {"sha256": 64, "definition": 64, "version": 200}
 _SCHEMA = Schema("features_version", (_first,))
 _AT_ONCE = 500  # pictures of a query: SQLite takes a limited number of values
 
-
+# %% ../../nbs/data/16_feature_store.ipynb #fs-tables-1
 def _bytes(values: np.ndarray) -> bytes:
     return np.asarray(values, "<f4").tobytes()
 
-
+# %% ../../nbs/data/16_feature_store.ipynb #fs-tables-2
 def _version(definition: Definition, background: Background) -> str:
     "The key of a definition's values; pictures that are decoded on another ground than usual have their own."
     return definition.key + ("" if background == "auto" else f"-{background}")
 
 # %% ../../nbs/data/16_feature_store.ipynb #fs-store
+def _database(url: str | None = None) -> Database:
+    return find_database(url or os.environ.get("CELESTIAL_FEATURES_URL"), "feature store", "features.db")
+
+# %% ../../nbs/data/16_feature_store.ipynb #fs-store-1
 class FeatureStore(AbstractContextManager["FeatureStore"]):
     "Features by the picture's checksum, in a database."
 
@@ -60,7 +73,7 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
         url: str
         | None = None,  # as `find_database`; None: CELESTIAL_FEATURES_URL, else features.db in the state folder
     ):
-        self.database = find_database(url or os.environ.get("CELESTIAL_FEATURES_URL"), "feature store", "features.db")
+        self.database = _database(url)
         self.engine = open_database(self.database, _SCHEMA)
         self.table = schema_tables(_SCHEMA).tables["features"]
         self._reader: Connection | None = None
@@ -115,6 +128,22 @@ def store_values(
         with database_errors(store.database), writing(store.engine) as connection:
             connection.execute(insert(store.table).on_conflict_do_nothing(), rows)
 
+# %% ../../nbs/data/16_feature_store.ipynb #fs-write-1
+def forget_features(
+    sha256: str,  # of the picture's file
+) -> int:  # how many rows
+    "Delete all that is stored of a picture, where there is a store."
+    from sqlalchemy import delete
+
+    database = _database()
+    if database.file and not database.file.is_file():
+        return 0
+    with FeatureStore() as store, database_errors(database):
+        with writing(store.engine) as connection:
+            count = connection.execute(delete(store.table).where(store.table.c.sha256 == sha256)).rowcount
+        overwrite(store.engine)
+    return count
+
 # %% ../../nbs/data/16_feature_store.ipynb #fs-online
 @lru_cache(maxsize=1)
 def _query_of_one(table: Table) -> Select[Any]:
@@ -124,7 +153,7 @@ def _query_of_one(table: Table) -> Select[Any]:
     query = select(table.c.definition, table.c.version, table.c.numbers)
     return query.where(table.c.sha256 == bindparam("sha256"))
 
-
+# %% ../../nbs/data/16_feature_store.ipynb #fs-online-1
 def online_features(
     store: FeatureStore,
     sha256: str,  # of the picture's file
@@ -162,22 +191,25 @@ class Measuring:
         "Of the rows."
         return [column for one in self.definitions for column in one.columns]
 
-    def row(
+    def values(
         self,
         sha256: str,  # of the picture's file
         pixels: np.ndarray | Callable[[], np.ndarray],  # uint8 (height, width, 3); called where a value is missing
-    ) -> dict[str, Any]:  # column → number or vector
+    ) -> list[np.ndarray]:  # float32 (columns,) of each definition
         "The features of one picture."
-        row: dict[str, Any] = {}
         frame = None
         for one in self.definitions:
-            if (values := self.stored[one].get(sha256)) is None:
+            if self.stored[one].get(sha256) is None:
                 frame = frame or Frame(pixels() if callable(pixels) else pixels)
-                values = self.stored[one][sha256] = self.fresh[one][sha256] = one.values(frame)
-            row |= one.row(values)
+                self.stored[one][sha256] = self.fresh[one][sha256] = one.values(frame)
         if frame is not None and max(map(len, self.fresh.values())) >= _AT_ONCE:
             self.save()
-        return row
+        return [self.stored[one][sha256] for one in self.definitions]
+
+    def row(self, sha256: str, pixels: np.ndarray | Callable[[], np.ndarray]) -> dict[str, Any]:
+        "The same by column: numbers, and vectors."
+        pairs = zip(self.definitions, self.values(sha256, pixels), strict=True)
+        return {column: value for one, values in pairs for column, value in one.row(values).items()}
 
     def save(self) -> None:
         "Store what was computed since the last time."
@@ -220,7 +252,7 @@ def write_features(
     with atomic(path) as f:
         table.to_parquet(f)
 
-
+# %% ../../nbs/data/16_feature_store.ipynb #fs-offline-1
 def feature_keys(
     table: pd.DataFrame,  # that `write_features` wrote
 ) -> dict[str, str]:  # definition → key
@@ -238,7 +270,7 @@ def _history(store: FeatureStore, name: str, sha256s: list[str]) -> Iterator[tup
         for sha, since, numbers in store._rows(select(t.c.sha256, t.c.since, t.c.numbers).where(*chosen)):
             yield sha, float(since), np.frombuffer(numbers, "<f4")
 
-
+# %% ../../nbs/data/16_feature_store.ipynb #fs-time-1
 def training_table(
     store: FeatureStore,
     labels: pd.DataFrame,  # sha256, label, time: when it arrived, and seen: when the picture came; seconds since 1970

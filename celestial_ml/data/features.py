@@ -135,12 +135,11 @@ def _colour(frame: Frame) -> Iterable[float]:
     lit = frame.rgb[frame.lit]
     if not len(lit):
         return [0.0] * 9
-    centred = lit.astype(np.float32) / 255
-    mean = centred.mean(axis=0, dtype=np.float64)
-    centred -= mean.astype(np.float32)
-    squares = centred * centred
-    third = np.einsum("ij,ij->j", squares, centred, dtype=np.float64) / len(lit)
-    return [*mean, *np.sqrt(squares.mean(axis=0, dtype=np.float64)), *np.cbrt(third)]
+    shares = np.stack([np.bincount(channel, minlength=256) for channel in lit.T]) / len(lit)
+    levels = np.arange(256) / 255
+    mean = shares @ levels
+    centred = levels - mean[:, None]
+    return [*mean, *np.sqrt((shares * centred**2).sum(axis=1)), *np.cbrt((shares * centred**3).sum(axis=1))]
 
 # %% ../../nbs/data/08_features.ipynb #texture
 _LEVELS = 32  # of brightness

@@ -47,7 +47,7 @@ def out_of_fold(
     return softmax(logs, axis=1)
 
 # %% ../../nbs/data/07_label_errors.ipynb #suspected-label-errors
-USEFUL = 0.8  # accuracy of a classifier that may doubt a label
+USEFUL = 0.7  # accuracy of a classifier that may doubt a label
 
 
 def _heard(views: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:  # float (n, classes); rows of NaN: none
@@ -67,11 +67,11 @@ def suspected_label_errors(
 ) -> pd.DataFrame:  # row, given, suggested, p_given, p_suggested: a row a suspect, the clearest first
     """The images whose label is probably wrong, and what they probably are.
 
-    Where an answer differs from the label, is nine tenths as sure as the mean of that class, and 20 times as probable
+    Where an answer differs from the label, is eight tenths as sure as the mean of that class, and 20 times as probable
     as the label, for few labels are wrong, say one in 20, and the evidence must outweigh that; in the order of the margin.
     Source: Northcutt et al. 2021, arXiv:1911.00068, equation 1, whose bar is the mean itself: of good classifiers that is
     nearly 1, and a fifth of the wrong labels stay below. A classifier that agrees with fewer than
-    `USEFUL` of the labels is not heard: it contradicts one in five, and sets with more than a few wrong labels in a
+    `USEFUL` of the labels is not heard: it contradicts three in ten, and sets with more than a few wrong labels in a
     hundred are rare, so that hardly any of its suspects would be one. A suspect is to be looked at, not to be relabelled
     unseen.
     """
@@ -79,7 +79,7 @@ def suspected_label_errors(
     own, suggested = probabilities[np.arange(len(labels)), labels], np.argmax(probabilities, axis=1)
     sure = np.isfinite(own)
     count = np.bincount(labels[sure], minlength=probabilities.shape[1])
-    bar = 0.9 * np.bincount(labels[sure], weights=own[sure], minlength=len(count)) / np.maximum(count, 1)
+    bar = 0.8 * np.bincount(labels[sure], weights=own[sure], minlength=len(count)) / np.maximum(count, 1)
     best = probabilities[np.arange(len(labels)), suggested]
     contradicts = (suggested != labels) & (best >= bar[suggested]) & (best >= 20 * own)
     rows = np.flatnonzero(sure & (count[suggested] > 0) & contradicts)

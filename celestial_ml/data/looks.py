@@ -8,7 +8,8 @@ __all__ = ['SIDE', 'TINY', 'measure', 'Looks', 'look_at', 'edges', 'colours', 's
 
 # %% ../../nbs/data/07_looks.ipynb #lk-imports
 import io
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from scipy.linalg import eigh
 
 from ..core.errors import CelestialError
 from ..core.progress import progress
+from .feature_store import FeatureStore, Measuring
+from .features import Definition
 from .images import Background, read_content, read_image
 
 # %% ../../nbs/data/07_looks.ipynb #lk-measure
@@ -67,47 +70,64 @@ class Looks:
     table: pd.DataFrame  # row (of the catalog), mode (as in the file), and the columns of `measure`
     gray: np.ndarray  # uint8 (n, SIDE, SIDE), the luminance
     tiny: np.ndarray  # uint8 (n, TINY, TINY, 3), the colours
+    features: Mapping[Definition, np.ndarray] = field(default_factory=dict)  # → float32 (n, its columns)
 
     def __len__(self) -> int:
         return len(self.table)
 
     def at(self, rows: Any) -> "Looks":
         "Some of them."
-        return Looks(self.table.iloc[rows], self.gray[rows], self.tiny[rows])
+        features = {one: values[rows] for one, values in self.features.items()}
+        return Looks(self.table.iloc[rows], self.gray[rows], self.tiny[rows], features)
 
 
-def _seen(path: Path, background: Background) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    "The numbers and the thumbnails of one file."
+def _seen(path: Path, background: Background) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
+    "The numbers, the thumbnails and the pixels of one file."
     content, _ = read_content(path)
     with Image.open(io.BytesIO(content)) as file:
         mode = "RGBA" if file.mode == "P" and "transparency" in file.info else file.mode
-    picture = Image.fromarray(read_image(content, background=background).pixels)
+    pixels = read_image(content, background=background).pixels
+    picture = Image.fromarray(pixels)
     if max(picture.size) > 256:
         picture = picture.reduce(max(picture.size) // 128)
     small = picture.resize((SIDE, SIDE), Image.Resampling.BOX)
     tiny = np.asarray(picture.resize((TINY, TINY), Image.Resampling.BOX))
-    return {"mode": mode} | measure(picture), np.asarray(small.convert("L")), tiny
+    return {"mode": mode} | measure(picture), np.asarray(small.convert("L")), tiny, pixels
+
+# %% ../../nbs/data/07_looks.ipynb #lk-look-at
+_PORTION = 1000  # pictures whose features are read from the store at once
 
 
 def look_at(
-    catalog: pd.DataFrame,  # path, error
+    catalog: pd.DataFrame,  # path, sha256, error
     root: Path,  # what its paths are relative to
     background: Background = "auto",
+    store: FeatureStore | None = None,  # None: nothing is stored
+    definitions: Iterable[Definition] = (),  # of features
 ) -> Looks:
     "Look at every readable picture of a catalog; one that is gone since is left out."
     rows: list[dict[str, Any]] = []
+    features: dict[Definition, np.ndarray] = {}
     readable = np.flatnonzero(catalog.error.isna())
     gray = np.empty((len(readable), SIDE, SIDE), np.uint8)
     tiny = np.empty((len(readable), TINY, TINY, 3), np.uint8)
-    paths = catalog.path.to_numpy()
-    for row in progress(readable, "looking at images", len(readable)):
+    paths, shas = catalog.path.to_numpy(), catalog.reindex(columns=["sha256"]).sha256.to_numpy()
+    measuring = Measuring(None, [], definitions)
+    for i, row in enumerate(progress(readable, "looking at images", len(readable))):
+        if i % _PORTION == 0:
+            measuring.save()
+            measuring = Measuring(store, shas[readable[i : i + _PORTION]].tolist(), definitions, background)
         try:
-            seen, gray[len(rows)], tiny[len(rows)] = _seen(root / paths[row], background)
+            seen, gray[len(rows)], tiny[len(rows)], pixels = _seen(root / paths[row], background)
         except (CelestialError, OSError):
             continue
+        for one, values in zip(measuring.definitions, measuring.values(shas[row], pixels), strict=True):
+            features.setdefault(one, np.empty((len(readable), len(values)), np.float32))[len(rows)] = values
         rows.append({"row": int(row)} | seen)
+    measuring.save()
     columns = ["row", "mode", *measure(Image.new("RGB", (8, 8)))]
-    return Looks(pd.DataFrame(rows, columns=columns), gray[: len(rows)], tiny[: len(rows)])
+    features = {one: values[: len(rows)] for one, values in features.items()}
+    return Looks(pd.DataFrame(rows, columns=columns), gray[: len(rows)], tiny[: len(rows)], features)
 
 # %% ../../nbs/data/07_looks.ipynb #lk-views
 _CELLS, _TURNS = 8, 8  # cells along an edge, directions of an edge

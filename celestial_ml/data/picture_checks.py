@@ -20,7 +20,7 @@ from scipy.spatial import KDTree
 from ..core.many_classes import listed
 from ..core.params import Check
 from .checks import Finding, finding
-from .looks import Looks, embedded
+from .looks import Looks, embedded, principal
 from .near_duplicates import FEW, groups, near_pairs
 
 # %% ../../nbs/data/07_picture_checks.ipynb #pc-seen
@@ -33,7 +33,6 @@ class Seen:
 
     catalog: pd.DataFrame  # with splits
     looks: Looks
-    embedding: np.ndarray | None = None  # float (n, d), row by row of the looks, from a network; None: none was asked
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -55,9 +54,10 @@ class Seen:
         return np.flatnonzero(~self.blank)
 
     @cached_property
-    def space(self) -> np.ndarray:  # float (shown, d)
-        "Where the pictures that show something are, as a network or our own numbers see them."
-        return embedded(self.looks.at(self.shown)) if self.embedding is None else self.embedding[self.shown]
+    def spaces(self) -> list[np.ndarray]:  # float (shown, d) each
+        "Where the pictures that show something are: as our own numbers see them, and as networks do."
+        networks = [values for one, values in self.looks.features.items() if one.columns == (one.name,)]
+        return [embedded(self.looks.at(self.shown)), *(principal(values[self.shown], 256) for values in networks)]
 
     @cached_property
     def near(self) -> pd.DataFrame:  # a, b: rows of the catalog; group, size; without exact copies
@@ -216,7 +216,8 @@ def outliers(
 def no_outliers(seen: Seen, p: Check) -> Finding:
     "Is any picture unlike all others?"
     bad = np.zeros(len(seen.looks), bool)
-    bad[seen.shown] = outliers(seen.space, seen.labels[seen.shown])
+    for space in seen.spaces:
+        bad[seen.shown] |= outliers(space, seen.labels[seen.shown])
     return _about(seen, "no_outliers", bad, "unlike all others", p.pictures)
 
 # %% ../../nbs/data/07_picture_checks.ipynb #pc-labels
@@ -228,7 +229,7 @@ def labels_fit(seen: Seen, p: Check) -> Finding:
     names, labels = np.unique(seen.labels[seen.shown], return_inverse=True)
     if len(names) < 2 or np.bincount(labels).max() < 2:
         return finding("labels_fit", True, "too few pictures to doubt a label")
-    suspects = suspected_label_errors([out_of_fold(seen.space, labels, len(names))], labels)
+    suspects = suspected_label_errors([out_of_fold(space, labels, len(names)) for space in seen.spaces], labels)
     bad = seen.rows[seen.shown][suspects.row]
     saw = f"{len(bad):,} labels are suspected to be wrong" if len(bad) else "no label is suspected"
     notes = [f"{name}?" for name in names[suspects.suggested]]

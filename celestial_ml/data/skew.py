@@ -20,20 +20,30 @@ from .looks import glimpses
 from .picture_checks import Seen
 
 # %% ../../nbs/data/16_skew.ipynb #sk-profile
-def _values(seen: Seen) -> tuple[list[str], np.ndarray]:  # names; float (n, names)
-    "What is compared: the measurements, the mean colour, and a projection of the thumbnails."
-    table = seen.looks.table.drop(columns=["row", "mode"])
-    colour = seen.looks.tiny.reshape(len(table), -1, 3).mean(axis=1) / 255 if len(table) else np.zeros((0, 3))
-    look = glimpses(seen.looks)
-    names = [*table, "red", "green", "blue", *(f"look {i + 1}" for i in range(look.shape[1]))]
-    return names, np.concatenate([table.to_numpy(float), colour, look], axis=1)
+_DIRECTIONS = 12  # of an embedding, whose numbers are in no order
+
+
+def _values(
+    seen: Seen,
+) -> tuple[dict[str, str], np.ndarray]:  # name → the key of its definition, or ""; float (n, names)
+    "What is compared: the measurements, a projection of the thumbnails, and the features."
+    table, look = seen.looks.table.drop(columns=["row", "mode"]), glimpses(seen.looks)
+    keys, parts = (
+        dict.fromkeys([*table, *(f"look {i + 1}" for i in range(look.shape[1]))], ""),
+        [table.to_numpy(float), look],
+    )
+    for one, values in seen.looks.features.items():
+        some = values[:, :_DIRECTIONS] if one.columns == (one.name,) else values
+        columns = [f"{one.name} {i + 1}" for i in range(some.shape[1])] if some is not values else one.columns
+        keys, parts = keys | dict.fromkeys(columns, one.key), [*parts, some]
+    return keys, np.concatenate(parts, axis=1)
 
 
 def profile_of(
     seen: Seen,
 ) -> dict[str, Any]:  # images, classes, modes, formats, sides, values; JSON
     "What later batches are compared with."
-    names, values = _values(seen)
+    keys, values = _values(seen)
     shorter = seen.catalog[["width", "height"]].min(axis=1).to_numpy()[seen.rows]
     return {
         "images": len(seen.rows),
@@ -43,8 +53,8 @@ def profile_of(
         "values": {
             name: one
             | {key: round(one[key], 5) for key in ("mean", "deviation")}
-            | {"quantiles": np.round(one["quantiles"], 5).tolist()}
-            for name, one in describe(values, names).items()
+            | {"quantiles": np.round(one["quantiles"], 5).tolist(), "version": keys[name]}
+            for name, one in describe(values, [*keys]).items()
         },
     }
 
@@ -102,8 +112,10 @@ def value_skew(
     p: Check,
 ) -> Finding:
     "Do the pictures look like the reference's, in the same shares?"
-    names, values = _values(seen)
-    drift = Drift(reference["values"], names)
+    keys, values = _values(seen)
+    names = [*keys]
+    same = {name: one for name, one in reference["values"].items() if one.get("version", "") == keys.get(name)}
+    drift = Drift(same, names)
     drift.add(values)
     moved = {name: one for name, one in drift.result().items() if one["drifted"]}
     words = [_moved_classes(now["classes"], reference["classes"])] if now["classes"].keys() != {""} else []

@@ -217,4 +217,4 @@ def production_catalog(
     if data.test_folder is None:
         return pd.DataFrame({"path": [], "label": [], "sha256": [], "error": []}, dtype=str)
     catalog = any_catalog(image_folder("data.test_folder", data.test_folder, root), root)
-    return catalog[["path", "label", "sha256", "error"]]
+    return catalog[["path", "label", "sha256", "width", "height", "error"]]

@@ -140,7 +140,7 @@ def fetch_images(plan: Plan) -> Plan:
 
 # %% ../../nbs/flow/03_pipeline.ipynb #params-file
 def params_file(run: str) -> Path:
-    "The file of all parameters of a run, except those of `tune` and `score`, which don't change its products."
+    "The file of all parameters of a run, except those of `tune`, `score` and `retrain`, which don't change its products."
     return run_folder(run) / ".inputs" / "params.json"
 
 # %% ../../nbs/flow/03_pipeline.ipynb #sigterm
@@ -164,7 +164,7 @@ def execute(
 ) -> None:
     "Bring a run up to date; `StepFailed` if a step fails, `CelestialError` while another process does the same run."
     with one_run(plan.run), sigterm_as_ctrl_c():
-        write_json(params_file(plan.run), plan.params.model_dump(by_alias=True, exclude={"score", "tune"}))
+        write_json(params_file(plan.run), plan.params.model_dump(by_alias=True, exclude={"score", "tune", "retrain"}))
         if not plan.stale:
             return
         plan = fetch_images(plan)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from unicodedata import normalize
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -23,6 +23,9 @@ from ..data.archives import ArchiveLimits, is_zip, zip_pictures
 from ..data.images import MAX_BYTES, find_pictures, is_picture, open_image, open_regular, read_content
 from .annotations import MOST_BYTES, Annotation, read_cvat, read_json_bytes, read_tasks, read_via
 from .store import UNKNOWN, Judgement, check_label, label_table, open_labels, propose, read_judgements
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% auto #0
 __all__ = ['FAULTS', 'plain_name', 'Pictures', 'Options', 'Judged', 'label_of', 'judge', 'in_folder', 'fault_error',
@@ -276,8 +279,9 @@ def import_labels(
     skip: bool = False,  # leave out what can't be taken
     attribute: str | None = None,  # of VIA, that holds the class
     url: str | None = None,  # of the store
+    check: Callable[[pd.DataFrame], Any] | None = None,  # called with a catalog of the new pictures
     **options: Any,  # of `Options`
-) -> dict[str, Any]:  # the format, how many labels, new ones, unlabelled pictures, and what was left out
+) -> dict[str, Any]:  # the format, how many labels, new ones, unlabelled pictures, what was left out, and findings
     "Propose the labels of another tool's file, all or none; `CelestialError` lists what is wrong."
     path, place, table = Path(path), Path(path), None
     for one in (path, *([images] if images is not None else [])):
@@ -296,4 +300,15 @@ def import_labels(
         kind, annotations = read_annotations(table or next(iter(inside), None), pictures, source, attribute)
         chosen = Options(kind, **{"classes": known_classes(url)} | options)
         judged = judge(annotations, in_store(in_folder(Pictures(pictures)), url), chosen)
-        return {"format": kind} | store_judged(judged, path.name, skip, url)
+        result = {"format": kind} | store_judged(judged, path.name, skip, url)
+        return result if check is None else result | {"findings": check(_new_pictures(judged, pictures))}
+
+
+def _new_pictures(judged: Judged, pictures: Sequence[tuple[str, Path]]) -> pd.DataFrame:
+    "A catalog of the pictures that the store had not, with the names that they came by."
+    from celestial_ml.data.catalog import read_files  # pandas is slow to import
+
+    labels = {one.sha256: one.label for one in judged.judgements}
+    paths = [(path, labels[sha256]) for sha256, path in judged.pictures.items() if isinstance(path, Path)]
+    catalog, names = read_files(paths), {path.as_posix(): name for name, path in pictures}
+    return catalog.assign(name=catalog.path.map(names))

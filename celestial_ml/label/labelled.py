@@ -10,7 +10,7 @@ import csv
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +92,21 @@ _SUFFIX = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 def write_labelled(
     root: Path,  # the project's
     url: str | None = None,  # as `label_database` takes it
-) -> Counter[str]:  # accepted, added, removed, strangers, gone
+    least: int = 1,  # pictures that a new class needs
+    classes: Collection[str] = (),  # that aren't new
+) -> Counter[str]:  # accepted, added, removed, strangers, gone, and few: pictures of new classes that have too few
     "Write the accepted labels as images and a table; what is no longer accepted is removed."
     counts: Counter[str] = Counter(accepted=0, added=0, removed=0, strangers=0, gone=0)
     rows: list[dict[str, Any]] = []
     with hold(root / "data/.labelled.lock", "the labelled images are being written", "Wait a moment.", timeout=60):
         wanted: dict[Path, Judgement] = {}
+        labels, rows_of = accepted(url), Counter[str]()
+        rows_of.update(one.label for one in labels)
         there = {path.stem: path for place in (LABELLED, STRANGERS) for path in _files(root / place)}
-        for one in accepted(url):
+        for one in labels:
+            if rows_of[one.label] < least and one.label not in {*classes, UNKNOWN}:
+                counts["few"] += 1
+                continue
             old = there.get(one.sha256)
             try:
                 suffix = old.suffix if old else _SUFFIX[open_image(read_picture(one.sha256, url)).format]

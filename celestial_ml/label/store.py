@@ -20,6 +20,7 @@ from celestial_ml.core.database import (
     database_errors,
     find_database,
     open_database,
+    overwrite,
     schema_tables,
     writing,
 )
@@ -338,9 +339,10 @@ def forget_label(
     "Delete a picture, what was said of it and its place in the queue."
     from sqlalchemy import delete
 
-    with open_labels(url) as engine, writing(engine) as connection:
-        count = {}
-        for name in ("pictures", "queue", "judgements"):
-            table = label_table(name)
-            count[name] = connection.execute(delete(table).where(table.c.sha256 == sha256)).rowcount
-    return count["judgements"]
+    with open_labels(url) as engine:
+        with writing(engine) as connection:
+            for name in ("pictures", "queue", "judgements"):
+                table = label_table(name)
+                count = connection.execute(delete(table).where(table.c.sha256 == sha256)).rowcount
+        overwrite(engine)
+    return count

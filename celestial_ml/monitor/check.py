@@ -23,8 +23,9 @@ from ..core.params import Monitor, Params
 from ..data.features import FEATURES
 from .detectors import Detector, Promise
 from .drift_tests import prior_shift
-from .records import log_status, read_records
+from .records import read_records
 from .reference import FIGURES, GROUPS, ONE_SIDED, Reference, read_reference
+from .sinks import notify
 from celestial_ml.monitor.snapshot import (
     AlarmRow,
     MetricContext,
@@ -84,10 +85,14 @@ def champion_since(
 # %% ../../nbs/monitor/14_check.ipynb #chk-metrics
 @metric("log")
 def log_metrics(context: MetricContext) -> dict[str, float]:
-    "Answers of the window, how many are unknown, how slow they were, and what the log lost."
+    "Answers of the window, how many are unknown, how slow they were, and what the log lost within a day."
+    from sqlalchemy import func, select
+
     with read_records(context.url) as connection:
         parts = [*answers_of(connection, context.model or "", newest=context.params.monitor.window)]
-    figures = {"log_lost": float(log_status(context.url)["lost"]), "answers": float(sum(map(len, parts)))}
+        processes = log_table("processes").c
+        today = select(func.sum(processes.lost)).where(processes.ended > time.time() - 86400)
+        figures = {"log_lost": float(connection.execute(today).scalar() or 0), "answers": float(sum(map(len, parts)))}
     if parts:
         figures["unknown_share"] = float((~parts[0].known).mean())
         figures["p99_ms"] = float(parts[0].latency_ms.astype(float).quantile(0.99))
@@ -274,11 +279,12 @@ def check(
     url: str | None = None,  # of the prediction log, as `log_database` takes it
     restart: bool = False,  # the alarm was dealt with: begin a new stretch
 ) -> Snapshot:
-    "Look at all that was logged since the last look, and store how things are."
+    "Look at all that was logged since the last look, store how things are, and send alerts."
     folder = find_model(model)
     about = read_description(folder)
     name = model_name(str(about.get("name", "")), about["version"])
     with hold(monitor_folder() / "check.lock", "the monitor is looking already", "Try again in a minute.", timeout=60):
         snapshot = _look(name, folder, params, url, restart)
         write_snapshot(snapshot)
+    notify(snapshot, params)
     return snapshot

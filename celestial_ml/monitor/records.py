@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.database import database_errors, open_database, writing
+from ..core.database import database_errors, open_database, overwrite, writing
 from ..core.errors import CelestialError
+from ..core.files import sha256_of
 from .counters import counters_folder, living, settle
 from .feedback import add_feedback
 from .log import INTERVAL
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine, Select
 
 # %% auto #0
-__all__ = ['open_records', 'read_records', 'log_status', 'joined_answers', 'is_correct', 'last_answers', 'judge_answer', 'forget']
+__all__ = ['open_records', 'read_records', 'log_status', 'joined_answers', 'is_correct', 'last_answers', 'judge_answer',
+           'checksum_of', 'forget']
 
 # %% ../../nbs/monitor/08_records.ipynb #open-records
 @contextmanager
@@ -42,7 +44,7 @@ def open_records(
         finally:
             engine.dispose()
 
-
+# %% ../../nbs/monitor/08_records.ipynb #open-records-1
 @contextmanager
 def read_records(
     url: str | None = None,  # as `log_database` takes it
@@ -88,7 +90,7 @@ def joined_answers() -> Select[Any]:
     labels = (feedback.c[name].label(f"feedback_{name}") for name in ("label", "comment", "time"))
     return select(rows, feedback.c.correct, *labels).select_from(rows.outerjoin(feedback, is_last))
 
-
+# %% ../../nbs/monitor/08_records.ipynb #joined-answers-1
 def is_correct(
     row: Any,  # with role, label, known, correct and feedback_label
 ) -> bool | None:  # None: there is no feedback
@@ -99,7 +101,7 @@ def is_correct(
         return None
     return row.feedback_label == (row.label if row.known else "unknown")
 
-
+# %% ../../nbs/monitor/08_records.ipynb #joined-answers-2
 def last_answers(
     count: int = 20,
     url: str | None = None,  # as `log_database` takes it
@@ -129,32 +131,39 @@ def judge_answer(
         add_feedback(engine, request_id, correct, label, comment, who="celestial log")
 
 # %% ../../nbs/monitor/08_records.ipynb #forget
+def checksum_of(
+    picture: str,  # the path of its file, or its SHA-256
+) -> str:  # 64 hexadecimal digits
+    "The SHA-256 of a picture's file; `CelestialError` where it's neither."
+    if Path(picture).is_file():
+        return sha256_of(Path(picture))
+    if len(picture) != 64 or set(picture.lower()) - set("0123456789abcdef"):
+        message = f"{picture[:80]!r} is neither a file nor a SHA-256"
+        raise CelestialError(message, "A SHA-256 has 64 hexadecimal digits: sha256sum picture.jpg")
+    return picture.lower()
+
+# %% ../../nbs/monitor/08_records.ipynb #forget-1
 def forget(
-    sha256: str,  # of the picture's file
+    picture: str,  # as `checksum_of` takes it
     url: str | None = None,  # as `log_database` takes it
     answers: bool = True,  # also the answers about it, and the feedback on them
 ) -> dict[str, int]:  # how many images, predictions and feedback
     "Delete a picture from the log."
     from sqlalchemy import select
 
-    if len(sha256) != 64 or set(sha256.lower()) - set("0123456789abcdef"):
-        raise CelestialError(f"{sha256[:80]!r} is not a SHA-256", "It has 64 hexadecimal digits: sha256sum picture.jpg")
-    processes = log_table("processes")
+    sha256, processes = checksum_of(picture), log_table("processes")
     with open_records(url) as engine:
-        deleted = _forget(engine, sha256.lower(), answers)
+        deleted = _forget(engine, sha256, answers)
         with engine.connect() as connection:
             writer = connection.execute(select(processes.c.id).where(processes.c.ended.is_(None))).first()
         if writer is not None:
             time.sleep(4 * INTERVAL)
-            again = _forget(engine, sha256.lower(), answers)
+            again = _forget(engine, sha256, answers)
             deleted = {name: count + again[name] for name, count in deleted.items()}
-        if engine.dialect.name == "sqlite":
-            raw = engine.raw_connection()
-            raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            raw.close()
+        overwrite(engine)
     return deleted
 
-
+# %% ../../nbs/monitor/08_records.ipynb #forget-2
 def _forget(engine: Engine, sha256: str, answers: bool) -> dict[str, int]:
     "Delete what is in the database now."
     from sqlalchemy import delete, insert, select

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from ..core.errors import CelestialError, unknown
@@ -24,7 +24,7 @@ from .alert_rules import Alert, evaluate
 from .snapshot import Snapshot, monitor_folder
 
 # %% auto #0
-__all__ = ['Sink', 'SINKS', 'sink', 'find_sink', 'sign', 'read_alerts', 'standing_alerts', 'notify']
+__all__ = ['Sink', 'SINKS', 'sink', 'find_sink', 'sign', 'read_alerts', 'standing_alerts', 'notify', 'send_test']
 
 # %% ../../nbs/monitor/31_sinks.ipynb #sk-sink
 Sink = Callable[[Alert, Alerts], None]
@@ -55,7 +55,10 @@ def find_sink(name: str) -> Sink:
 @sink("log")
 def _to_log(alert: Alert, p: Alerts) -> None:
     "A line of JSON in the program's own log, which is standard error unless somebody configured another."
-    _log.log(logging.CRITICAL if alert.severity == "critical" else logging.WARNING, json.dumps(asdict(alert)))
+    _log.log(
+        logging.CRITICAL if alert.severity == "critical" else logging.WARNING,
+        json.dumps({"text": alert.text} | asdict(alert)),
+    )
 
 # %% ../../nbs/monitor/31_sinks.ipynb #sk-call
 _SECRETS = ("CELESTIAL_WEBHOOK_SECRET", "CELESTIAL_SMTP_PASSWORD", "GITHUB_TOKEN")
@@ -83,13 +86,13 @@ def _call(p: Alerts, method: str, url: str, body: Any = None, headers: dict[str,
 
     try:
         parts = urlsplit(url)
-        host, local = (
-            f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname),
-            is_loopback(str(parts.hostname)),
-        )
+        host = parts.hostname or ""
     except ValueError:
-        raise CelestialError("the address of a sink can't be read", "Write it as https://host/path") from None
-    if not parts.hostname or (parts.scheme != "https" and (parts.scheme != "http" or not (local or p.allow_http))):
+        host = ""
+    if not host:
+        raise CelestialError("the address of a sink is missing, or can't be read", "Write it as https://host/path")
+    local = is_loopback(host)
+    if parts.scheme != "https" and (parts.scheme != "http" or not (local or p.allow_http)):
         raise CelestialError(f"{host} would get alerts without TLS", "Use https://, or set alerts.allow_http.")
     data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
     heads = {"Content-Type": "application/json", "User-Agent": "celestial_ml"} | (headers or {})
@@ -251,3 +254,13 @@ def notify(snapshot: Snapshot, params: Params) -> list[Alert]:  # those that sta
     for name, why in failures.items():
         _log.warning("the sink %s failed and is tried again at the next look: %s", name, why)
     return alerts
+
+# %% ../../nbs/monitor/31_sinks.ipynb #sk-test
+def send_test(name: str, p: Alerts) -> None:
+    "Send an alert that is none, and its end; `CelestialError` says why a sink didn't take them."
+    alert = Alert("test", "none", "warning", "test", 1.0, "above 0", time.time(), time.time())
+    for one in (alert, replace(alert, state="resolved")):
+        try:
+            _attempt(find_sink(name), one, p)
+        except Exception as e:
+            raise CelestialError(f"the sink {name} failed: {_plain(e)}", "See operations.md, Alerts.") from None

@@ -83,17 +83,6 @@ def submit(
                 return _record(verdict, p, who, by_hand, why)
 
 
-def _record(verdict: Verdict, p: Register, who: str | None, by_hand: bool, why: str) -> Verdict:
-    "Record a verdict and carry it out."
-    content = verdict.to_dict()
-    evidence = {key: content[key] for key in ("champion", "comparison", "rules")}
-    evidence |= {"why": why or verdict.reasons[-1], "params": p.model_dump(), "by_hand": by_hand}
-    entry = append(verdict.decision, verdict.model, _WORDS[verdict.decision], evidence, who)
-    recover()
-    write_json(published(verdict.model) / "gate.json", content | {key: entry[key] for key in ("n", "time", "who")})
-    return verdict
-
-
 def gate_params(
     model: str,  # "celestial/3"
 ) -> Register:  # the defaults where the gate hasn't been asked about it
@@ -102,6 +91,19 @@ def gate_params(
 
     verdicts = [e for e in read_log() if e["model"] == model and "params" in e["evidence"]]
     return Register(**verdicts[0]["evidence"]["params"]) if verdicts else Register()
+
+# %% ../../nbs/registry/09_decisions.ipynb #record-verdict
+def _record(verdict: Verdict, p: Register, who: str | None, by_hand: bool, why: str) -> Verdict:
+    "Record a verdict and carry it out."
+    content = verdict.to_dict()
+    evidence = {key: content[key] for key in ("champion", "comparison", "rules")}
+    evidence |= {"why": why or verdict.reasons[-1], "params": p.model_dump(), "by_hand": by_hand}
+    words = _WORDS[verdict.decision] + (", as a new baseline" if verdict.new_baseline else "")
+    evidence |= {"new_baseline": verdict.new_baseline} if verdict.new_baseline else {}
+    entry = append(verdict.decision, verdict.model, words, evidence, who)
+    recover()
+    write_json(published(verdict.model) / "gate.json", content | {key: entry[key] for key in ("n", "time", "who")})
+    return verdict
 
 # %% ../../nbs/registry/09_decisions.ipynb #rollback
 def rollback(

@@ -5,7 +5,7 @@
 # %% ../../nbs/registry/05_gate.ipynb #d380f9e8
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -233,7 +233,7 @@ def champion_rules(
     rule = partial(Rule, "not worse", "champion")
     if broken := damage(published(champion)):
         why = f"the champion ({champion}) is damaged: {'; '.join(broken)}. Go back first: celestial models rollback"
-        return [rule(None, None, False, why)], None
+        return [rule("damaged", None, False, why)], None
     rules = [_knows_as_much(manifest, read_manifest(published(champion)))]
     if evidence is None:
         why = "it has no answers on file to be compared by: package the run again"
@@ -251,6 +251,19 @@ def champion_rules(
     words = "worse" if worse else "not worse"
     why = f"{words} than the champion ({champion}): {paired.in_words()}; its answers: {shared.in_words()}"
     return [*rules, rule(paired.accuracy, paired.other, not worse, why)], paired
+
+# %% ../../nbs/registry/05_gate.ipynb #baseline
+_NEW = "a new baseline"
+
+
+def _as_baseline(rules: list[Rule], p: Register) -> list[Rule]:
+    "The rules about the champion, met where they compare what can't be compared and a person gave a reason."
+    return [
+        replace(rule, limit=_NEW, passed=True, why=f"{rule.why}. A new baseline begins: {p.new_baseline}")
+        if p.new_baseline and not rule.passed and (rule.name == "classes" or rule.value is None)
+        else rule
+        for rule in rules
+    ]
 
 # %% ../../nbs/registry/05_gate.ipynb #twin
 def same_answers(
@@ -282,6 +295,7 @@ class Verdict:
     rules: tuple[Rule, ...]
     champion: str | None  # the version that it was compared with
     comparison: Paired | None
+    new_baseline: str | None = None  # why it begins a new line, where it couldn't be compared with the champion
 
     def to_dict(self) -> dict[str, Any]:
         "As plain JSON values."
@@ -338,7 +352,7 @@ def judge(
         ]
         if champion is not None and champion != model:
             more, paired = champion_rules(manifest, evidence, champion, p, root or find_root() or Path.cwd())
-            rules, twin = rules + more, same_answers(manifest, evidence, champion)
+            rules, twin = rules + _as_baseline(more, p), same_answers(manifest, evidence, champion)
     failed = [rule for rule in rules if not rule.passed]
     decision, conclusion = _conclude(failed, rules, champion, paired, p, by_hand)
     if champion == model:
@@ -348,7 +362,8 @@ def judge(
     if unregistered:
         decision, conclusion = "unregistered", f"only judged, as register.publish is false: {conclusion}"
     reasons = (*(rule.why for rule in failed), *(rule.why for rule in rules if rule.passed), conclusion)
-    return Verdict(model, decision, decision in ("promote", "keep"), reasons, tuple(rules), champion, paired)
+    opened = p.new_baseline if any(rule.limit == _NEW for rule in rules) else None
+    return Verdict(model, decision, decision in ("promote", "keep"), reasons, tuple(rules), champion, paired, opened)
 
 
 def rules_table(verdict: Verdict) -> Styler:  # a row a rule, red where it isn't met
