@@ -190,7 +190,17 @@ def _versions(health: dict[str, Any], snapshot: Snapshot | None, beside: dict[st
         words += f" (95 %: {100 * beside['low']:+.1f} to {100 * beside['high']:+.1f})."
     return Section("Versions", words)
 
+# %% ../../nbs/reports/08_health.ipynb #he-bias
+def _bias(metrics: dict[str, float]) -> list[Section]:
+    "Whether one kind of picture is answered worse than another, as the monitor's look measured it by labels."
+    if "bias_gap" not in metrics:
+        return []
+    gap, low, chance = (100 * metrics[f"bias_gap{end}"] for end in ("", "_low", "_chance"))
+    words = f"Of labelled pictures, the best kind is answered {gap:.0f} points better than the worst"
+    words += f", by their intervals at least {low:.0f}" if low else ", which their intervals do not tell from none"
+    return [Section("Kinds of picture", f"{words}. Chance alone makes up to {chance:.0f} of equally good kinds.")]
 
+# %% ../../nbs/reports/08_health.ipynb #he-labels
 def _labels() -> tuple[Section, dict[str, Any]]:
     "What waits for people."
     file = label_database().file
@@ -256,7 +266,7 @@ def health(
         figures |= traffic | {"versions": versions, "beside": beside, "estimate_checks": checks}
         figures["estimates"] = [one.to_json() for one in estimates]
     sections += [_drift(snapshot, model), *_accuracy(versions, estimates, checks)]
-    sections += [_versions(about, snapshot, beside), alert_words, label_words]
+    sections += [*_bias(figures["snapshot"]), _versions(about, snapshot, beside), alert_words, label_words]
     harm = alerts or any(one.severity == "harm" for one in alarms)
     state = "harm" if harm else "drift" if alarms else "well" if figures.get("answers") else "nothing"
     return Health(time.time(), **about, state=state, headline=HEADLINES[state], sections=sections, figures=figures)
