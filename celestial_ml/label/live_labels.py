@@ -159,8 +159,8 @@ def live_metrics(context: MetricContext) -> dict[str, float]:
 
 @metric("labels")
 def label_metrics(context: MetricContext) -> dict[str, float]:
-    "labels_new: accepted labels of classes, of pictures that the model was not trained on."
+    "labels_new: accepted labels of classes, of pictures that the model was neither trained nor measured on."
     evidence = Evidence.load(published(context.model)) if context.model else None
-    learned = set(evidence.learned.tolist()) if evidence else set()
-    named = [sha256 for sha256, truth in truths().items() if truth.label != UNKNOWN]
+    learned, measured = (set(evidence.learned.tolist()), set(evidence.sha256.tolist())) if evidence else (set(), set())
+    named = [sha256 for sha256, truth in truths().items() if truth.label != UNKNOWN and sha256 not in measured]
     return {"labels_new": float(sum(int(one) not in learned for one in short(named)))}
