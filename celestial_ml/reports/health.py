@@ -266,61 +266,9 @@ def health(
         figures |= traffic | {"versions": versions, "beside": beside, "estimate_checks": checks}
         figures["estimates"] = [one.to_json() for one in estimates]
     sections += [_drift(snapshot, model), *_accuracy(versions, estimates, checks)]
-    sections += [_versions(about, snapshot, beside), alert_words, label_words]
+    sections += [*_bias(figures["snapshot"]), _versions(about, snapshot, beside), alert_words, label_words]
     harm = any(one["severity"] == "critical" for one in alerts) or any(one.severity == "harm" for one in alarms)
     state = "harm" if harm else "drift" if alarms or alerts else "well" if figures.get("answers") else "nothing"
-    return Health(time.time(), **about, state=state, headline=HEADLINES[state], sections=sections, figures=figures)
-
-# %% ../../nbs/reports/08_health.ipynb #he-health
-HEADLINES = {
-    "nothing": "Nothing yet.",
-    "well": "All is well.",
-    "drift": "Something has changed. It does no harm so far.",
-    "harm": "This needs a person.",
-}
-
-
-def _is_logged(url: str | None) -> bool:
-    "Whether there is a prediction log."
-    if (url or os.environ.get("CELESTIAL_LOG_URL")) == "off":
-        return False
-    file = log_database(url).file
-    return file is None or file.is_file()
-
-
-def health(
-    url: str | None = None,  # of the prediction log
-    champion: str | None = None,  # "celestial/3"; None: the registry's
-    challenger: str | None = None,  # likewise
-    folder: Path | None = None,  # of the champion's package; None: where it is published
-) -> Health:
-    "How the deployed model is doing."
-    pointers = {role: read_pointer(role) for role in ("champion", "challenger")}
-    names = {role: one.model if one else None for role, one in pointers.items()}
-    model = champion or names["champion"]
-    about = {"model": model, "challenger": challenger or names["challenger"]}
-    snapshot = read_snapshot()
-    alarms = snapshot.alarms if snapshot and snapshot.model == model else []
-    (alert_words, alerts), (label_words, labels) = _alerts(), _labels()
-    figures: dict[str, Any] = {"alerts": alerts, "alarms": [one.model_dump() for one in alarms], "labels": labels}
-    figures["snapshot"] = snapshot.metrics if snapshot and snapshot.model == model else {}
-    sections, beside, versions = [Section("Traffic", "Nobody has asked anything yet.")], None, list[dict[str, Any]]()
-    estimates, checks = list[Estimate](), dict[str, dict[str, Any]]()
-    if _is_logged(url):
-        begin, end = newest_range(url=url)
-        folder = folder or (published(model) if model and published(model).is_dir() else None)
-        manifest = read_manifest(folder) if folder else None
-        sections, traffic = _traffic(begin, end, url, manifest.false_alarms if manifest else None)
-        judged = judged_answers(begin, end, truths(), url)
-        versions, beside = live_versions(begin, end, url=url, judged=judged), beside_challenger(judged)
-        if folder and model:
-            estimates, checks = live_estimates(model, folder, begin, end, judged, url)
-        figures |= traffic | {"versions": versions, "beside": beside, "estimate_checks": checks}
-        figures["estimates"] = [one.to_json() for one in estimates]
-    sections += [_drift(snapshot, model), *_accuracy(versions, estimates, checks)]
-    sections += [*_bias(figures["snapshot"]), _versions(about, snapshot, beside), alert_words, label_words]
-    harm = alerts or any(one.severity == "harm" for one in alarms)
-    state = "harm" if harm else "drift" if alarms else "well" if figures.get("answers") else "nothing"
     return Health(time.time(), **about, state=state, headline=HEADLINES[state], sections=sections, figures=figures)
 
 # %% ../../nbs/reports/08_health.ipynb #he-page
