@@ -360,6 +360,8 @@ def test_an_alert_is_one_issue_from_start_to_end(home: TemporaryHome) -> None:
         assert issue["state"] == "open" and "unknown" in issue["title"] and "0.3" in issue["body"]
         for i in range(150):  # it's on the third page now
             issues.all.append({"number": 232 + i, "state": "open", "body": None})
+        quotes = {"number": 382, "state": "open", "body": issue["body"], "pull_request": {}}
+        issues.all.append(dict(quotes))
         look(p, 2, 0.45)
         assert "0.45" in issue["body"] and issue["state"] == "open" and issues.posts == 1
         look(p, 3, 0.05)
@@ -370,7 +372,7 @@ def test_an_alert_is_one_issue_from_start_to_end(home: TemporaryHome) -> None:
         issues.all[-1]["state"] = "closed"
         look(p, 6, 0.5)
         assert issues.posts == 2 and issues.all[-1]["state"] == "closed", "a person has closed it"
-    assert all(one["state"] == "open" for one in issues.all[:230])
+    assert all(one["state"] == "open" for one in issues.all[:230]) and issues.all[381] == quotes
 
 
 def test_an_issue_is_not_opened_twice_where_the_answer_got_lost(home: TemporaryHome) -> None:

@@ -1,5 +1,6 @@
 "The detector's evidence beside another implementation, its state on the disk, and the tests for people where nothing differs."
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,17 @@ def test_evidence_is_that_of_another_implementation() -> None:
     assert np.allclose(detector.evidence, logs)
 
 
+def answer(model: Graph, pictures: list[np.ndarray], first: int) -> None:
+    "Log answers as a server does, one a second."
+    log = open_log()
+    for n, row in enumerate(logged_figures(model, pictures).to_dict("records"), first):
+        about = {"request_id": f"r{n}", "time": 1e9 + n, "role": "champion", "model_version": model.version}
+        log.record(row | about | {"sha256": "0" * 64, "latency_ms": 2.0})
+    log.close()
+
+
 @pytest.fixture
-def served(tmp_path: Path) -> Path:
+def served() -> Iterator[Path]:
     "A model with a reference, and 300 answers in the log."
     with TemporaryHome() as home:
         folder, rng = home.path / "model", np.random.default_rng(0)
@@ -54,11 +64,7 @@ def served(tmp_path: Path) -> Path:
         ]
         write_reference(folder / REFERENCE, model, pictures[:90], ["red", "green", "blue"] * 30, pictures[90:180])
         write_json(folder / "model.json", about | {"files": {REFERENCE: sha256_of(folder / REFERENCE)}})
-        log = open_log()
-        for n, row in enumerate(logged_figures(model, pictures[180:]).to_dict("records")):
-            about = {"request_id": f"r{n}", "time": 1e9 + n, "role": "champion", "model_version": model.version}
-            log.record(row | about | {"sha256": "0" * 64, "latency_ms": 2.0})
-        log.close()
+        answer(model, pictures[180:], 0)
         yield folder
 
 
@@ -81,6 +87,16 @@ def test_a_damaged_state_begins_anew_and_says_so(served: Path) -> None:
     changed = check(Params(monitor={"images": 5000}), str(served))
     assert changed.metrics["answers_new"] == 300 and len(changed.reasons) == 1
     assert check(Params(monitor={"images": 5000}), str(served)).metrics["answers_new"] == 0
+
+
+def test_a_change_in_a_later_stretch_of_one_look_has_its_time(served: Path) -> None:
+    "Three stretches of 130 in one look; the change is in the third."
+    grey = np.full((8, 8, 3), 5, np.uint8)
+    answer(Graph(served), [grey] * 20, 300)
+    params = Params(monitor={"images": 130})
+    (alarm,) = check(params, str(served)).alarms
+    assert 300 < alarm.image <= 320 and 1e9 + 290 <= alarm.since_time < 1e9 + alarm.image
+    assert check(params, str(served)).alarms == [alarm]
 
 
 def test_tests_for_people_keep_their_level() -> None:

@@ -46,7 +46,7 @@ def alibi(reference: np.ndarray, stream: np.ndarray, window: int) -> "int | None
     from alibi_detect.cd import CVMDriftOnline
 
     detector = CVMDriftOnline(
-        reference[:, :5], ert=20_000, window_sizes=[window // 2], n_bootstraps=40_000, verbose=False
+        reference[:, :5], ert=20_000, window_sizes=[window // 2], n_bootstraps=10_000, verbose=False
     )
     for image, row in enumerate(stream, start=1):
         if detector.predict(row[:5])["data"]["is_drift"]:

@@ -402,7 +402,7 @@ class Alerts(Section):
     github_api: str = Field("https://api.github.com", description="GitHub's address, or that of your own server")
     allow_http: bool = Field(False, description="send to other machines without TLS, too")
     timeout: float = Field(10.0, gt=0, le=120, description="seconds for one attempt")
-    attempts: int = Field(3, ge=1, le=10, description="attempts at each look, after waiting 1, 2, 4 … s")
+    attempts: int = Field(3, ge=1, le=5, description="attempts at each look, after waiting 1, 2, 4 … s")
 
 # %% ../../nbs/core/04_params.ipynb #params
 class Params(Section):

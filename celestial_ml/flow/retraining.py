@@ -136,6 +136,8 @@ def _train(
     before, (last, begun) = champion(), last_training(read_record())
     moment = _moment(params, before, last, request, begun is not None)
     reasons, wait = decide(moment, params.retrain)
+    if begun and begun["params"] != params_file:
+        begun = None  # another training's
     if begun and last:  # what it began for still holds
         reasons = [*dict.fromkeys([*begun["reasons"], *reasons])]
         wait = why_wait(moment, params.retrain) if last.failures else None
@@ -149,12 +151,15 @@ def _train(
         more = [*data_of_now(root, params, before), *settings]
         execute(make_plan(root, params_file, more, run), executor, quiet)
         verdict = read_json(run_folder(run) / "register.json")
-        pointers = [] if verdict["decision"] == "refuse" else track_labelled(root)
     except Exception as e:  # Ctrl-C and a kill leave it open: the next one goes on
         _write("ended", run=run, outcome="failed", why=str(e)[:2000])
         raise
     about = {"outcome": verdict["decision"], "model": verdict["model"], "why": verdict["reasons"][-1]}
-    about |= {"champion": recover().champion, "report": f"{run_folder(run)}/report.html", "pointers": pointers}
+    about |= {"champion": recover().champion, "report": f"{run_folder(run)}/report.html", "pointers": []}
+    try:
+        about["pointers"] = [] if verdict["decision"] == "refuse" else track_labelled(root)
+    except CelestialError as e:  # the gate has decided: a fault of DVC doesn't undo that
+        about["dvc"] = e.message
     return _write("ended", run=run, reasons=reasons, **about) | {"ran": True}
 
 # %% ../../nbs/flow/20_retraining.ipynb #ret-run

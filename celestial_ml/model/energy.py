@@ -8,6 +8,7 @@ __all__ = ['measure_energy']
 # %% ../../nbs/model/19_energy.ipynb #en-imports
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -16,32 +17,43 @@ from typing import Any
 _WORLD = 475.0  # g of CO2e for a kWh; source: IEA 2019, as codecarbon has it
 
 
-@contextmanager
-def measure_energy() -> Iterator[dict[str, Any]]:  # after the block: kwh, kg_co2e, seconds, country, how; or empty
-    "Measure the energy that the machine takes while a block runs."
-    energy: dict[str, Any] = {}
-    tracker, country = None, os.environ.get("CELESTIAL_COUNTRY", "").upper()
+def _start(energy: dict[str, Any]) -> Any:  # codecarbon's tracker
+    "Begin to measure; what the machine can tell takes a second to find out."
+    from codecarbon import OfflineEmissionsTracker
+
+    logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
+    country = os.environ.get("CELESTIAL_COUNTRY", "").upper()
     place: dict[str, Any] = {"country_iso_code": country or "USA"}
     place |= {} if country else {"force_carbon_intensity_g_co2e_kwh": _WORLD}
-    with suppress(Exception):  # also where it isn't installed
-        from codecarbon import OfflineEmissionsTracker
+    quiet: dict[str, Any] = {"save_to_file": False, "save_to_api": False, "save_to_logger": False}
+    tracker = OfflineEmissionsTracker(**place, **quiet, log_level="critical", allow_multiple_runs=True)
+    tracker.start()
+    counters = {"intel_rapl", "intel_power_gadget"} & {getattr(one, "_mode", "") for one in tracker._hardware}
+    energy |= {"how": "measured" if counters else "estimated"}
+    return tracker
 
-        logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
-        quiet: dict[str, Any] = {
-            "save_to_file": False,
-            "save_to_api": False,
-            "save_to_logger": False,
-            "log_level": "critical",
-        }
-        tracker = OfflineEmissionsTracker(**place, **quiet, allow_multiple_runs=True)
-        tracker.start()
+# %% ../../nbs/model/19_energy.ipynb #en-block
+@contextmanager
+def measure_energy() -> Iterator[dict[str, Any]]:  # after the block: kwh, kg_co2e, seconds, country, how; or empty
+    "Measure the energy that the machine takes while a block runs, which doesn't wait for the beginning of that."
+    energy: dict[str, Any] = {}
+    trackers: list[Any] = []
+
+    def begin() -> None:
+        with suppress(Exception):  # also where it isn't installed
+            trackers.append(_start(energy))
+
+    thread = threading.Thread(target=begin, daemon=True)
+    thread.start()
     try:
         yield energy
     finally:
-        with suppress(Exception):
-            tracker.stop()  # type: ignore[union-attr]
-            data = tracker.final_emissions_data  # type: ignore[union-attr]
-            counters = {"intel_rapl", "intel_power_gadget"} & {getattr(one, "_mode", "") for one in tracker._hardware}  # type: ignore[union-attr]
+        thread.join()
+        try:
+            trackers[0].stop()
+            data = trackers[0].final_emissions_data
+            named = os.environ.get("CELESTIAL_COUNTRY") and data.country_name  # None: codecarbon takes the average
             energy |= {"kwh": data.energy_consumed, "kg_co2e": data.emissions, "seconds": data.duration}
-            named = country and data.country_name  # codecarbon takes the average for a country that it doesn't know
-            energy |= {"country": named or "the world's average", "how": "measured" if counters else "estimated"}
+            energy |= {"country": named or "the world's average"}
+        except Exception:
+            energy.clear()

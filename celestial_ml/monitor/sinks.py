@@ -175,7 +175,7 @@ def _to_github(alert: Alert, p: Alerts) -> None:
     while len(batch) == 100:
         page += 1
         batch = _call(p, "GET", f"{issues}?state=open&per_page=100&page={page}", headers=heads) or []
-        found += [one for one in batch if marker in (one.get("body") or "")]
+        found += [one for one in batch if marker in (one.get("body") or "") and "pull_request" not in one]
     body: dict[str, Any] = {"body": f"{alert.text}\n\nAt each look this text says how it is now.\n\n{marker}"}
     for one in found:
         closes = {"state": "closed"} if alert.state == "resolved" else {}
