@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = (
     "pipeline.yaml",
+    "pipeline.monitor.yaml",
     "pipeline.score.yaml",
     "pipeline.stress.yaml",
     "pipeline.tune.yaml",

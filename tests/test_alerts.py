@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import httpx
+import numpy as np
 import pytest
+from serving import encoded, running, tiny_model, until
 from typer.testing import CliRunner
 
 from celestial_ml.cli.app import app
@@ -357,6 +360,8 @@ def test_an_alert_is_one_issue_from_start_to_end(home: TemporaryHome) -> None:
         assert issue["state"] == "open" and "unknown" in issue["title"] and "0.3" in issue["body"]
         for i in range(150):  # it's on the third page now
             issues.all.append({"number": 232 + i, "state": "open", "body": None})
+        quotes = {"number": 382, "state": "open", "body": issue["body"], "pull_request": {}}
+        issues.all.append(dict(quotes))
         look(p, 2, 0.45)
         assert "0.45" in issue["body"] and issue["state"] == "open" and issues.posts == 1
         look(p, 3, 0.05)
@@ -367,7 +372,7 @@ def test_an_alert_is_one_issue_from_start_to_end(home: TemporaryHome) -> None:
         issues.all[-1]["state"] = "closed"
         look(p, 6, 0.5)
         assert issues.posts == 2 and issues.all[-1]["state"] == "closed", "a person has closed it"
-    assert all(one["state"] == "open" for one in issues.all[:230])
+    assert all(one["state"] == "open" for one in issues.all[:230]) and issues.all[381] == quotes
 
 
 def test_an_issue_is_not_opened_twice_where_the_answer_got_lost(home: TemporaryHome) -> None:
@@ -431,3 +436,25 @@ def test_two_looks_at_once_send_each_change_once(home: TemporaryHome) -> None:
                     os._exit(code)
         assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
     assert [one["state"] for one in hook.taken] == ["firing"]
+
+
+def test_from_answers_of_a_server_to_a_webhook_and_back_to_its_metrics(home: TemporaryHome, tmp_path: Path) -> None:
+    hook, model, state = Webhook(), tiny_model(tmp_path / "model"), tmp_path / "home"
+    with http(hook) as url, running(model, tmp_path / "err", demo=False) as service:
+        for picture in [np.zeros((32, 32, 3), np.uint8)] * 6:  # nearly black is unknown
+            answer = httpx.post(f"{service}/predict", files={"image": encoded(picture)}, timeout=60).json()
+            assert not answer["known"]
+        os.environ["CELESTIAL_HOME"] = str(state)
+        until(lambda: "celestial_log_written 6.0" in httpx.get(f"{service}/metrics", timeout=60).text)
+        rule = "{name: unknown, metric: unknown_share, above: 0.2, severity: critical}"
+        settings = {"rules": f"[{rule}]", "sinks": "[webhook]", "webhook": url}
+        options = [text for name, value in settings.items() for text in ("--set", f"alerts.{name}={value}")]
+        done = CliRunner().invoke(app, ["monitor", "check", "--model", str(model), *options])
+        assert done.exit_code == 1 and "alert: critical: unknown" in done.stdout, done.output
+        assert [(one["rule"], one["value"], one["state"]) for one in hook.taken] == [("unknown", 1.0, "firing")]
+        page = httpx.get(f"{service}/metrics", timeout=60).text
+        assert 'celestial_alert{rule="unknown",severity="critical"} 1.0' in page
+        assert "celestial_monitor_unknown_share{" in page
+        settings = ["--set", "alerts.rules=[{name: a, metric: unknown_shar, above: 1}]"]
+        done = CliRunner().invoke(app, ["monitor", "check", "--model", str(model), *settings])
+        assert done.exit_code == 2 and "did you mean 'unknown_share'?" in done.stderr

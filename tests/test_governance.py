@@ -124,6 +124,12 @@ def test_commands_load_only_what_was_signed(keys: Path, monkeypatch: pytest.Monk
     assert celestial("models", "sign", "tiny/2")[0] == 2, "no key"
     for version in ("champion", "tiny/2"):
         assert celestial("models", "sign", version, "--key", "key.pem")[0] == 0
+        assert (
+            celestial("models", "verify", version)[0]
+            == celestial("models", "verify", version, "--key", "key.pub")[0]
+            == 0
+        )
+        assert celestial("models", "verify", version, "--key", "other.pub")[0] == 1
     assert celestial("predict", str(picture))[0] == 0
     verdict = submit("tiny/2", Register(), "Ada", by_hand=True)
     assert not [rule for rule in verdict.rules if rule.kind == "deployment" and not rule.passed]
@@ -131,6 +137,8 @@ def test_commands_load_only_what_was_signed(keys: Path, monkeypatch: pytest.Monk
     recover()
     about = read_json(published("tiny/1") / "model.json")
     write_json(published("tiny/1") / "model.json", about | {"ood_threshold": 1e9})
+    code, words = celestial("models", "verify", "tiny/1", "--json")
+    assert code == 1 and "model.json" in words
     with pytest.raises(CelestialError, match="not what was signed"):
         rollback()
     assert recover().champion == "tiny/2"

@@ -118,6 +118,18 @@ def test_a_version_has_a_card_with_its_figures(smoke: Plan) -> None:
         assert name.lower() in text.lower() and name.lower() in page.lower(), name
 
 
+def test_a_run_has_a_bill_of_materials_with_the_energy_of_its_training(smoke: Plan) -> None:
+    folder = Path("output/smoke")
+    energy, bill = read_json(folder / "train.json")["energy"], read_json(folder / "bom.json")
+    assert 0 < energy["kwh"] < 1 and 0 < energy["kg_co2e"] < 1 and energy["how"] in ("measured", "estimated")
+    model = bill["metadata"]["component"]
+    assert bill["specVersion"] == "1.6" and model["hashes"][0]["content"] == read_json(folder / "model.json")["sha256"]
+    used = model["modelCard"]["considerations"]["environmentalConsiderations"]["energyConsumptions"][0]
+    assert used["activityEnergyCost"] == {"value": energy["kwh"], "unit": "kWh"}
+    assert "energy of the training" in (folder / "model_card.md").read_text()
+    assert "codecarbon" not in (folder / "train.html").read_text(), "it's quiet"
+
+
 def test_a_run_has_a_card_of_its_images_and_croissant_loads_them(smoke: Plan) -> None:
     import mlcroissant
 

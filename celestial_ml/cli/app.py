@@ -45,6 +45,7 @@ from .monitor import drift_app, monitor_app
 from .new import new_app
 from .report import report_app
 from .retrain import retrain_app
+from .status import status_app
 from .sweep import sweep_app
 from .ui import ui_app
 from .versions import versions_app
@@ -68,6 +69,7 @@ monitor_app.add_typer(alerts_app)
 for group in (batch_app, drift_app, sweep_app, retrain_app, report_app, new_app, ui_app):
     app.add_typer(group)
 add_queue(label_app)
+monitor_app.add_typer(status_app)
 _groups = {"data": data_app, "feedback": feedback_app, "label": label_app, "log": log_app}
 _groups |= {"keys": keys_app, "models": models_app, "monitor": monitor_app}
 for name, group in _groups.items():
@@ -211,9 +213,9 @@ def serve(
     challenger: Annotated[str | None, typer.Option(help="off, shadow:SHARE or canary:SHARE of the requests")] = None,
 ) -> None:
     "Serve the HTTP API and the demo."
-    from celestial_ml.label.page import add_labelled_demo
     from celestial_ml.monitor.log import service_log
     from celestial_ml.package.published import find_model
+    from celestial_ml.reports.health import add_whole_demo
     from celestial_ml.serve.server import serve as serve_forever
     from celestial_ml.serve.settings import serve_settings
 
@@ -222,7 +224,7 @@ def serve(
     name = model or os.environ.get("CELESTIAL_MODEL")
     folder, log = find_model(name) if name else None, service_log(settings)
     try:
-        serve_forever(folder, host, port, add_labelled_demo if demo else None, settings, log)
+        serve_forever(folder, host, port, add_whole_demo if demo else None, settings, log)
     finally:
         if log is not None:
             log.close()

@@ -8,6 +8,7 @@ __all__ = ['feedback_app', 'LabelUrl', 'add_queue']
 # %% ../../nbs/cli/11_feedback.ipynb #cf-imports
 import json
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -151,6 +152,7 @@ def add_queue(
 def _label_queue(
     folder: Annotated[Path | None, typer.Argument(help="pictures that nobody has labelled")] = None,
     log: Annotated[bool, typer.Option("--log", help="doubtful answers of the prediction log, too")] = False,
+    audit: Annotated[int, typer.Option(min=0, help="so many answers of the log, drawn at random")] = 0,
     strategy: Annotated[str, typer.Option(help="auto, unknown, typical, margin, entropy, diverse or random")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="for what is drawn")] = 0,
     model: ModelOption = None,
@@ -161,6 +163,7 @@ def _label_queue(
     from celestial_ml.core.errors import unknown
     from celestial_ml.core.folders import PassedOver
     from celestial_ml.label import queue
+    from celestial_ml.label.live_labels import audit_log
     from celestial_ml.label.strategies import STRATEGIES
     from celestial_ml.package.published import find_model
 
@@ -172,14 +175,11 @@ def _label_queue(
 
         if not folder.is_dir():
             raise CelestialError(f"{folder} is not a folder", "Name a folder of pictures.")
-        answered = queue.answered_folder(
-            folder, Predictor(find_model(model or os.environ.get("CELESTIAL_MODEL"))), passed
-        )
-        pairs = list(answered)
+        predictor = Predictor(find_model(model or os.environ.get("CELESTIAL_MODEL")))
+        pairs = list(queue.answered_folder(folder, predictor, passed))
         new += queue.enqueue((one for one, _ in pairs), {one.sha256: path for one, path in pairs}, url)
-    if log:
-        for one, content in queue.answered_log():
-            new += queue.enqueue([one], {one.sha256: content}, url)
+    for one, content in chain(queue.answered_log() if log else (), audit_log(audit, seed) if audit else ()):
+        new += queue.enqueue([one], {one.sha256: content}, url)
     queue.rank(strategy, seed, url)
     figures = queue.progress_of(url=url)
     if json_:

@@ -236,23 +236,57 @@ def models_retire(
         print(f"{version} is retired, and archived in {archive}\nnext:  celestial models list", flush=True)
     _follow_later()
 
+# %% ../../nbs/cli/01_models.ipynb #models-package
+_Package = Annotated[str, typer.Argument(help="a version or its alias, or the folder or run of a package")]
+
+
+def _folder(model: str) -> Path:
+    "The folder of a package, whether it's signed or not."
+    from celestial_ml.package.published import find_model
+    from celestial_ml.registry.state import ALIASES
+
+    return find_model(_version(model) if model in ALIASES else model, signed=False)
+
 # %% ../../nbs/cli/01_models.ipynb #models-sign
 @command(models_app, "sign", "celestial models sign champion --key key.pem")
 def models_sign(
-    model: Annotated[str, typer.Argument(help="a version or its alias, or the folder or run of a package")],
+    model: _Package,
     key: Annotated[str | None, typer.Option(help="a private key, PEM; default: CELESTIAL_SIGNING_KEY")] = None,
 ) -> None:
     "Sign a version, so that whoever sets CELESTIAL_VERIFY_KEY can load it and no changed one."
-    from celestial_ml.package.published import find_model
     from celestial_ml.package.signature import sign
-    from celestial_ml.registry.state import ALIASES
 
-    folder = find_model(_version(model) if model in ALIASES else model, signed=False)
+    folder = _folder(model)
     if not sign(folder, key):
         raise CelestialError(
             "there is no key to sign with", "Name it with --key KEY.pem, or set CELESTIAL_SIGNING_KEY."
         )
     print(f"{folder} is signed\nnext:  CELESTIAL_VERIFY_KEY=key.pub celestial serve")
+
+# %% ../../nbs/cli/01_models.ipynb #models-verify
+@command(models_app, "verify", "celestial models verify champion --key key.pub")
+def models_verify(
+    model: _Package,
+    key: Annotated[str | None, typer.Option(help="a public key, PEM; default: CELESTIAL_VERIFY_KEY")] = None,
+    json_: AsJson = False,
+) -> None:
+    "Check a version's files and, with a key, its signature. Exits with 1 if they aren't what was packaged and signed."
+    from celestial_ml.package.manifest import damage
+    from celestial_ml.package.signature import verify
+
+    folder, signed = _folder(model), None
+    problems = damage(folder)
+    try:
+        signed = verify(folder, key)
+    except CelestialError as e:
+        problems.append(e.message)
+    if json_:
+        print(json.dumps({"folder": str(folder), "problems": problems, "signed": signed and sorted(signed)}))
+    elif not problems:
+        words = "its signature wasn't checked: name a key" if signed is None else f"signed: {', '.join(sorted(signed))}"
+        print(f"{folder} is as it was packaged; {words}")
+    if problems:
+        raise AnswerIsNo(f"{folder} doesn't verify: {'; '.join(problems)}", "Fetch it again, or package it again.")
 
 # %% ../../nbs/cli/01_models.ipynb #models-lineage
 @command(models_app, "lineage", "celestial models lineage 0f8fad5bd9cb469f")

@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from .console import AsJson, Executor, ParamsFile, Settings, command, command_group, enter_project
-from ..core.errors import AnswerIsNo
+from ..core.errors import AnswerIsNo, CelestialError
 
 # %% ../../nbs/cli/13_retrain.ipynb #cr-app
 retrain_app = command_group()
@@ -36,7 +36,9 @@ def retrain(
     "Train on the data of now, and let the gate decide. Exits with 1 if it refuses the model."
     from celestial_ml.flow.retraining import record_file, retrain
 
-    request = reason or (None if if_triggered else "a person's command")
+    if if_triggered and reason:
+        raise CelestialError("--reason is a person's, and --if-triggered asks the triggers", "Use one of the two.")
+    request = None if if_triggered else reason or "a person's command"
     done = retrain(enter_project(), params, set_, request, executor, quiet=json_)
     if json_:
         print(json.dumps(done), flush=True)
@@ -46,6 +48,8 @@ def retrain(
     else:
         print(f"\n{done['model']}: {done['outcome']}; {done['why']}\n\nlook:  {done['report']}")
         print(f"commit: {' '.join(done['pointers'])}" if done["pointers"] else "next:  celestial models list")
+    if "dvc" in done:
+        print(f"the labels have no new version: {done['dvc']}", file=sys.stderr)
     if done.get("outcome") == "refuse":
         raise AnswerIsNo(f"the gate refuses {done['model']}: {done['why']}", f"{done['champion']} stays champion.")
 
@@ -73,7 +77,10 @@ def watch(
     more = [word for setting in set_ or [] for word in ("--set", setting)]
     try:
         while not stop.is_set():
-            for words in (["monitor", "check", params, *more], ["retrain", params, *more, "--if-triggered"]):
+            for words in (
+                ["monitor", "check", "--params", params, *more],
+                ["retrain", params, *more, "--if-triggered"],
+            ):
                 if stop.is_set():
                     break
                 print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  celestial {shlex.join(words)}", flush=True)

@@ -382,7 +382,7 @@ class Alerts(Section):
             AlertRule(name="unknown", metric="unknown_share", above=0.2, recovery=0.1, lasts="3"),
             AlertRule(name="drift", metric="drift_alarms", above=0.0),
             AlertRule(name="harm", metric="harm_alarms", above=0.0, severity="critical"),
-            AlertRule(name="accuracy", metric="accuracy_high", below=0.9, severity="critical"),
+            AlertRule(name="accuracy", metric="accuracy_high", below=0.75, severity="critical"),
             AlertRule(name="estimated_accuracy", metric="accuracy_estimate", below=0.85, recovery=0.9, lasts="3"),
             AlertRule(name="slow", metric="p99_ms", above=1000.0, recovery=500.0, lasts="3", cooldown="1h"),
             AlertRule(name="log_lost", metric="log_lost", above=0.0),
@@ -402,7 +402,7 @@ class Alerts(Section):
     github_api: str = Field("https://api.github.com", description="GitHub's address, or that of your own server")
     allow_http: bool = Field(False, description="send to other machines without TLS, too")
     timeout: float = Field(10.0, gt=0, le=120, description="seconds for one attempt")
-    attempts: int = Field(3, ge=1, le=10, description="attempts at each look, after waiting 1, 2, 4 … s")
+    attempts: int = Field(3, ge=1, le=5, description="attempts at each look, after waiting 1, 2, 4 … s")
 
 # %% ../../nbs/core/04_params.ipynb #params
 class Params(Section):

@@ -99,6 +99,8 @@ def data_of_now(
     names = {f"data.{key}": value for key, value in settings.items()}
     if lineage and (folder := run_folder(lineage.run)) and _made(root / folder, before):
         names["data.split_file"] = f"{folder}/catalog.parquet"
+        if data.split == "auto" and "folders" not in str(lineage.parameters["data"].get("split_by")):
+            names["data.split"] = "stratified"  # by hash alone, a new class of few pictures may have none in test
         names |= {"train.start_from": lineage.run} if params.retrain.warm_start else {}
     return [f"{key}={json.dumps(value)}" for key, value in names.items()]
 
@@ -111,11 +113,14 @@ def _made(folder: Path, model: Manifest | None) -> bool:
 # %% ../../nbs/flow/20_retraining.ipynb #ret-look
 def _moment(params: Params, before: Manifest | None, last: LastRun | None, request: str | None, retry: bool) -> Moment:
     "What the triggers see: the monitor's latest look at this champion, with what can be known at once."
+    import celestial_ml.label.live_labels
+    import celestial_ml.monitor.check  # noqa: F401 both for their metrics
+
     now, model = time.time(), before.model if before else None
     seen = read_snapshot()
     if seen is None or seen.model != model:  # nobody has looked at this champion yet
         seen = Snapshot(time=now, model=model, begin=now, end=now, answers=0, metrics={}, alarms=[], reasons=[])
-    figures, _ = measure(MetricContext(model, seen.begin, now, params), ("champion", "labels"))
+    figures, _ = measure(MetricContext(model, seen.begin, now, params), ("champion", "held_out", "labels"))
     return Moment(now, seen.model_copy(update={"metrics": seen.metrics | figures}), last, request, retry)
 
 # %% ../../nbs/flow/20_retraining.ipynb #ret-train
@@ -133,6 +138,8 @@ def _train(
     before, (last, begun) = champion(), last_training(read_record())
     moment = _moment(params, before, last, request, begun is not None)
     reasons, wait = decide(moment, params.retrain)
+    if begun and begun["params"] != params_file:
+        begun = None  # another training's
     if begun and last:  # what it began for still holds
         reasons = [*dict.fromkeys([*begun["reasons"], *reasons])]
         wait = why_wait(moment, params.retrain) if last.failures else None
@@ -146,12 +153,15 @@ def _train(
         more = [*data_of_now(root, params, before), *settings]
         execute(make_plan(root, params_file, more, run), executor, quiet)
         verdict = read_json(run_folder(run) / "register.json")
-        pointers = [] if verdict["decision"] == "refuse" else track_labelled(root)
     except Exception as e:  # Ctrl-C and a kill leave it open: the next one goes on
         _write("ended", run=run, outcome="failed", why=str(e)[:2000])
         raise
     about = {"outcome": verdict["decision"], "model": verdict["model"], "why": verdict["reasons"][-1]}
-    about |= {"champion": recover().champion, "report": f"{run_folder(run)}/report.html", "pointers": pointers}
+    about |= {"champion": recover().champion, "report": f"{run_folder(run)}/report.html", "pointers": []}
+    try:
+        about["pointers"] = [] if verdict["decision"] == "refuse" else track_labelled(root)
+    except CelestialError as e:  # the gate has decided: a fault of DVC doesn't undo that
+        about["dvc"] = e.message
     return _write("ended", run=run, reasons=reasons, **about) | {"ran": True}
 
 # %% ../../nbs/flow/20_retraining.ipynb #ret-run

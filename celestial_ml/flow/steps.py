@@ -104,7 +104,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "explain": ("explain",),
     "package": ("package",),
     "register": ("register", "card", "track"),
-    "score": ("score",),  # beside the chain, as the next ones
+    "monitor": ("monitor",),  # beside the chain, as the next ones
+    "score": ("score",),
     "stress": ("seed", "stress"),
     "tune": ("seed", "model", "train", "tune", "track"),
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,16 +21,14 @@ from ..monitor.records import read_records
 from ..monitor.snapshot import MetricContext, metric
 from ..monitor.tables import log_table
 from ..package.manifest import read_manifest
-from ..package.published import published, read_pointer
-from ..registry.audit import read_log
+from ..package.published import published
 from ..registry.evidence import Evidence, short
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['NEWEST', 'audit_log', 'truths', 'newest_range', 'held_out_answers', 'live_estimates', 'live_metrics', 'label_metrics',
-           'champion_metrics', 'log_metrics']
+__all__ = ['NEWEST', 'audit_log', 'truths', 'newest_range', 'held_out_answers', 'live_estimates', 'live_metrics', 'label_metrics']
 
 # %% ../../nbs/label/20_live_labels.ipynb #ll-audit
 NEWEST = 20_000  # answers that live figures look at, at most
@@ -106,10 +104,9 @@ def newest_range(
 
 
 def held_out_answers(
-    model: str,  # "celestial/3"
+    folder: Path,  # of a package
 ) -> tuple[HeldOut, list[dict[str, Any]]]:  # and what the estimators said of changed pictures
     "What a package says of its known answers for held-out images; empty for an older one."
-    folder = published(model)
     manifest, evidence = read_manifest(folder), Evidence.load(folder)
     if evidence is None:
         return HeldOut(np.empty(0), np.empty(0, bool)), []
@@ -120,6 +117,7 @@ def held_out_answers(
 
 def live_estimates(
     model: str,  # "celestial/3"
+    folder: Path,  # of its package
     begin: float,  # seconds since 1970
     end: float,  # not included
     judged: pd.DataFrame,  # of `judged_answers`
@@ -132,7 +130,7 @@ def live_estimates(
     own = (rows.time >= begin, rows.time < end, rows.model_version == model, rows.role != "challenger")
     with read_records(url) as connection:
         answers = connection.execute(select(rows.known, rows.confidence).where(*own)).all()
-    held_out, shifts = held_out_answers(model)
+    held_out, shifts = held_out_answers(folder)
     confidence = np.array([row.confidence for row in answers if row.known and row.confidence is not None], float)
     estimates = estimate_accuracy(confidence, 1 - len(confidence) / max(1, len(answers)), held_out, shifts)
     of_known = judged[(judged.model_version == model) & (judged.role != "challenger") & judged.known.astype(bool)]
@@ -142,7 +140,7 @@ def live_estimates(
 # %% ../../nbs/label/20_live_labels.ipynb #ll-metrics
 @metric("live")
 def live_metrics(context: MetricContext) -> dict[str, float]:
-    "accuracy, accuracy_low, accuracy_high, accuracy_estimate, feedback_wrong."
+    "accuracy and accuracy_estimate, each with _low and _high; feedback_wrong."
     if context.model is None:
         return {}
     begin, end = newest_range(context.end, context.url)
@@ -152,39 +150,17 @@ def live_metrics(context: MetricContext) -> dict[str, float]:
     for row in live_versions(begin, end, url=context.url, judged=own):
         if row["model_version"] == context.model and row["role"] == "champion" and row["judged"]:
             figures |= {"accuracy": row["accuracy"], "accuracy_low": row["low"], "accuracy_high": row["high"]}
-    estimates, _ = live_estimates(context.model, begin, end, own, context.url)
-    value = next((one.value for one in estimates if one.value is not None), None)
-    return figures if value is None else figures | {"accuracy_estimate": value}
+    estimates, _ = live_estimates(context.model, published(context.model), begin, end, own, context.url)
+    for one in [one for one in estimates if one.value is not None][:1]:
+        ends = {"": one.value, "_low": one.low, "_high": one.high}
+        figures |= {f"accuracy_estimate{end}": float(value or 0) for end, value in ends.items()}
+    return figures
 
 
 @metric("labels")
 def label_metrics(context: MetricContext) -> dict[str, float]:
-    "labels_new: accepted labels of classes, of pictures that the model was not trained on."
+    "labels_new: accepted labels of classes, of pictures that the model was neither trained nor measured on."
     evidence = Evidence.load(published(context.model)) if context.model else None
-    learned = set(evidence.learned.tolist()) if evidence else set()
-    named = [sha256 for sha256, truth in truths().items() if truth.label != UNKNOWN]
+    learned, measured = (set(evidence.learned.tolist()), set(evidence.sha256.tolist())) if evidence else (set(), set())
+    named = [sha256 for sha256, truth in truths().items() if truth.label != UNKNOWN and sha256 not in measured]
     return {"labels_new": float(sum(int(one) not in learned for one in short(named)))}
-
-
-@metric("champion")
-def champion_metrics(context: MetricContext) -> dict[str, float]:
-    "champion_days, by the audit log."
-    pointer = read_pointer("champion")
-    entry = next((one for one in read_log() if pointer and one["sha256"] == pointer.entry), None)
-    since = datetime.fromisoformat(entry["time"]).timestamp() if entry else None
-    return {} if since is None else {"champion_days": (time.time() - since) / 86400}
-
-
-@metric("log")
-def log_metrics(context: MetricContext) -> dict[str, float]:
-    "log_lost: answers that processes lost or dropped which ended in this time or run; p99_ms: of the answers' latency."
-    from sqlalchemy import func, or_, select
-
-    rows, processes = log_table("predictions").c, log_table("processes").c
-    begin, end = newest_range(context.end, context.url)
-    recent = or_(processes.ended.is_(None), processes.ended >= begin)
-    with read_records(context.url) as connection:
-        lost = connection.execute(select(func.sum(processes.lost + processes.dropped)).where(recent)).scalar()
-        within = (rows.time >= begin, rows.time < end, rows.role != "challenger", rows.latency_ms.is_not(None))
-        latency = [row[0] for row in connection.execute(select(rows.latency_ms).where(*within))]
-    return {"log_lost": float(lost or 0)} | ({"p99_ms": float(np.percentile(latency, 99))} if latency else {})

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -236,7 +237,11 @@ def build_label(
     shown.click(pressed, desk, [shown, desk], **every)
 
 
-def add_labelled_demo(app: "FastAPI", service: "Service") -> None:
+def add_labelled_demo(
+    app: "FastAPI",
+    service: "Service",
+    tabs: "tuple[tuple[str, Callable[[gr.Tab], None]], ...]" = (),  # further ones before it, as `add_demo`
+) -> None:
     "The demo at / of a service, with the labelling page."
     people_needed()  # a wrong setting ends the start, not the first label
-    add_demo(app, service, (("Label", partial(build_label, service)),))
+    add_demo(app, service, (*tabs, ("Label", partial(build_label, service))))

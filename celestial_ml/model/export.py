@@ -34,7 +34,10 @@ def network_graph(
     both = keras.Model(model.input, {"logits": model.output, "embedding": model.get_layer("embedding").output})
     both(np.zeros((1, *model.input_shape[1:]), np.uint8))  # Keras exports only what has been called once
     patience = gc.get_threshold()
-    gc.set_threshold(5000, 2, 0)  # the conversion makes a gigabyte of garbage in few objects: collect it often
+    gc.collect()
+    gc.freeze()  # what is there already: it would put full collections off
+    gc.collect()
+    gc.set_threshold(1000, 2, 0)  # the conversion makes a gigabyte of garbage in few objects: collect it often
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = str(Path(folder) / "network.onnx")
@@ -42,6 +45,7 @@ def network_graph(
             graph = onnx.load(path)
     finally:
         gc.set_threshold(*patience)
+        gc.unfreeze()
         gc.collect()
     graph = version_converter.convert_version(graph, OPSET)
     graph.ir_version = 10

@@ -215,7 +215,7 @@ def fairness(
 
     gap_by_chance is the 95th percentile of the gap if every judged bin had the same true accuracy.
     """
-    judged = slices[slices.judged].sort_values(["accuracy", "low"], kind="stable")
+    judged = slices[slices.judged.astype(bool)].sort_values(["accuracy", "low"], kind="stable")
     judged_bins: dict[str, Any] = {"slices": judged["slice"].unique().tolist(), "bins": len(judged)}
     if judged.empty:
         return {"worst": None, "best": None, "gap": None, "gap_by_chance": None} | judged_bins

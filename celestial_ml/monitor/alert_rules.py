@@ -49,7 +49,7 @@ class Alert:
 _NAMES = (
     *("answers", "unknown_share", "drift_evidence", "drift_alarms", "harm_alarms", "prior_shift", "accuracy"),
     *("accuracy_low", "accuracy_high", "accuracy_estimate", "labels_new", "feedback_wrong", "log_lost", "p99_ms"),
-    "champion_days",
+    *("champion_days", "answers_new", "accuracy_estimate_low", "accuracy_estimate_high"),
 )
 
 

@@ -113,6 +113,8 @@ def moved(
     "What has changed in the known answers, beyond chance: by more than a fifth of the distribution, at 1 % in all."
     from scipy.stats import ks_2samp
 
+    if len(table) < 5:
+        return {}
     is_known = table.known if table.known.sum() >= 10 else table.known | True
     now, before = reference.values(table[is_known]), reference.values(reference.held_out[reference.held_out.known])
     result = {}
@@ -161,27 +163,24 @@ class _Watch:
     key: str  # what the state depends on
     last: int = 0  # id of the last row
     new: int = 0  # answers of this look
-    times: np.ndarray = field(default_factory=lambda: np.zeros(0))  # of the stretch's images
+    times: np.ndarray = field(default_factory=lambda: np.zeros(0))  # of the stretch's images, until an alarm
+    since: float = 0.0  # when the change of the alarm began
 
     def look(self, table: pd.DataFrame, values: np.ndarray) -> None:
         "Look at some answers."
-        self.times = np.concatenate([self.times, table.time.to_numpy(float)])
-        self.detector.look(values)
-        if self.detector.alarm is None:
-            self.times = self.times[len(self.times) - (self.detector.images - self.detector.first) :]
+        stood = self.detector.alarm
+        alarm = self.detector.look(values)
+        if stood is None:
+            times = np.concatenate([self.times, table.time.to_numpy(float)])  # the last one is that of the last image
+            first = len(times) - (self.detector.images - self.detector.first)
+            self.times = times[first:] if alarm is None else np.zeros(0)
+            self.since = 0.0 if alarm is None else float(times[first + alarm.since - self.detector.first - 1])
         self.last, self.new = int(table.id.iloc[-1]), self.new + len(table)
-
-    def since(self) -> float:
-        "When the change of the alarm began."
-        alarm = self.detector.alarm
-        assert alarm is not None
-        return float(self.times[min(max(0, alarm.since - self.detector.first - 1), len(self.times) - 1)])
 
     def save(self, model: str) -> None:
         "Store it."
-        most = self.detector.promise.images + 1  # an alarm may stand for long
+        rest = {name: np.array(getattr(self, name)) for name in ("key", "last", "times", "since")}
         with atomic(_state_file(model)) as part, part.open("wb") as file:
-            rest = {"key": np.array(self.key), "last": np.array(self.last), "times": self.times[:most]}
             np.savez(file, **self.detector.state(), **rest)  # type: ignore[arg-type]
 
 # %% ../../nbs/monitor/14_check.ipynb #chk-state-2
@@ -202,7 +201,7 @@ def _open_watch(reference: Reference, p: Monitor) -> tuple[_Watch, str]:  # why 
         if str(state["key"]) != watch.key:
             return watch, "the promise or the reference has changed: the detector begins anew"
         detector.resume(state)
-        watch.last, watch.times = int(state["last"]), state["times"]
+        watch.last, watch.times, watch.since = int(state["last"]), state["times"], float(state["since"])
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return _Watch(
             Detector(values, GROUPS, ONE_SIDED, detector.promise), watch.key
@@ -216,10 +215,9 @@ def _alarms(
     "The alarm that stands, judged by the answers since its change began."
     if (alarm := watch.detector.alarm) is None:
         return []
-    since = watch.since()
-    table = next(answers_of(connection, reference.model, newest=5000))
-    severity, what = judge(reference, table[table.time >= since], metrics, alarm.group)
-    row = {"group": alarm.group, "column": alarm.column, "image": alarm.image, "since_time": since}
+    table = next(answers_of(connection, reference.model, since=watch.since, newest=5000), reference.held_out[:0])
+    severity, what = judge(reference, table, metrics, alarm.group)
+    row = {"group": alarm.group, "column": alarm.column, "image": alarm.image, "since_time": watch.since}
     return [AlarmRow(**row, severity=severity, what=what)]
 
 

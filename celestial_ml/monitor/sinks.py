@@ -86,13 +86,13 @@ def _call(p: Alerts, method: str, url: str, body: Any = None, headers: dict[str,
 
     try:
         parts = urlsplit(url)
-        host, local = (
-            f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname),
-            is_loopback(str(parts.hostname)),
-        )
+        host = parts.hostname or ""
     except ValueError:
-        raise CelestialError("the address of a sink can't be read", "Write it as https://host/path") from None
-    if not parts.hostname or (parts.scheme != "https" and (parts.scheme != "http" or not (local or p.allow_http))):
+        host = ""
+    if not host:
+        raise CelestialError("the address of a sink is missing, or can't be read", "Write it as https://host/path")
+    local = is_loopback(host)
+    if parts.scheme != "https" and (parts.scheme != "http" or not (local or p.allow_http)):
         raise CelestialError(f"{host} would get alerts without TLS", "Use https://, or set alerts.allow_http.")
     data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
     heads = {"Content-Type": "application/json", "User-Agent": "celestial_ml"} | (headers or {})
@@ -175,7 +175,7 @@ def _to_github(alert: Alert, p: Alerts) -> None:
     while len(batch) == 100:
         page += 1
         batch = _call(p, "GET", f"{issues}?state=open&per_page=100&page={page}", headers=heads) or []
-        found += [one for one in batch if marker in (one.get("body") or "")]
+        found += [one for one in batch if marker in (one.get("body") or "") and "pull_request" not in one]
     body: dict[str, Any] = {"body": f"{alert.text}\n\nAt each look this text says how it is now.\n\n{marker}"}
     for one in found:
         closes = {"state": "closed"} if alert.state == "resolved" else {}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 
 from ..core.errors import unknown
 from ..core.params import Retrain
@@ -16,7 +15,6 @@ from ..core.progress import as_time
 from .snapshot import MetricContext, Snapshot, metric
 from ..package.manifest import read_manifest
 from ..package.published import published
-from ..registry.audit import read_log
 
 # %% auto #0
 __all__ = ['Trigger', 'TRIGGERS', 'LastRun', 'Moment', 'trigger', 'why_wait', 'decide']
@@ -133,13 +131,8 @@ def decide(
     return reasons, why_wait(moment, p) if reasons else None
 
 # %% ../../nbs/monitor/40_triggers.ipynb #trg-metrics
-@metric("champion")
-def _champion_figures(context: MetricContext) -> dict[str, float]:
-    "Days since it became champion, and its accuracy on held-out images."
-    if context.model is None:
-        return {}
-    begun = [e["time"] for e in read_log() if e["model"] == context.model and e["action"] not in ("register", "keep")]
-    figures = {"accuracy_held_out": read_manifest(published(context.model)).metrics.accuracy}
-    if begun:
-        figures["champion_days"] = (context.end - datetime.fromisoformat(begun[-1]).timestamp()) / 86400
-    return {name: value for name, value in figures.items() if value is not None}
+@metric("held_out")
+def _held_out(context: MetricContext) -> dict[str, float]:
+    "The accuracy of the champion on held-out images."
+    accuracy = read_manifest(published(context.model)).metrics.accuracy if context.model else None
+    return {} if accuracy is None else {"accuracy_held_out": accuracy}

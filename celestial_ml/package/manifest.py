@@ -34,6 +34,7 @@ class Lineage(Document):
     source: str | None = None  # of its training images
     created: str = ""  # ISO 8601
     parameters: dict[str, Any] = Field({})  # by section
+    energy: dict[str, Any] = Field({})  # of the training, of `model.energy`: kwh, kg_co2e, seconds, country, how
     tried: list[dict[str, Any]] = Field([])  # networks and levels of augmentation that the validation images chose from
 
 

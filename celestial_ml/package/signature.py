@@ -61,17 +61,21 @@ def _library():  # type: ignore[no-untyped-def]  # it has no types
 # %% ../../nbs/package/09_signature.ipynb #sg-verify
 def verify(
     folder: Path,  # of a package
-) -> set[str] | None:  # the names of the files that are signed; None: CELESTIAL_VERIFY_KEY isn't set
+    key: Path | str | None = None,  # a public key, PEM; None: that of CELESTIAL_VERIFY_KEY, if it is set
+) -> set[str] | None:  # the names of the files that are signed; None: there is no key
     "Check a package's signature; `ModelError` where it has none, or isn't what the key's owner signed."
-    if not (key := os.environ.get(VERIFY_KEY)):
+    if not (key := key or os.environ.get(VERIFY_KEY)):
         return None
     signature, (_, verifying) = folder / SIGNATURE, _library()
     if not signature.is_file():
-        raise ModelError(f"{folder} is not signed, and {VERIFY_KEY} is set", _HINT)
+        raise ModelError(f"{folder} is not signed", _HINT)
     try:
         check = verifying.Config().use_elliptic_key_verifier(public_key=key).set_ignore_unsigned_files(True)
     except Exception as e:
-        raise ModelError(f"the key {key} can't verify: {e}", f"{VERIFY_KEY} names a public key in PEM.") from None
+        raise ModelError(
+            f"the key {key} can't verify: {e}",
+            "It takes a public key in PEM: openssl ec -in key.pem -pubout -out key.pub",
+        ) from None
     try:
         check.verify(folder, signature)
         content = b64decode(read_json(signature)["dsseEnvelope"]["payload"])

@@ -62,7 +62,16 @@ def keep_run(
     return folder
 
 # %% ../../nbs/reports/04_results.ipynb #keep-package
-PACKAGE = ("model.*", "model_card.*", "data_card.*", "checks.*", "report.*", "performance.*", "register.json")
+PACKAGE = (
+    "model.*",
+    "model_card.*",
+    "bom.json",
+    "data_card.*",
+    "checks.*",
+    "report.*",
+    "performance.*",
+    "register.json",
+)
 
 
 def keep_package(
