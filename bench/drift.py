@@ -1,6 +1,6 @@
 """The promise of the drift detector, tried: false alarms where nothing changes, and images until a change is noticed.
 
-`python -m bench.drift [--run output/guide] [--streams 200] [--evidently PYTHON] [--alibi PYTHON]`, from the project's folder, on
+`python -m bench.drift [--run output/guide] [--streams 200] [--evidently PYTHON]`, from the project's folder, on
 the images that the run held out, with the figures that a server logs. Pictures are drawn with replacement, so that reference and
 stream come from one distribution. Peers see the same streams, in their own interpreters: `bench/peer/drift.py`.
 """
@@ -84,9 +84,9 @@ def streams(
         yield values[""][first], np.concatenate([values[pool][rows] for pool, rows in parts])
 
 
-def delays_of(alarms: list[int | None]) -> str:
-    "Images from the change on; one before it counts as never."
-    late = np.array([np.inf if image is None or image <= BEFORE else image - BEFORE for image in alarms])
+def delays_of(alarms: list[int | None], before: int = BEFORE) -> str:
+    "Images from the change on; an alarm before it counts as never."
+    late = np.array([np.inf if image is None or image <= before else image - before for image in alarms])
     return f"{np.median(late):.0f} ({np.mean(late <= 250):.0%})"
 
 
@@ -148,7 +148,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--peer-streams", type=int, default=20)
     parser.add_argument("--evidently", help="an interpreter that has evidently 0.7.23")
-    parser.add_argument("--alibi", help="an interpreter that has alibi-detect 0.13")
     chosen = parser.parse_args(arguments)
     reference, pools = pools_of(chosen.run)
     scaled = {name: reference.values(table) for name, table in pools.items()}
@@ -186,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     few = chosen.peer_streams
     cases = {
-        name: [*streams(plain, pools, name, few, BEFORE if name else Promise().images, 300)]
+        name: [*streams(plain, pools, name, few, 0 if name else Promise().images, 300)]
         for name in ("", BODIES, *CHANGES)
     }
     answers = {
@@ -194,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
             name: [by_window(thresholds)(*one) for one in some] for name, some in cases.items()
         }
     }
-    for name, python in {"evidently": chosen.evidently, "alibi": chosen.alibi}.items():
+    for name, python in {"evidently": chosen.evidently}.items():
         if python:
             answers[name] = peer(
                 python,
@@ -205,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
                 },
             )
     for name, alarms in answers.items():
-        row = [delays_of(alarms[change]) for change in (BODIES, *CHANGES)]
+        row = [delays_of(alarms[change], before=0) for change in (BODIES, *CHANGES)]
         print(f"| {name} | {sum(a is not None for a in alarms[''])} of {few} | " + " | ".join(row) + " |", flush=True)
 
 

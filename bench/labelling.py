@@ -25,7 +25,7 @@ from celestial_ml.data.prepare import Preparer
 from celestial_ml.label.strategies import STRATEGIES, Pool, like_new, order
 from celestial_ml.model.evaluate import logits_and_embeddings, softmax, with_embedding
 from celestial_ml.model.networks import build_network
-from celestial_ml.model.pretrained import cached_features
+from celestial_ml.model.pretrained import _fit_embedding, cached_features
 from celestial_ml.model.train import class_weights, fit
 from celestial_ml.model.unknown import false_alarm_threshold, fit_distance
 from celestial_ml.model.warm_start import warm_start
@@ -38,6 +38,8 @@ Answer = tuple[np.ndarray, np.ndarray]  # probabilities (n, classes), embeddings
 
 class Compact:
     "Our own network, which goes on from round to round."
+
+    first = ()  # counts of labels below `STEP`, at which it learns
 
     def __init__(self, pixels: np.ndarray, seed: int, steps: int):
         self.pixels, self.seed, self.steps = pixels, seed, steps
@@ -64,12 +66,17 @@ class Compact:
 
 
 class Frozen:
-    "A linear head on features that never change."
+    "A linear head on an embedding that never changes, as `model.network=efficientnet_lite0` has it."
+
+    first = (10, 20, 30, 40)
+    features: np.ndarray | None = None
 
     def __init__(self, pixels: np.ndarray, seed: int, steps: int):
-        built = build_network(Model(network="efficientnet_lite0"), pixels.shape[1:], 2)
-        features = cached_features(built, pixels)
-        self.features = (features - features.mean(axis=0)) / (features.std(axis=0) + 1e-3)
+        if Frozen.features is None:  # of the one data set that a process measures
+            built = build_network(Model(network="efficientnet_lite0"), pixels.shape[1:], 2)
+            features = cached_features(built, pixels)
+            _fit_embedding(built, features)
+            Frozen.features = np.asarray(built.get_layer("embedding")(features))
         self.seed, self.classes = seed, np.zeros(0, int)
 
     def learn(self, rows: np.ndarray, labels: np.ndarray) -> None:
@@ -79,7 +86,7 @@ class Frozen:
         self.classes = np.unique(labels)
         weights = class_weights(np.searchsorted(self.classes, labels), len(self.classes), "auto")
         weights = None if weights is None else dict(zip(self.classes, weights, strict=True))
-        self.head = LogisticRegression(C=0.01, max_iter=300, class_weight=weights)
+        self.head = LogisticRegression(C=0.1, max_iter=300, class_weight=weights)
         self.head.fit(self.features[rows], labels)
 
     def answer(self, rows: np.ndarray) -> Answer:
@@ -127,8 +134,11 @@ def curve(make: Callable[[], Any], labels: np.ndarray, strategy: str, seed: int,
     known = np.ones(len(labels), bool)
     labelled = np.zeros(0, int)
     first = "random" if strategy == "random" else "typical" if strategy in ("auto", "typical") else "random"
-    while len(labelled) < min(most, len(pool)):
+    for count in [*model.first, *range(STEP, most + 1, STEP)]:
         rest = np.setdiff1d(pool, labelled)
+        step = min(count, len(pool)) - len(labelled)
+        if step <= 0:
+            break
         if not len(labelled):  # nothing has been learned; an untrained network's embedding says nothing either
             space = (
                 model.features[rest]
@@ -136,11 +146,11 @@ def curve(make: Callable[[], Any], labels: np.ndarray, strategy: str, seed: int,
                 else model.pixels[rest, ::8, ::8].reshape(len(rest), -1) / 255
             )
             waiting = Pool(np.ones((len(rest), 1)), space, known[rest], space[:0], np.zeros(0, str))
-            chosen = order(first, waiting, seed)[:STEP]
+            chosen = order(first, waiting, seed)[:step]
         else:
             probabilities, space = model.answer(rest)
             waiting = Pool(probabilities, space, known[rest], model.answer(labelled)[1], labels[labelled].astype(str))
-            chosen = order(strategy, waiting, int(rng.integers(2**31)))[:STEP]
+            chosen = order(strategy, waiting, int(rng.integers(2**31)))[:step]
         labelled = np.concatenate([labelled, rest[chosen]])
         model.learn(labelled, labels[labelled])
         answers = model.classes[model.answer(held)[0].argmax(axis=1)]
@@ -201,13 +211,21 @@ def plot(results: Path, picture: Path) -> None:
             if not curves:
                 continue
             counts, values = [*map(int, curves[0])], np.array([[*curve.values()] for curve in curves])
-            axis.plot(counts, values.mean(axis=0), color=colour, label=name, lw=2 if name in ("random", "auto") else 1)
+            axis.plot(
+                counts,
+                values.mean(axis=0),
+                color=colour,
+                label=f"{name} ({len(curves)})",
+                lw=2 if name in ("random", "auto") else 1,
+            )
             axis.fill_between(counts, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.1, lw=0)
         goal = np.mean([[*row["accuracy"].values()][-1] for row in mine if row["strategy"] == "random"])
         axis.axhline(goal, color="grey", ls=":", lw=1)
-        seeds = max(sum(row["strategy"] == name for row in mine) for name in colours)
+        axis.set_xscale("log")
+        axis.set_xticks(ticks := [10, 20, 50, 100, 200, 500], [*map(str, ticks)])
+        axis.minorticks_off()
         axis.set(
-            title=f"{panel[0]}, {panel[1]} network, {seeds} seeds",
+            title=f"{panel[0]}, {panel[1]} network (seeds)",
             xlabel="labels",
             ylabel="accuracy on held-out images",
         )

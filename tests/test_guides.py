@@ -34,6 +34,7 @@ def test_every_job_has_its_guide() -> None:
         "05_read_the_models_mind",
         "06_batch_reruns_and_sweeps",
         "07_champion_and_back",
+        "09_live_mistakes",
         "from_your_own_notebook",
     ]
 

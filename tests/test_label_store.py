@@ -146,6 +146,7 @@ sys.modules |= dict.fromkeys([*TRAINING, "cleanlab"])  # importing one of them i
 import io
 import numpy as np
 from PIL import Image
+from typer.testing import CliRunner
 from celestial_ml.cli.feedback import feedback_app
 from celestial_ml.core.files import sha256_of
 from celestial_ml.label import page, queue
@@ -168,6 +169,8 @@ for who in ("anna", "bert"):
         label = "Mars" if desk.turn.waiting.embedding[0] < 0.5 else "Moon"
         page.step(desk, who, {"do": "label", "sha256": desk.turn.waiting.sha256, "label": label}, ["Mars", "Moon"])
         assert not desk.notice, desk.notice
+people = CliRunner().invoke(feedback_app, ["list", "--people"])
+assert people.exit_code == 2 and "[train]" in people.output, people.output
 print(queue.rank("margin"), kappas(read_judgements())[0]["kappa"])
 """
 

@@ -1,4 +1,4 @@
-"""Another detector on streams of `bench.drift`: `python drift.py evidently|alibi streams.npz WINDOW`, in its own interpreter.
+"""Another detector on streams of `bench.drift`: `python drift.py evidently streams.npz WINDOW`, in its own interpreter.
 
 Prints for each case the image of each stream's first alarm, or null, as JSON. Columns: five figures, the class, unknown."""
 
@@ -38,19 +38,6 @@ def evidently(reference: np.ndarray, stream: np.ndarray, window: int) -> "int | 
         )
         if counts["share"] >= 0.5:  # its default for a data set
             return end
-    return None
-
-
-def alibi(reference: np.ndarray, stream: np.ndarray, window: int) -> "int | None":
-    "Cramer and von Mises' test online, on the figures; an alarm in 20,000 images is expected."
-    from alibi_detect.cd import CVMDriftOnline
-
-    detector = CVMDriftOnline(
-        reference[:, :5], ert=20_000, window_sizes=[window // 2], n_bootstraps=40_000, verbose=False
-    )
-    for image, row in enumerate(stream, start=1):
-        if detector.predict(row[:5])["data"]["is_drift"]:
-            return image
     return None
 
 

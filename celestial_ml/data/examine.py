@@ -55,9 +55,9 @@ def examine(
 ) -> Examination:
     "Run all checks; none stops the others. A check that is off has no finding."
     definitions = DEFINITIONS.values() if definitions is None else definitions
-    seen = Seen(catalog, looks := look_at(catalog, root, background, store, definitions))
     findings = run_checks(catalog, p)
     with threadpool_limits(1):  # threads wait for each other longer than problems so small take
+        seen = Seen(catalog, looks := look_at(catalog, root, background, store, definitions))
         findings += [check(seen, p) for check in PICTURE_CHECKS] if len(looks) else []
         now = profile_of(seen)
     if reference:

@@ -62,6 +62,18 @@ def distances(
         found[start : start + 1024] = np.sqrt(np.maximum(both - 2 * best, 0))
     return found
 
+# %% ../../nbs/data/07_near_duplicates.ipynb #nd-agreed
+def _agreed(pairs: np.ndarray, embedding: np.ndarray) -> np.ndarray:  # bool (m,)
+    "Whether the two of a pair are each other's nearest of all that they are paired with, as a network sees them."
+    parts = np.array_split(pairs, len(pairs) // 4096 + 1)  # the rows of all pairs at once take too much memory
+    apart = np.concatenate(
+        [np.linalg.norm(embedding[one] - embedding[other], axis=1) for one, other in (part.T for part in parts)]
+    )
+    nearest = np.full(len(embedding), np.inf)
+    for side in (0, 1):
+        np.minimum.at(nearest, pairs[:, side], apart)
+    return apart <= nearest[pairs].min(axis=1)
+
 # %% ../../nbs/data/07_near_duplicates.ipynb #nd-pairs
 NEAR, FAR = 0.03, 0.12  # of `distances`: a near duplicate everywhere, and where all others are far away
 FEW = 6  # pictures of a group; copies come in twos and threes
@@ -71,11 +83,13 @@ def near_pairs(
     gray: np.ndarray,  # uint8 (n, side, side)
     colours: np.ndarray,  # uint8 (n, k, k, 3)
     labels: np.ndarray,  # (n,)
+    embedding: np.ndarray | None = None,  # float (n, d), of a network
 ) -> pd.DataFrame:  # a, b: rows, a < b; distance
     """The pairs of near duplicates.
 
     They are at most `NEAR` apart, or up to `FAR` where a quarter of the usual distance to the nearest of the class is more
-    than that. What differs in its colours alone is none, but for a gray copy.
+    than that; two fifths of it, where the two are each other's nearest to a network as well. What differs in its colours
+    alone is none, but for a gray copy.
     """
     if len(gray) < 2:
         return pd.DataFrame({"a": np.zeros(0, int), "b": np.zeros(0, int), "distance": np.zeros(0, np.float32)})
@@ -91,8 +105,9 @@ def near_pairs(
     nearest = np.full(len(gray), FAR * 4)
     for side in (0, 1):
         np.minimum.at(nearest, pairs[:, side], apart)
-    limit = (pd.Series(nearest).groupby(labels).transform("median") / 4).clip(NEAR, FAR).to_numpy()
-    kept = apart <= limit[pairs].max(axis=1)
+    usual = pd.Series(nearest).groupby(labels).transform("median").to_numpy()[pairs].max(axis=1)
+    agreed = np.zeros(len(pairs), bool) if embedding is None else _agreed(pairs, embedding)
+    kept = apart <= np.where(agreed, usual / 2.5, usual / 4).clip(NEAR, FAR)
     pairs, apart = pairs[kept], apart[kept]
     hue = colours.mean(axis=(1, 2), dtype=np.float32)
     hue = (hue - hue.mean(axis=1, keepdims=True)) / (hue.mean(axis=1, keepdims=True) + 16)

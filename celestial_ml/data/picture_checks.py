@@ -23,10 +23,9 @@ from .checks import Finding, finding
 from .looks import Looks, embedded, principal
 from .near_duplicates import FEW, groups, near_pairs
 
-# %% ../../nbs/data/07_picture_checks.ipynb #pc-seen
 BLANK = 0.1  # range of luminances; less is nothing to see
 
-
+# %% ../../nbs/data/07_picture_checks.ipynb #pc-seen
 @dataclass(frozen=True)
 class Seen:
     "A catalog and the looks of its pictures; all else follows from them, once."
@@ -53,17 +52,23 @@ class Seen:
         "The pictures that show something, as rows of the looks."
         return np.flatnonzero(~self.blank)
 
+    @property
+    def embedding(self) -> np.ndarray | None:  # float (shown, d)
+        "What a network sees of the pictures that show something; None: none was asked."
+        vectors = (values for one, values in self.looks.features.items() if one.columns == (one.name,))
+        return next((values[self.shown] for values in vectors), None)
+
     @cached_property
     def spaces(self) -> list[np.ndarray]:  # float (shown, d) each
         "Where the pictures that show something are: as our own numbers see them, and as networks do."
-        networks = [values for one, values in self.looks.features.items() if one.columns == (one.name,)]
-        return [embedded(self.looks.at(self.shown)), *(principal(values[self.shown], 256) for values in networks)]
+        ours, values = embedded(self.looks.at(self.shown)), self.embedding
+        return [ours] if values is None else [ours, principal(values, 256)]
 
     @cached_property
     def near(self) -> pd.DataFrame:  # a, b: rows of the catalog; group, size; without exact copies
         "The near duplicates."
         some = self.looks.at(self.shown)
-        pairs = near_pairs(some.gray, some.tiny, self.labels[self.shown])
+        pairs = near_pairs(some.gray, some.tiny, self.labels[self.shown], self.embedding)
         group = groups(pairs, len(some))
         size = np.bincount(group) if len(group) else np.zeros(1, int)
         pairs = pairs.assign(group=group[pairs.a], size=size[group[pairs.a]])
@@ -120,12 +125,22 @@ def in_focus(seen: Seen, p: Check) -> Finding:
     return _about(seen, "in_focus", blurred, "blurred", p.pictures)
 
 
+def _smoothness(gray: np.ndarray) -> np.ndarray:  # float32 (n,)
+    "How much neighbouring pixels of thumbnails correlate: about 0 for noise, 0.5 to 1 for what shows something."
+    parts = []
+    for part in np.array_split(gray, len(gray) // 4096 + 1):
+        x = part.astype(np.float32)
+        x -= x.mean(axis=(1, 2), keepdims=True)
+        parts.append((x[:, :, 1:] * x[:, :, :-1]).mean(axis=(1, 2)) / (x**2).mean(axis=(1, 2)).clip(1e-6))
+    return np.concatenate(parts)
+
+
 @picture_check
 def not_noise(seen: Seen, p: Check) -> Finding:
-    "Is any picture mere noise, or a pattern of dots?"
-    noise = seen.looks.table.noise.to_numpy(float)
-    usual = np.median(noise) if len(noise) else 0.0
-    return _about(seen, "not_noise", (noise > max(1.4, usual + 0.4)) & ~seen.blank, "noise", p.pictures)
+    "Is any picture mere noise, from near and from afar? A drawing in dots is smooth from afar."
+    bad = (seen.looks.table.noise.to_numpy(float) > 1) & ~seen.blank
+    bad[bad] = _smoothness(seen.looks.gray[bad]) < 0.3
+    return _about(seen, "not_noise", bad, "noise", p.pictures)
 
 # %% ../../nbs/data/07_picture_checks.ipynb #pc-kind
 _KINDS = {"1": "two levels", "L": "gray", "LA": "gray", "RGB": "colours", "RGBA": "colours", "P": "colours"}
@@ -199,6 +214,7 @@ _NEIGHBOURS, _COMPARED = 10, 5000
 def outliers(
     space: np.ndarray,  # float (n, d)
     labels: np.ndarray,  # (n,)
+    beyond: tuple[float, float] = (2, 3),  # quartile distances above the upper quartile, of all and of the class
 ) -> np.ndarray:  # bool (n,)
     "What is far from everything; compared with at most 5,000 pictures, so that the time stays linear."
     if len(space) < 3 * _NEIGHBOURS:
@@ -209,15 +225,17 @@ def outliers(
     by = far.groupby(labels)
     top, spread = by.transform("quantile", 0.75), by.transform("quantile", 0.75) - by.transform("quantile", 0.25)
     large = by.transform("size") >= 2 * _NEIGHBOURS
-    return ((far - high > 2 * max(high - low, 0.25)) | ((far - top > 3 * spread.clip(0.25)) & large)).to_numpy()
+    return (
+        (far - high > beyond[0] * max(high - low, 0.25)) | ((far - top > beyond[1] * spread.clip(0.25)) & large)
+    ).to_numpy()
 
 # %% ../../nbs/data/07_picture_checks.ipynb #pc-outliers
 @picture_check
 def no_outliers(seen: Seen, p: Check) -> Finding:
     "Is any picture unlike all others?"
     bad = np.zeros(len(seen.looks), bool)
-    for space in seen.spaces:
-        bad[seen.shown] |= outliers(space, seen.labels[seen.shown])
+    for space, beyond in zip(seen.spaces, ((2, 3), (2.25, 2.5)), strict=False):
+        bad[seen.shown] |= outliers(space[:, :64], seen.labels[seen.shown], beyond)
     return _about(seen, "no_outliers", bad, "unlike all others", p.pictures)
 
 # %% ../../nbs/data/07_picture_checks.ipynb #pc-labels

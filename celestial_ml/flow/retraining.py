@@ -99,6 +99,8 @@ def data_of_now(
     names = {f"data.{key}": value for key, value in settings.items()}
     if lineage and (folder := run_folder(lineage.run)) and _made(root / folder, before):
         names["data.split_file"] = f"{folder}/catalog.parquet"
+        if data.split == "auto" and "folders" not in str(lineage.parameters["data"].get("split_by")):
+            names["data.split"] = "stratified"  # by hash alone, a new class of few pictures may have none in test
         names |= {"train.start_from": lineage.run} if params.retrain.warm_start else {}
     return [f"{key}={json.dumps(value)}" for key, value in names.items()]
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
+from ..core.errors import CelestialError
 from .store import Judgement
 
 # %% auto #0
@@ -44,9 +45,11 @@ def annotator_quality(
     judgements: Sequence[Judgement],
 ) -> dict[str, float]:  # by person, 0 … 1; empty where no picture has two labels
     "How reliable each person's labels are. Source: cleanlab, `multiannotator`; Goh, Tkachenko, Mueller 2022."
-    import numpy as np
-    import pandas as pd
-
+    try:
+        import numpy as np
+        import pandas as pd
+    except ImportError as e:
+        raise CelestialError(f"the quality of annotators needs {e.name}", "pip install 'celestial-ml[train]'") from None
     table = pd.DataFrame(_labels(judgements))
     several = table[table.notna().sum(axis=1) > 1].dropna(axis=1, how="all")
     names = sorted(set(several.stack())) if len(several) else []

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -43,7 +43,7 @@ def order(
     return np.argsort(ranks, kind="stable")
 
 # %% ../../nbs/label/01_strategies.ipynb #sg-plain
-FEW = 5  # labels a class, on average, below which typical pictures come first
+FEW = 2  # labels a class, on average, below which typical pictures come first
 
 
 def _margin(pool: Pool, rng: np.random.Generator) -> np.ndarray:
@@ -66,10 +66,20 @@ STRATEGIES["unknown"] = lambda pool, rng: _margin(pool, rng) + 2 * pool.known
 
 
 def _auto(pool: Pool, rng: np.random.Generator) -> np.ndarray:
-    "Unknown first; the others by `typical` while labels are few, then by margin."
-    few = len(pool.labels) < FEW * max(pool.probabilities.shape[1], 2)
-    ranks = STRATEGIES["typical" if few else "margin"](pool, rng)
-    return np.argsort(np.argsort(ranks, kind="stable")) + len(ranks) * pool.known
+    "Unknown first, typical ones among them; the others by `typical` while labels are few, then by margin."
+    few, new = len(pool.labels) < FEW * max(pool.probabilities.shape[1], 2), ~pool.known
+    ranks = _places(STRATEGIES["typical" if few else "margin"](pool, rng)) + len(new) * pool.known
+    if new.any():
+        strange = replace(
+            pool, probabilities=pool.probabilities[new], embeddings=pool.embeddings[new], known=pool.known[new]
+        )
+        ranks[new] = _places(STRATEGIES["typical"](strange, rng))
+    return ranks
+
+
+def _places(ranks: np.ndarray) -> np.ndarray:
+    "Each one's place in the order."
+    return np.argsort(np.argsort(ranks, kind="stable"))
 
 
 STRATEGIES["auto"] = _auto

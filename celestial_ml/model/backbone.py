@@ -98,7 +98,7 @@ class Backbone(Definition):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others work on this machine, too
+        options.intra_op_num_threads = 1  # threads wait for each other where others work on this machine, too
         graph = backbone_graph().SerializeToString()
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 

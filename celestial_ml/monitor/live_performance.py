@@ -197,7 +197,7 @@ def live_slices(
     "The accuracy on each kind of picture. Judgements are not weighted."
     from celestial_ml.model.slices import slice_table
 
-    table = judged.assign(path=np.arange(len(judged)).astype(str), correct=judged.right)
+    table = judged.assign(path=np.arange(len(judged)).astype(str), correct=judged.right).round(3)
     names = ["answer", *(name for name in _STATISTICS if judged[name].notna().any()), "source"]
     return slice_table(table, table[["path", *names]], least, names) if len(table) else slice_table_columns()
 

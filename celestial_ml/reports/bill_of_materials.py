@@ -35,7 +35,7 @@ def _metric(kind: str, value: float, interval: Interval | None, part: str = "") 
         figure["confidenceInterval"] = {"lowerBound": f"{interval.low:.6g}", "upperBound": f"{interval.high:.6g}"}
     return figure
 
-# %% ../../nbs/reports/09_bill_of_materials.ipynb #bo-parts-2
+
 def _energy(energy: dict[str, Any]) -> dict[str, Any]:
     "The energy of a training."
     cost = {"value": energy["kwh"], "unit": "kWh"}
@@ -54,26 +54,15 @@ def _model_card(manifest: Manifest) -> dict[str, Any]:
     figures += [_metric("accuracy", worst.accuracy, None, f"{worst.slice} {worst.bin}")] if worst else []
     network = str(lineage.parameters.get("model", {}).get("network", "unknown"))
     outputs = "a probability for each of: " + ", ".join(manifest.classes), "a distance from the training images"
-    limits = (
-        "a picture that shows none of its classes may be taken for one of them",
-        "the images are those of the data card",
-    )
-    considerations: dict[str, Any] = {"useCases": [manifest.domain.purpose], "technicalLimitations": [*limits]}
+    considerations: dict[str, Any] = {"useCases": [manifest.domain.purpose]}
     if lineage.energy:
         considerations["environmentalConsiderations"] = _energy(lineage.energy)
-    return {
-        "modelParameters": {
-            "approach": {"type": "supervised"},
-            "task": "image classification",
-            "architectureFamily": "convolutional neural network",
-            "modelArchitecture": network,
-            "datasets": [{"ref": "images"}],
-            "inputs": [{"format": manifest.input or "an RGB picture of any size"}],
-            "outputs": [{"format": one} for one in outputs],
-        },
-        "quantitativeAnalysis": {"performanceMetrics": figures},
-        "considerations": considerations,
-    }
+    about: dict[str, Any] = {"approach": {"type": "supervised"}, "task": "image classification"}
+    about |= {"architectureFamily": "convolutional neural network", "modelArchitecture": network}
+    about |= {"datasets": [{"ref": "images"}], "inputs": [{"format": manifest.input or "an RGB picture of any size"}]}
+    about["outputs"] = [{"format": one} for one in outputs]
+    analysis = {"performanceMetrics": figures}
+    return {"modelParameters": about, "quantitativeAnalysis": analysis, "considerations": considerations}
 
 # %% ../../nbs/reports/09_bill_of_materials.ipynb #bo-card-1
 def bill_of_materials(
@@ -85,14 +74,9 @@ def bill_of_materials(
     lineage, sha = manifest.lineage, [{"alg": "SHA-256", "content": manifest.sha256}]
     data: dict[str, Any] = {"type": "data", "bom-ref": "images", "name": lineage.source or "images"}
     data |= {"hashes": [{"alg": "SHA-256", "content": lineage.data_sha256}]} if lineage.data_sha256 else {}
-    code: dict[str, Any] = {
-        "type": "library",
-        "bom-ref": "celestial_ml",
-        "name": "celestial_ml",
-        "version": __version__,
-    }
-    code["licenses"] = [{"license": {"id": "Apache-2.0"}}]
-    code["properties"] = [{"name": "revision", "value": lineage.code_revision or "unknown"}]
+    code: dict[str, Any] = {"type": "library", "bom-ref": "code", "name": "celestial_ml", "version": __version__}
+    code |= {"licenses": [{"license": {"id": "Apache-2.0"}}]}
+    code |= {"properties": [{"name": "revision", "value": lineage.code_revision or "unknown"}]}
     libraries = [one for name in _SERVING for one in _library(name, "required")]
     libraries += [one for name in _TRAINING for one in _library(name, "excluded")]
     model: dict[str, Any] = {"type": "machine-learning-model", "bom-ref": "model", "name": manifest.name or lineage.run}

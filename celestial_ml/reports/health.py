@@ -102,7 +102,7 @@ def _traffic(begin: float, end: float, url: str | None, expected: float | None) 
     words += f" {lost:,} were lost and could not be logged." if lost else ""
     of = f"{share(none / total)} of the pictures are called unknown (95 %: {share(low)} to {share(high)})."
     of += f" Up to {share(expected)} is usual for pictures of the model's classes." if expected is not None else ""
-    shares = [u / n if n else 0.0 for n, u in zip(counts.tolist(), unknown.tolist(), strict=True)]
+    shares = [u / n for n, u in zip(counts.tolist(), unknown.tolist(), strict=True) if n]
     bars = [[n, u] for n, u in zip(counts.tolist(), unknown.tolist(), strict=True)]
     figures = {
         "answers": total,
@@ -267,8 +267,8 @@ def health(
         figures["estimates"] = [one.to_json() for one in estimates]
     sections += [_drift(snapshot, model), *_accuracy(versions, estimates, checks)]
     sections += [*_bias(figures["snapshot"]), _versions(about, snapshot, beside), alert_words, label_words]
-    harm = alerts or any(one.severity == "harm" for one in alarms)
-    state = "harm" if harm else "drift" if alarms else "well" if figures.get("answers") else "nothing"
+    harm = any(one["severity"] == "critical" for one in alerts) or any(one.severity == "harm" for one in alarms)
+    state = "harm" if harm else "drift" if alarms or alerts else "well" if figures.get("answers") else "nothing"
     return Health(time.time(), **about, state=state, headline=HEADLINES[state], sections=sections, figures=figures)
 
 # %% ../../nbs/reports/08_health.ipynb #he-page

@@ -227,7 +227,7 @@ async def score_picture(
     model, role, silent = service.models.choose(request_id)
     scored = await service.scorer.score(content, model, picture)
     log_answer(service, request, request_id, role, scored, content)
-    if silent is not None and service.scorer.under_way < service.settings.waiting // 2:
+    if silent is not None and len(service.shadows) < _SHADOWS:
         task = asyncio.create_task(score_silently(service, request, request_id, content, silent, scored))
         service.shadows.add(task)
         task.add_done_callback(service.shadows.discard)
@@ -268,6 +268,9 @@ def log_answer(
         service.log.record(row | scored.statistics | {"image": content})
 
 # %% ../../nbs/serve/20_api.ipynb #score-silently
+_PATIENCE, _SHADOWS = 10.0, 8  # seconds that a picture waits for its comparison; pictures that do
+
+
 async def score_silently(
     service: Service,
     request: Request,
@@ -276,7 +279,12 @@ async def score_silently(
     challenger: Predictor,
     answered: Scored,  # by the champion
 ) -> None:
-    "Let a challenger score a picture that the champion has answered."
+    "Let a challenger score a picture that the champion has answered, once no client waits for an answer."
+    idle_until = time.monotonic() + _PATIENCE
+    while service.scorer.under_way and time.monotonic() < idle_until:
+        await asyncio.sleep(0.01)
+    if service.scorer.under_way:  # the answers come first; another picture is compared
+        return
     try:
         scored = await service.scorer.score(content, challenger)
     except Exception as e:  # the answer is out; only the comparison is missing
