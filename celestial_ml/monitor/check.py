@@ -125,6 +125,15 @@ def moved(
     return dict(sorted(result.items(), key=lambda item: -abs(item[1])))
 
 
+_WORDS = {
+    "brightness": ("darker", "brighter"),
+    "contrast": ("lower contrast", "higher contrast"),
+    "sharpness": ("blurrier", "sharper"),
+    "confidence": ("less confident", "more confident"),
+    "ood_score": ("more like the training images", "less like the training images"),
+}  # a lower and a higher figure
+
+
 def judge(
     reference: Reference,
     table: pd.DataFrame,  # of `answers_of`, since the change
@@ -135,7 +144,9 @@ def judge(
     unknown, before = int((~table.known).sum()), reference.unknown
     more = share_interval(unknown, len(table))[0] > before[2] or group == "unknown"
     changes = moved(reference, table)
-    words = [f"{name} {change:+.1f} deviations" for name, change in changes.items()][:3]
+    words = [
+        f"{_WORDS[name][change > 0]} by {abs(change):.1f} standard deviations" for name, change in changes.items()
+    ][:3]
     harms = []
     if more:
         harms.append(f"{share(unknown / max(1, len(table)))} of the answers are unknown, {share(before[0])} before")
