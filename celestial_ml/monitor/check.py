@@ -105,6 +105,15 @@ def champion_metrics(context: MetricContext) -> dict[str, float]:
     since = champion_since(context.model or "")
     return {"champion_days": (time.time() - since) / 86400} if since else {}
 
+# %% ../../nbs/monitor/14_check.ipynb #chk-words
+_WORDS = {
+    "brightness": ("darker", "brighter"),
+    "contrast": ("lower contrast", "higher contrast"),
+    "sharpness": ("blurrier", "sharper"),
+    "confidence": ("less confident", "more confident"),
+    "ood_score": ("more like the training images", "less like the training images"),
+}  # a lower and a higher figure
+
 # %% ../../nbs/monitor/14_check.ipynb #chk-harm
 def moved(
     reference: Reference,
@@ -123,15 +132,6 @@ def moved(
         if test.pvalue < 0.01 / len(FIGURES) and test.statistic > 0.2:
             result[name] = float(np.median(now[:, i]) - np.median(before[:, i]))
     return dict(sorted(result.items(), key=lambda item: -abs(item[1])))
-
-
-_WORDS = {
-    "brightness": ("darker", "brighter"),
-    "contrast": ("lower contrast", "higher contrast"),
-    "sharpness": ("blurrier", "sharper"),
-    "confidence": ("less confident", "more confident"),
-    "ood_score": ("more like the training images", "less like the training images"),
-}  # a lower and a higher figure
 
 
 def judge(
