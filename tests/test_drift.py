@@ -16,6 +16,7 @@ from celestial_ml.monitor.detectors import Detector
 from celestial_ml.monitor.drift_tests import DRIFT_TESTS, Sample, adjust
 from celestial_ml.monitor.log import open_log
 from celestial_ml.monitor.reference import REFERENCE, logged_figures, write_reference
+from celestial_ml.monitor.snapshot import Snapshot
 from celestial_ml.package.graph import Graph
 
 
@@ -79,13 +80,17 @@ def test_a_look_that_ends_halfway_counts_no_answer_twice(served: Path) -> None:
 
 
 def test_a_damaged_state_begins_anew_and_says_so(served: Path) -> None:
+    def reasons(snapshot: Snapshot) -> list[str]:
+        "Without those of metrics that other tests of this process have registered."
+        return [reason for reason in snapshot.reasons if not reason.startswith(("live:", "held_out:"))]
+
     check(Params(), str(served))
     state = next((served.parent / "monitor").glob("*.npz"))
     state.write_bytes(state.read_bytes()[:500])
     snapshot = check(Params(), str(served))
-    assert snapshot.metrics["answers_new"] == 300 and len(snapshot.reasons) == 1
+    assert snapshot.metrics["answers_new"] == 300 and len(reasons(snapshot)) == 1
     changed = check(Params(monitor={"images": 5000}), str(served))
-    assert changed.metrics["answers_new"] == 300 and len(changed.reasons) == 1
+    assert changed.metrics["answers_new"] == 300 and len(reasons(changed)) == 1
     assert check(Params(monitor={"images": 5000}), str(served)).metrics["answers_new"] == 0
 
 

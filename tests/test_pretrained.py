@@ -40,7 +40,7 @@ def test_features_are_those_of_the_original() -> None:
     features = keras.Model(model.input, model.get_layer("features").output)(pictures()).numpy()
     with np.load(Path(__file__).parent / "reference" / "efficientnet_lite0.npz") as original:
         assert abs(features[:, -1280:] - original["features"]).max() < 1e-4
-        tensors = pretrained._weights()
+        tensors = pretrained.backbone_weights()
         logits = features[:, -1280:] @ tensors["_fc.weight"].T + tensors["_fc.bias"]
         assert (logits.argmax(axis=1) == original["top"]).all()
 

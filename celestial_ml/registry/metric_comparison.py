@@ -223,8 +223,10 @@ def changed_params(
     first: Mapping[str, Any],  # by dotted keys
     second: Mapping[str, Any],
 ) -> dict[str, tuple[Any, Any]]:
-    "The parameters that differ; None where one of the two doesn't have it."
-    keys = sorted(first.keys() | second.keys())
+    "The parameters that differ; None where one of the two doesn't have it. Those of the operation change no model."
+    keys = sorted(
+        k for k in first.keys() | second.keys() if k.partition(".")[0] not in ("alerts", "monitor", "retrain")
+    )
     return {key: (first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)}
 
 
