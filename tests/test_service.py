@@ -285,6 +285,7 @@ def test_asked_to_stop_it_finishes_what_it_has_taken(tmp_path: Path) -> None:
     command = f"from celestial_ml.serve.server import serve; serve({str(model)!r}, port=0)"
     env = os.environ | {"CELESTIAL_HOME": str(tmp_path / "home"), "CELESTIAL_SERVE_BODY_MEMORY": "240000000"}
     env["CELESTIAL_SERVE_MAX_BYTES"] = "60000000"
+    env["CELESTIAL_SERVE_PATIENCE"] = "60"  # a busy machine is slow with such pictures
     process = subprocess.Popen(
         [sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
     )
