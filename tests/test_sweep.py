@@ -489,7 +489,7 @@ def test_a_stopped_sweep_leaves_no_process_and_resumes(project: Path, at_home: P
 
 
 TRAINING = ("sweep", "smoke", "--grid", "train.lr=0.003,0.01", "--until", "train", "--workers", "2", "--run", "stop")
-LONG = ("--set", "train.epochs=30", "--set", "data.source=folder", "--set", "data.folder=shades")
+LONG = ("--set", "train.epochs=90", "--set", "data.source=folder", "--set", "data.folder=shades")
 
 
 def test_a_stopped_training_goes_on_behind_its_last_epoch(project: Path, celestial: Celestial, state: Path) -> None:
@@ -521,12 +521,12 @@ def test_a_stopped_training_goes_on_behind_its_last_epoch(project: Path, celesti
         process.communicate(timeout=240)
         assert process.returncode == 130 and 'role="status"' in seen and "<polyline" in seen, "the page is live"
         left = {run: len(epochs_of(run)) for run in runs}
-        assert all(2 <= epochs < 30 for epochs in left.values()), left
+        assert all(2 <= epochs < 90 for epochs in left.values()), left
         stopped = page.read_text()
         assert 'role="status"' not in stopped and f"stopped in epoch {left[runs[0]]}" in stopped
         again = celestial(*TRAINING, *LONG)
         assert again.returncode == 0, again.stderr
-        assert all(len(epochs_of(run)) == 30 for run in runs) and not list(folder.glob("*/.checkpoint.npz"))
+        assert all(len(epochs_of(run)) == 90 for run in runs) and not list(folder.glob("*/.checkpoint.npz"))
     finally:
         os.chdir(before)
     database = sqlite3.connect(state / "mlflow.db")
@@ -538,9 +538,10 @@ def test_a_stopped_training_goes_on_behind_its_last_epoch(project: Path, celesti
     for name, _, run in recorded[:2]:
         query = "SELECT step, timestamp FROM metrics WHERE key = 'val_loss' AND run_uuid = ? ORDER BY timestamp, step"
         steps = database.execute(query, (run,)).fetchall()
-        assert [step for step, _ in steps] == [*range(1, 31)], "each epoch once"
-        pause = steps[left[name]][1] - steps[left[name] - 1][1]
-        assert pause == max(b - a for (_, a), (_, b) in pairwise(steps)) and stop, "it paused behind its last epoch"
+        assert [step for step, _ in steps] == [*range(1, 91)], "each epoch once"
+        pauses = [b - a for (_, a), (_, b) in pairwise(steps)]
+        behind = (left[name] - 1, left[name])  # an epoch may have been recorded, and its checkpoint not written yet
+        assert pauses.index(max(pauses)) in behind and stop, "it paused behind its last epoch"
 
 
 # ---- plain papermill
