@@ -52,7 +52,8 @@ def engine_files(
     env.filters |= {
         "python": partial(pformat, sort_dicts=False, width=110),
         "shell": lambda value: shlex.quote(str(value)),
-        "yaml": partial(yaml.safe_dump, sort_keys=False, allow_unicode=True),  # JSON's 1e-05 is a text in YAML
+        # Not JSON: its 1e-05 is a text in YAML.
+        "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True).strip(),
     }
     steps = [
         {
@@ -71,7 +72,7 @@ def engine_files(
     about |= {"monitor": shlex.join(["celestial", "monitor", "check", "--params", *words])}
     about |= {"retrain": shlex.join(["celestial", "retrain", *words, "--if-triggered"])}
     templates = (files("celestial_ml.flow") / "templates" / engine).iterdir()
-    names = sorted(path.name for path in templates)
+    names = sorted(path.name for path in templates if path.name.startswith("NAME"))
     made = {name: env.get_template(f"{engine}/{name}").render(about) for name in names}
     return {name.replace("NAME", file).removesuffix(".jinja"): text for name, text in made.items()}
 
@@ -96,7 +97,7 @@ def deploy(
     words = [params_file, *(word for setting in settings for word in ("--set", setting))]
     options = ["--run", run] * (run != params_path(params_file, root / "params").stem)
     options += [word for step in beside for word in ("--with", step)] + ["--schedule", schedule] * (schedule != HOURLY)
-    name = re.sub(r"[^A-Za-z0-9-]", "-", f"{params.register_.name}-{run}")
+    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{params.register_.name}-{run}").strip("-")
     stale = []
     for file, text in engine_files(engine, name, run, tasks, parameters, words, options, schedule).items():
         path = Path("deploy", engine, file)

@@ -34,8 +34,7 @@ groups: []
 split_file: null
 val: 0.15
 test: 0.2
-test_source: null
-'
+test_source: null'
 jupyter nbconvert --log-level=ERROR --to=celestial_ml.core.notebook_page.NotebookPage output/default/acquire.ipynb
 JOB
 )
@@ -56,8 +55,7 @@ backbone: true
 near_copies: warn
 reference: champion
 schema_skew: fail
-value_skew: warn
-'
+value_skew: warn'
 jupyter nbconvert --log-level=ERROR --to=celestial_ml.core.notebook_page.NotebookPage output/default/check.ipynb
 JOB
 )
@@ -71,8 +69,7 @@ papermill nbs/steps/03_prepare.ipynb output/default/prepare.ipynb -y 'run: defau
 size: null
 grayscale: false
 antialias: true
-background: auto
-'
+background: auto'
 jupyter nbconvert --log-level=ERROR --to=celestial_ml.core.notebook_page.NotebookPage output/default/prepare.ipynb
 JOB
 )
@@ -102,8 +99,7 @@ class_weights: auto
 patience: 0
 start_from: null
 uri: null
-experiment: celestial
-'
+experiment: celestial'
 jupyter nbconvert --log-level=ERROR --to=celestial_ml.core.notebook_page.NotebookPage output/default/train.ipynb
 JOB
 )
@@ -123,8 +119,7 @@ strangers: null
 ood_images: 60
 photos: null
 domain: auto
-slice_by: null
-'
+slice_by: null'
 jupyter nbconvert --log-level=ERROR --to=celestial_ml.core.notebook_page.NotebookPage output/default/evaluate.ipynb
 JOB
 )
@@ -137,8 +132,7 @@ set -euo pipefail
 papermill nbs/steps/06_explain.ipynb output/default/explain.ipynb -y 'run: default
 per_class: 1
 patch: 12
-stride: 4
-'
+stride: 4'
 jupyter nbconvert --log-level=ERROR --to=celestial_ml.core.notebook_page.NotebookPage output/default/explain.ipynb
 JOB
 )
@@ -156,8 +150,7 @@ title: null
 noun: null
 plural: null
 purpose: null
-colour: null
-'
+colour: null'
 jupyter nbconvert --log-level=ERROR --to=celestial_ml.core.notebook_page.NotebookPage output/default/package.ipynb
 JOB
 )
@@ -195,8 +188,7 @@ licence: null
 creator: null
 url: null
 uri: null
-experiment: celestial
-'
+experiment: celestial'
 jupyter nbconvert --log-level=ERROR --to=celestial_ml.core.notebook_page.NotebookPage output/default/register.ipynb
 JOB
 )
