@@ -205,5 +205,8 @@ def costs(
     "The size of the served file, and its time for one picture on one thread."
     served, files = folder / manifest.file, manifest.compression.files
     figures = files.get("int8" if "int8" in manifest.file else "float32")
-    measured = {SIZE: served.stat().st_size / 1e6 if served.is_file() else None, LATENCY: figures and figures.ms}
+    measured = {
+        SIZE: served.stat().st_size / 1e6 if served.is_file() else None,
+        LATENCY: figures.ms if figures else None,
+    }
     return {name: value for name, value in measured.items() if value is not None}

@@ -228,7 +228,7 @@ def _damaged(report: Report) -> list[tuple[str, ...]]:  # kind of damage, accura
     "The accuracy on damaged pictures, mean of the degrees, the largest loss first."
     sides = (report.side.metrics, report.base.metrics) if report.base else ()
     ours, theirs = (
-        ({k: np.mean(v) for k, v in m.robustness.per_corruption.items()} for m in sides) if sides else ({}, {})
+        ({k: float(np.mean(v)) for k, v in m.robustness.per_corruption.items()} for m in sides) if sides else ({}, {})
     )
     both = {k: None if k not in ours or k not in theirs else ours[k] - theirs[k] for k in theirs | ours}
     return [
