@@ -196,7 +196,7 @@ def _data_since(root: Path, commit: str) -> tuple[Diff | None, str]:
                 return diff, ""
     return None, note
 
-
+# %% ../../nbs/reports/02_comparison.ipynb #since-rows
 def _images(report: Report) -> list[tuple[str, ...]]:  # which, number before and now, added, removed, relabelled
     "How the images of both differ; none where the answers of one aren't at hand."
     ours, theirs = report.side.answers, report.base.answers if report.base else None
