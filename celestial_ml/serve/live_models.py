@@ -25,7 +25,7 @@ from .predictor import Predictor
 from .service_metrics import Figure, ServiceMetrics
 
 # %% auto #0
-__all__ = ['Models']
+__all__ = ['Chosen', 'Models']
 
 # %% ../../nbs/serve/07_live_models.ipynb #pointed
 log = logging.getLogger(__name__)
@@ -191,6 +191,9 @@ def role_figures(role: Role) -> Iterable[Figure]:
     yield "gauge", "celestial_model_refused", words, {"role": role.name}, float(role.refused is not None)
 
 # %% ../../nbs/serve/07_live_models.ipynb #models
+Chosen = tuple[Predictor, str, Predictor | None]  # the model that answers, its role, the one that scores silently
+
+
 class Models:
     "The champion and the challenger of one service."
 
@@ -235,9 +238,13 @@ class Models:
             raise CelestialError("there is no model yet", "Train one: celestial run", "no_model")
         return self.champion.predictor
 
-    def choose(self, request_id: str) -> tuple[Predictor, str, Predictor | None]:
-        "The model that answers a request of this (random, hexadecimal) id, its role, and the model that scores it silently."
+    def choose(
+        self,
+        request_id: str,  # random, hexadecimal
+        pinned: bool = False,  # whether the champion has to answer
+    ) -> Chosen:
+        "The models for a request."
         champion, challenger = self.current, self.challenger.predictor
-        if challenger is None or int(request_id[:8], 16) >= self.share * 2**32:
+        if challenger is None or pinned or int(request_id[:8], 16) >= self.share * 2**32:
             return champion, "champion", None
         return (challenger, "canary", None) if self.mode == "canary" else (champion, "champion", challenger)
