@@ -40,7 +40,7 @@ from .guard import Door, Guard, Proxies
 from .open_inference import INFER, infer, open_inference
 from .predictor import Prediction, Predictor, Saliency, Seen
 from .scorer import busy
-from .service import Log, Service, answer_picture, score_picture
+from .service import Log, Service, score_picture
 from .settings import ServeSettings
 
 # %% ../../nbs/serve/20_api.ipynb #d17dc4dc
@@ -260,6 +260,17 @@ def a_form(field: str, several: bool = False) -> dict[str, Any]:  # for FastAPI'
     kinds = {field: {"contentType": "image/jpeg, image/png, image/webp"}}
     form = {"multipart/form-data": {"schema": schema, "encoding": kinds}}
     return {"requestBody": {"required": True, "content": form}}
+
+# %% ../../nbs/serve/20_api.ipynb #answer-picture
+async def answer_picture(
+    service: Service,
+    request: Request,
+    request_id: str,
+    content: bytes,  # of an image file
+) -> dict[str, Any]:  # an Answer
+    "The answer for a picture."
+    scored, _ = await score_picture(service, request, request_id, content)
+    return scored.prediction.to_dict() | {"request_id": request_id}
 
 # %% ../../nbs/serve/20_api.ipynb #as-json
 def as_json(content: dict[str, Any]) -> Response:

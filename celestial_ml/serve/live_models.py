@@ -25,7 +25,7 @@ from .predictor import Predictor
 from .service_metrics import Figure, ServiceMetrics
 
 # %% auto #0
-__all__ = ['Chosen', 'Models']
+__all__ = ['Models']
 
 # %% ../../nbs/serve/07_live_models.ipynb #pointed
 log = logging.getLogger(__name__)
@@ -190,10 +190,10 @@ def role_figures(role: Role) -> Iterable[Figure]:
     words = "1 where the version that the registry names was refused, and another one answers"
     yield "gauge", "celestial_model_refused", words, {"role": role.name}, float(role.refused is not None)
 
-# %% ../../nbs/serve/07_live_models.ipynb #models
+# %% ../../nbs/serve/07_live_models.ipynb #chosen
 Chosen = tuple[Predictor, str, Predictor | None]  # the model that answers, its role, the one that scores silently
 
-
+# %% ../../nbs/serve/07_live_models.ipynb #models
 class Models:
     "The champion and the challenger of one service."
 

@@ -94,17 +94,6 @@ async def score_picture(
     return scored, model
 
 
-async def answer_picture(
-    service: Service,
-    request: Request,
-    request_id: str,
-    content: bytes,  # of an image file
-) -> dict[str, Any]:  # an Answer
-    "The answer for a picture."
-    scored, _ = await score_picture(service, request, request_id, content)
-    return scored.prediction.to_dict() | {"request_id": request_id}
-
-
 def log_answer(
     service: Service,
     request: Request,
