@@ -238,12 +238,8 @@ class Models:
             raise CelestialError("there is no model yet", "Train one: celestial run", "no_model")
         return self.champion.predictor
 
-    def choose(
-        self,
-        request_id: str,  # random, hexadecimal
-        pinned: bool = False,  # whether the champion has to answer
-    ) -> Chosen:
-        "The models for a request."
+    def choose(self, request_id: str, pinned: bool = False) -> Chosen:
+        "The models for a request of this (random, hexadecimal) id; where it is pinned, the champion alone."
         champion, challenger = self.current, self.challenger.predictor
         if challenger is None or pinned or int(request_id[:8], 16) >= self.share * 2**32:
             return champion, "champion", None
