@@ -46,11 +46,12 @@ RUN PIP_REQUIRE_HASHES=0 /opt/tools/bin/pip --python /opt/celestial/bin/python i
  && /opt/tools/bin/cyclonedx-py environment --output-reproducible -o /opt/celestial/bom.cdx.json /opt/celestial/bin/python
 
 
-# A few packages have no wheel: they are built from a source that the lock names by its hash.
+# A few packages have no wheel: they are built from a source that the lock names by its hash, by the lock's setuptools.
 FROM tools AS train-environment
 ARG EXTRAS=train,postgres,s3,sign
 RUN python deploy/requirements.py "${EXTRAS}" > wanted.txt \
- && /opt/tools/bin/pip --python /opt/celestial/bin/python install --only-binary=:none: -c requirements.lock -r wanted.txt
+ && /opt/tools/bin/pip --python /opt/celestial/bin/python install -c requirements.lock setuptools \
+ && /opt/tools/bin/pip --python /opt/celestial/bin/python install --only-binary=:none: --no-build-isolation -c requirements.lock -r wanted.txt
 COPY --from=wheel /src/dist dist
 RUN PIP_REQUIRE_HASHES=0 /opt/tools/bin/pip --python /opt/celestial/bin/python install --no-deps dist/*.whl \
  && /opt/celestial/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/celestial \
@@ -58,7 +59,7 @@ RUN PIP_REQUIRE_HASHES=0 /opt/tools/bin/pip --python /opt/celestial/bin/python i
 
 
 FROM train-environment AS lab-environment
-RUN /opt/tools/bin/pip --python /opt/celestial/bin/python install --only-binary=:none: -c requirements.lock jupyterlab nbdev nbdime \
+RUN /opt/tools/bin/pip --python /opt/celestial/bin/python install --only-binary=:none: --no-build-isolation -c requirements.lock jupyterlab nbdev nbdime \
  && /opt/celestial/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/celestial \
  && /opt/tools/bin/cyclonedx-py environment --output-reproducible -o /opt/celestial/bom.cdx.json /opt/celestial/bin/python
 
