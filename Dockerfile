@@ -54,13 +54,13 @@ RUN python deploy/requirements.py "${EXTRAS}" > wanted.txt \
  && /opt/tools/bin/pip --python /opt/celestial/bin/python install --only-binary=:none: --no-build-isolation -c requirements.lock -r wanted.txt
 COPY --from=wheel /src/dist dist
 RUN PIP_REQUIRE_HASHES=0 /opt/tools/bin/pip --python /opt/celestial/bin/python install --no-deps dist/*.whl \
- && /opt/celestial/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/celestial \
+ && /opt/celestial/bin/python -m compileall -q -j 0 -x /ploomber/resources/ --invalidation-mode unchecked-hash /opt/celestial \
  && /opt/tools/bin/cyclonedx-py environment --output-reproducible -o /opt/celestial/bom.cdx.json /opt/celestial/bin/python
 
 
 FROM train-environment AS lab-environment
 RUN /opt/tools/bin/pip --python /opt/celestial/bin/python install --only-binary=:none: --no-build-isolation -c requirements.lock jupyterlab nbdev nbdime \
- && /opt/celestial/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/celestial \
+ && /opt/celestial/bin/python -m compileall -q -j 0 -x /ploomber/resources/ --invalidation-mode unchecked-hash /opt/celestial \
  && /opt/tools/bin/cyclonedx-py environment --output-reproducible -o /opt/celestial/bom.cdx.json /opt/celestial/bin/python
 
 
