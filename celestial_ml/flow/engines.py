@@ -12,7 +12,7 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from pprint import pformat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..core.errors import unknown
@@ -20,30 +20,25 @@ from ..core.files import atomic
 from ..core.params import load_params, params_path
 from .steps import Task, load_tasks, run_folder, step_parameters
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
 # %% auto #0
 __all__ = ['HOURLY', 'engines', 'engine_files', 'deploy']
 
 # %% ../../nbs/flow/15_engines.ipynb #eng-render
+_TEMPLATES = files("celestial_ml.flow") / "templates"
 HOURLY = "0 * * * *"  # as in cron
 _PAGE = "jupyter nbconvert --log-level=ERROR --to=celestial_ml.core.notebook_page.NotebookPage"
 
 
 def engines() -> list[str]:
     "The engines that files can be written for."
-    return sorted(folder.name for folder in (files("celestial_ml.flow") / "templates").iterdir() if folder.is_dir())
+    return sorted(folder.name for folder in _TEMPLATES.iterdir() if folder.is_dir())
 
 
-def engine_files(
-    engine: str,  # of `engines`
-    name: str,  # of the workflow
-    run: str,  # the folder under output/
-    tasks: dict[str, Task],  # of `load_tasks`
-    parameters: dict[str, dict[str, Any]],  # of each task
-    words: Sequence[str] = ("default",),  # the params file and settings, as commands take them
-    options: Sequence[str] = (),  # further ones of the command that writes it
-    schedule: str = HOURLY,  # when to look whether a training is due, as in cron
-) -> dict[str, str]:  # name of the file → text
-    "What an engine runs: a papermill task a step, and on a schedule a training if triggered."
+def _environment() -> Environment:
+    "Jinja2, with the forms that parameters take."
     import yaml
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -55,6 +50,20 @@ def engine_files(
         # Not JSON: its 1e-05 is a text in YAML.
         "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True).strip(),
     }
+    return env
+
+# %% ../../nbs/flow/15_engines.ipynb #eng-files
+def engine_files(
+    engine: str,  # of `engines`
+    name: str,  # of the workflow
+    run: str,  # the folder under output/
+    tasks: dict[str, Task],  # of `load_tasks`
+    parameters: dict[str, dict[str, Any]],  # of each task
+    words: Sequence[str] = ("default",),  # the params file and settings, as commands take them
+    options: Sequence[str] = (),  # further ones of the command that writes it
+    schedule: str = HOURLY,  # when to look whether a training is due, as in cron
+) -> dict[str, str]:  # name of the file → text
+    "What an engine runs: a papermill task a step, and on a schedule a training if triggered."
     steps = [
         {
             "name": task.name,
@@ -71,9 +80,8 @@ def engine_files(
     about |= {"written_by": shlex.join(["celestial", "deploy", engine, *words, *options])}
     about |= {"monitor": shlex.join(["celestial", "monitor", "check", "--params", *words])}
     about |= {"retrain": shlex.join(["celestial", "retrain", *words, "--if-triggered"])}
-    templates = (files("celestial_ml.flow") / "templates" / engine).iterdir()
-    names = sorted(path.name for path in templates if path.name.startswith("NAME"))
-    made = {name: env.get_template(f"{engine}/{name}").render(about) for name in names}
+    names = sorted(path.name for path in (_TEMPLATES / engine).iterdir() if path.name.startswith("NAME"))
+    made = {name: _environment().get_template(f"{engine}/{name}").render(about) for name in names}
     return {name.replace("NAME", file).removesuffix(".jinja"): text for name, text in made.items()}
 
 # %% ../../nbs/flow/15_engines.ipynb #eng-deploy
