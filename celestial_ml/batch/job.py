@@ -287,7 +287,7 @@ def output(
             f"{hide_password(out)} is a web server", "OUT is a path, or a URL such as s3://BUCKET/PATH"
         )
     (fs, path), shown = file_system(out.rstrip("/")), hide_password(out)
-    where = places(home() / "batch" / sha256_of(path.encode())[:16] / PurePosixPath(path).name)
+    where = places(home() / f"batch-{sha256_of(path.encode())[:16]}" / PurePosixPath(path).name)
     with remote_errors(shown):
         earlier = _claim(fs, path, where, restart, shown)
     yield where.out
