@@ -96,7 +96,7 @@ check: $(READY)  ## format, lint, types, no secrets, clean notebooks, no stale e
 	@ruff format --check nbs tests bench
 	@ruff check nbs tests bench
 	@mypy
-	@git ls-files -z $(SCANNED) | xargs -0 -P 2 -n 100 sh -c 'b=$$(mktemp); cp .secrets.baseline $$b; \
+	@git ls-files -z -- . $(SCANNED) | xargs -0 -P 2 -n 100 sh -c 'b=$$(mktemp); cp .secrets.baseline $$b; \
 	  detect-secrets-hook --baseline $$b "$$@" || test $$? = 3; rm $$b' _
 	@pytest -q -n 0 tests/test_notebooks.py
 
