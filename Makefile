@@ -7,7 +7,10 @@ PYTHON ?= python3
 PARAMS ?= default
 IMAGE  ?= celestial
 OVERLAY ?= prod
+NAMESPACE = celestial$(if $(filter dev,$(OVERLAY)),-dev)
 CONTAINERS ?= docker
+TARGET ?= serve
+export IMAGE REASON   # a recipe reads them as $$IMAGE: what somebody types there is never run
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
@@ -69,7 +72,7 @@ monitor: $(READY)  ## one look at the deployed model; with ISSUES=OWNER/NAME an 
 retrain: $(READY)  ## train anew if a trigger has a reason, or for REASON; results/PARAMS and comparison/ show what came of it
 	@celestial retrain $(PARAMS) $(if $(REASON),--reason "$$REASON",--if-triggered) --json > retrain.json || { cat retrain.json; exit 1; }
 	@run=$$(python -c 'import json; print(json.load(open("retrain.json")).get("run", ""))'); cat retrain.json; rm retrain.json; \
-	  test -z "$$run" || { celestial keep $$run; rm -rf results/$(PARAMS); mv results/$$run results/$(PARAMS); rmdir results/retrain; \
+	  test -z "$$run" || { celestial keep $$run; rm -rf results/$(PARAMS); mv results/$$run results/$(PARAMS); rm -rf results/retrain; \
 	  mkdir -p comparison; celestial report $$run --output comparison/report.md; }
 
 .PHONY: serve
@@ -88,16 +91,19 @@ mlflow: $(READY)  ## MLflow's page on the runs and versions, on http://127.0.0.1
 test: $(READY)  ## all tests: library notebooks, contracts, pipeline, HTTP, browser
 	@pytest
 
-# Where a secret could be; 3: one of the baseline's has moved to another line.
+# Where a secret could be. 3: one of the baseline's has moved to another line.
 SCANNED := ':!celestial_ml/*.py' ':!nbs/images' ':!results' ':!*.lock' ':!*.dvc' ':!*.npz' ':!.secrets.baseline'
+.PHONY: secrets
+secrets: $(READY)  ## no key and no password in what git keeps
+	@git ls-files -z -- . $(SCANNED) | xargs -0 -P 2 -n 100 sh -c 'b=$$(mktemp); cp .secrets.baseline $$b; \
+	  found=$$(detect-secrets-hook --baseline $$b "$$@"); code=$$?; rm $$b; \
+	  test $$code = 0 -o $$code = 3 || { echo "$$found"; exit 1; }' _
 
 .PHONY: check
-check: $(READY)  ## format, lint, types, no secrets, clean notebooks, no stale export
+check: secrets  ## format, lint, types, no secrets, clean notebooks, no stale export
 	@ruff format --check nbs tests bench
 	@ruff check nbs tests bench
 	@mypy
-	@git ls-files -z -- . $(SCANNED) | xargs -0 -P 2 -n 100 sh -c 'b=$$(mktemp); cp .secrets.baseline $$b; \
-	  detect-secrets-hook --baseline $$b "$$@" || test $$? = 3; rm $$b' _
 	@pytest -q -n 0 tests/test_notebooks.py
 
 .PHONY: bench
@@ -143,18 +149,24 @@ dist: $(READY)  ## what the package index gets, in dist/
 	@python -m build --no-isolation --outdir dist . > /dev/null
 	@ls dist
 
+.PHONY: version
+version: $(READY)  ## what the package calls itself: the tag of a release is v and this
+	@python -c 'import celestial_ml; print(celestial_ml.__version__)'
+
 .PHONY: image
-image:  ## the container IMAGE, with the model of the run PARAMS; CONTAINERS=podman builds it without Docker
-	@$(CONTAINERS) build --build-arg MODEL=output/$(PARAMS) --tag $(IMAGE) .
+image:  ## the container IMAGE, with the model of the run PARAMS; TARGET=train trains; CONTAINERS=podman builds it without Docker
+	@$(CONTAINERS) build --target $(TARGET) --build-arg MODEL=output/$(PARAMS) --build-arg REVISION=$$(git rev-parse HEAD) --tag "$$IMAGE" .
 
 .PHONY: deploy
-deploy:  ## roll IMAGE=NAME@sha256:… out with kubectl, to OVERLAY; back to the one before if it doesn't get ready
+deploy:  ## roll IMAGE=NAME@sha256:… (or two of them) out with kubectl, to OVERLAY; back to the one before if it doesn't get ready
 	@mkdir -p build/deploy
-	@printf '%s\n' 'resources: [../../deploy/kubernetes/overlays/$(OVERLAY)]' 'images:' '  - name: ghcr.io/celestial-ml/celestial' \
-	  '    newName: $(firstword $(subst @, ,$(IMAGE)))' '    digest: $(lastword $(subst @, ,$(IMAGE)))' > build/deploy/kustomization.yaml
+	@{ echo 'resources: [../../deploy/kubernetes/overlays/$(OVERLAY)]'; echo 'images:'; for one in $$IMAGE; do \
+	  [[ $$one =~ ^([^@]*/([^@/:]+))@(sha256:[0-9a-f]{64})$$ ]] || { echo "$$one is no NAME@sha256:…" >&2; exit 2; }; \
+	  printf '  - {name: "ghcr.io/celestial-ml/%s", newName: "%s", digest: "%s"}\n' "$${BASH_REMATCH[2]}" "$${BASH_REMATCH[1]}" "$${BASH_REMATCH[3]}"; \
+	  done; } > build/deploy/kustomization.yaml
 	@kubectl apply -k build/deploy
-	@kubectl -n celestial rollout status deployment -l app.kubernetes.io/name=celestial --timeout=10m || \
-	  { kubectl -n celestial rollout undo deployment -l app.kubernetes.io/name=celestial; exit 1; }
+	@kubectl -n $(NAMESPACE) rollout status deployment -l app.kubernetes.io/name=celestial --timeout=10m || \
+	  { kubectl -n $(NAMESPACE) rollout undo deployment -l app.kubernetes.io/name=celestial; exit 1; }
 
 .PHONY: lock
 lock:  ## resolve requirements.lock anew, for Python 3.11 to 3.13; needs uv
