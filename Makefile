@@ -150,7 +150,7 @@ dist: $(READY)  ## what the package index gets, in dist/
 	@ls dist
 
 .PHONY: version
-version: $(READY)  ## what the package calls itself: the tag of a release is v and this
+version: $(READY)  # of the package: the tag of a release is v and this
 	@python -c 'import celestial_ml; print(celestial_ml.__version__)'
 
 .PHONY: image
@@ -160,7 +160,7 @@ image:  ## the container IMAGE, with the model of the run PARAMS; TARGET=train t
 .PHONY: deploy
 deploy:  ## roll IMAGE=NAME@sha256:… (or two of them) out with kubectl, to OVERLAY; back to the one before if it doesn't get ready
 	@mkdir -p build/deploy
-	@{ echo 'resources: [../../deploy/kubernetes/overlays/$(OVERLAY)]'; echo 'images:'; for one in $$IMAGE; do \
+	@{ echo 'resources: [../../deploy/kubernetes/overlays/$(OVERLAY)]'; echo 'images:'; for one in $${IMAGE:-nothing}; do \
 	  [[ $$one =~ ^([^@]*/([^@/:]+))@(sha256:[0-9a-f]{64})$$ ]] || { echo "$$one is no NAME@sha256:…" >&2; exit 2; }; \
 	  printf '  - {name: "ghcr.io/celestial-ml/%s", newName: "%s", digest: "%s"}\n' "$${BASH_REMATCH[2]}" "$${BASH_REMATCH[1]}" "$${BASH_REMATCH[3]}"; \
 	  done; } > build/deploy/kustomization.yaml
