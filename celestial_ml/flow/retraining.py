@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..label.labelled import track_labelled, write_labelled
 from ..monitor.snapshot import MetricContext, Snapshot, measure, monitor_folder, read_snapshot
 from ..monitor.triggers import LastRun, Moment, decide, why_wait
 from ..package.manifest import Manifest, read_manifest
+from ..package.published import published
 from ..registry.state import champion, recover
 
 # %% auto #0
@@ -111,19 +113,36 @@ def _made(folder: Path, model: Manifest | None) -> bool:
     return there and model is not None and read_manifest(folder).sha256 == model.sha256
 
 # %% ../../nbs/flow/20_retraining.ipynb #ret-look
+_FRESH = 600  # seconds
+
+
 def _moment(params: Params, before: Manifest | None, last: LastRun | None, request: str | None, retry: bool) -> Moment:
-    "What the triggers see: the monitor's latest look at this champion, with what can be known at once."
-    import celestial_ml.label.live_labels
-    import celestial_ml.monitor.check  # noqa: F401 both for their metrics
+    "What the triggers see: a look at this champion, at most ten minutes old, with what can be known at once."
+    import celestial_ml.label.live_labels  # noqa: F401 for its metrics
+    from celestial_ml.monitor.check import check
 
     now, model = time.time(), before.model if before else None
     seen = read_snapshot()
-    if seen is None or seen.model != model:  # nobody has looked at this champion yet
+    if seen is None or seen.model != model or now - seen.time > _FRESH:
         seen = Snapshot(time=now, model=model, begin=now, end=now, answers=0, metrics={}, alarms=[], reasons=[])
+        with suppress(CelestialError):  # it has answered nobody yet
+            seen = check(params) if model and request is None else seen
     figures, _ = measure(MetricContext(model, seen.begin, now, params), ("champion", "held_out", "labels"))
     return Moment(now, seen.model_copy(update={"metrics": seen.metrics | figures}), last, request, retry)
 
 # %% ../../nbs/flow/20_retraining.ipynb #ret-train
+def _tidy(root: Path, keep: int) -> None:
+    "Remove the folders of old trainings."
+    state = recover()
+    models = [one for one in (state.champion, state.previous, state.challenger) if one]
+    with suppress(CelestialError):  # of a damaged model nobody can say which run it needs
+        lineages = [read_manifest(published(one)).lineage for one in models]
+        needed = {lineage.run for lineage in lineages if lineage}
+        for folder in sorted(root.glob(f"{run_folder('retrain')}/2*T*"))[:-keep]:
+            if f"retrain/{folder.name}" not in needed:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 def _train(
     root: Path,
     params_file: str,
@@ -162,7 +181,9 @@ def _train(
         about["pointers"] = [] if verdict["decision"] == "refuse" else track_labelled(root)
     except CelestialError as e:  # the gate has decided: a fault of DVC doesn't undo that
         about["dvc"] = e.message
-    return _write("ended", run=run, reasons=reasons, **about) | {"ran": True}
+    ended = _write("ended", run=run, reasons=reasons, **about) | {"ran": True}
+    _tidy(root, params.retrain.keep)
+    return ended
 
 # %% ../../nbs/flow/20_retraining.ipynb #ret-run
 def retrain(
