@@ -430,6 +430,8 @@ def test_the_command_tries_a_sink(home: TemporaryHome, tmp_path: Path) -> None:
         {"rules": 3},
         {"rules": {"unknown": "firing"}},
         {"rules": {"unknown": {"alert": {"rule": "unknown"}}}},
+        {"rules": {"unknown": {"alert": None}}},
+        {"rules": {"unknown": {"looks": "1"}}},
         {"rules": {}, "waiting": {"log": [{}]}},
         {"rules": {}, "metrics": 1},
     ],

@@ -20,7 +20,7 @@ from celestial_ml.flow.dag import ENGINE_MODULES
 from celestial_ml.flow.retraining import last_training, read_record, retrain
 from celestial_ml.flow.steps import load_tasks
 from celestial_ml.monitor.log import open_log
-from celestial_ml.monitor.snapshot import Snapshot, read_snapshot, write_snapshot
+from celestial_ml.monitor.snapshot import Snapshot, monitor_folder, read_snapshot, write_snapshot
 from celestial_ml.package.manifest import damage
 from celestial_ml.package.published import published
 from celestial_ml.registry.audit import append, verify
@@ -116,6 +116,10 @@ def test_triggers_trust_no_old_look(small: Path) -> None:
     assert retrain(small, quiet=True)["reasons"] == []
     seen = read_snapshot()
     assert seen and time.time() - seen.time < 60 and not seen.alarms
+    write_snapshot(Snapshot(time=time.time() - 3600, **about))
+    (monitor_folder() / "alerts.json").write_text('{"rules": 3}')
+    done = retrain(small, quiet=True)
+    assert done["reasons"] == [] and "alerts.json" in " ".join(done["unseen"]), "a look that failed is not silent"
 
 
 def test_old_trainings_are_removed_but_not_those_of_the_champions(small: Path) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from ..core.errors import CelestialError, unknown
 from ..core.files import DamagedFile, hold, read_json, write_json
@@ -218,7 +218,7 @@ def _deliver(name: str, waiting: list[dict[str, Any]], more: list[Alert], p: Ale
 
 # %% ../../nbs/monitor/31_sinks.ipynb #sk-notify
 class _Rule(BaseModel):
-    alert: Alert | None = None
+    alert: Alert = Field(default=None)  # null is none
     looks: int = 0
     begin: float = 0.0
     ended: float = 0.0
@@ -238,7 +238,8 @@ def read_alerts() -> dict[str, Any]:  # rules, waiting, failures; {}: nobody loo
     if not path.is_file():
         return {}
     try:
-        _State.model_validate(state := read_json(path, "rules"))
+        state = read_json(path, "rules")
+        _State.model_validate_json(path.read_bytes(), strict=True)
     except ValidationError as e:
         where = ".".join(map(str, e.errors()[0]["loc"]))
         hint = "Mend it, or delete it: the next look then sends again what stands."
