@@ -144,6 +144,7 @@ def test_a_run_has_a_bill_of_materials_with_the_energy_of_its_training(smoke: Pl
     assert schema.validate_str(json.dumps(bill)) is not None
 
 
+@pytest.mark.slow
 def test_the_step_monitor_looks_at_the_answers_of_the_run(unspoilt: Path, celestial_here: Celestial) -> None:
     "It raises an alarm at black pictures, and writes its page."
     model, log = Graph("output/smoke"), open_log()
