@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ..core.errors import CelestialError, unknown
 from ..core.files import DamagedFile, hold, read_json, write_json
@@ -218,7 +218,7 @@ def _deliver(name: str, waiting: list[dict[str, Any]], more: list[Alert], p: Ale
 
 # %% ../../nbs/monitor/31_sinks.ipynb #sk-notify
 class _Rule(BaseModel):
-    alert: Alert = Field(default=None)  # null is none
+    alert: Alert = None  # type: ignore[assignment] # it may be missing, but not null
     looks: int = 0
     begin: float = 0.0
     ended: float = 0.0
