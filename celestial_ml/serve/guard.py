@@ -29,6 +29,7 @@ from ..core.errors import CelestialError
 from .error_responses import ErrorResponse, our_mistake
 from .service_metrics import ServiceMetrics
 from .settings import ServeSettings, is_clean_path, key_owner, new_key
+from .tracing import Traces
 
 # %% ../../nbs/serve/06_guard.ipynb #boundedbody
 log = logging.getLogger(__name__)
@@ -354,14 +355,23 @@ CLIENT_CLOSED = 499  # nginx' status for a client that disconnected before the a
 class Guard:
     "The outermost layer of the service. Plain ASGI: a middleware class of Starlette's costs more time than a picture."
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: ServiceMetrics, door: Door):
-        self.app, self.settings, self.metrics, self.door = app, settings, metrics, door
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: ServeSettings,
+        metrics: ServiceMetrics,
+        door: Door,
+        traces: Traces | None = None,  # where the spans of pictures go
+    ):
+        self.app, self.settings, self.metrics, self.door, self.traces = app, settings, metrics, door, traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         path = get_route_path(scope)
         exchange = _Exchange(scope, send, self.metrics.route(path))
+        if self.traces:
+            exchange.state["stages"] = []
         # A page of the demo keeps its connection open, but what it sends is answered.
         counts = exchange.route != "demo" or scope["method"] == "POST"
         self.metrics.answering += counts
@@ -369,7 +379,7 @@ class Guard:
             await self.answer(exchange, path, scope, receive)
         finally:
             self.metrics.answering -= counts
-            self.count(exchange)
+            self.count(exchange, scope)
 
     async def answer(self, exchange: "_Exchange", path: str, scope: Scope, receive: Receive) -> None:
         "Let the app answer, or refuse the request."
@@ -392,13 +402,22 @@ class Guard:
         finally:
             self.door.bodies.leave(body)
 
-    def count(self, exchange: "_Exchange") -> None:
-        "Update the metrics and, where it is on, the access log."
+    def count(self, exchange: "_Exchange", scope: Scope) -> None:
+        "Update the metrics and, where they are on, the traces and the access log."
         took = time.perf_counter() - exchange.began
         self.metrics.requests.labels(exchange.route, exchange.status).inc()
         self.metrics.seconds.labels(exchange.route).observe(took)
         if code := exchange.state.get("say", {}).get("error"):
             self.metrics.refusals.labels(code).inc()
+        if self.traces and (stages := exchange.state["stages"]):
+            about = {
+                "request_id": exchange.id,
+                "http.route": exchange.route,
+                "http.response.status_code": exchange.status,
+            }
+            name = f"{exchange.method} {exchange.route}"
+            trace_id = self.traces.emit(name, Headers(scope=scope), exchange.began, stages, about)
+            exchange.state["say"] = exchange.state.get("say", {}) | {"trace_id": trace_id}
         if access.isEnabledFor(logging.INFO) and not exchange.is_page_file():
             access.info("request", extra=exchange.line(took))
 

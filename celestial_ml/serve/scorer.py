@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from celestial_ml.data.images import (
 from ..data.thumbnails import shrink
 from .predictor import OVERLAY, Prediction, Predictor, as_prediction
 from .service_metrics import ServiceMetrics
+from .tracing import Stage
 
 # %% auto #0
 __all__ = ['Scored', 'busy', 'Scorer']
@@ -47,6 +48,7 @@ class Scored:
     format: str  # JPEG, PNG or WEBP
     statistics: dict[str, float]  # of `image_statistics`
     picture: np.ndarray | None = None  # uint8 (height, width, 3), of at most `OVERLAY` pixels a side; on request
+    stages: tuple[Stage, ...] = ()  # of its way through the scorer
 
 
 @dataclass(eq=False)
@@ -61,6 +63,7 @@ class _Job:
     picture: bool = False  # whether the result includes it, scaled down
     head: Head | None = None  # of a file that is small enough to read here
     decoded: Picture | None = None
+    times: list[float] = field(default_factory=lambda: [time.perf_counter()])  # of entry, decoder, end, inference, end
 
     @property
     def is_costly(self) -> bool:
@@ -234,17 +237,21 @@ def _read_head(job: _Job, limits: Limits) -> None:
 def _decode(job: _Job) -> None:
     "Decode a small picture."
     assert job.head is not None
+    job.times.append(time.perf_counter())
     pixels = decode_opened(job.head, background=job.model.background)
     job.decoded = Picture(pixels, job.head.width, job.head.height, job.head.format)
+    job.times.append(time.perf_counter())
 
 
 def _read(job: _Job, limits: Limits) -> None:
     "Read a costly picture, in the time that is left."
+    job.times.append(time.perf_counter())
     limits = replace(limits, seconds=min(limits.seconds, job.until - time.monotonic() + 0.5))
     try:
         job.decoded = read_costly(job.content, limits=limits, alone=True, background=job.model.background)
     except CelestialError as e:
         raise busy() if e.code == "busy" else e from None
+    job.times.append(time.perf_counter())
 
 # %% ../../nbs/serve/08_scorer.ipynb #scored-x
 def _scored(jobs: list[_Job]) -> list[tuple[_Job, Scored | BaseException]]:
@@ -257,13 +264,19 @@ def _scored(jobs: list[_Job]) -> list[tuple[_Job, Scored | BaseException]]:
         groups.setdefault((id(job.model), pixels.shape), []).append((job, pixels))
     for group in groups.values():
         some, images = zip(*group, strict=True)
+        began = time.perf_counter()
         try:
             answers = some[0].model.run_batch(images[0][None] if len(images) == 1 else np.stack(images))
+            ended = time.perf_counter()
             for i, job in enumerate(some):
+                job.times += (began, ended)
                 results.append((job, _as_scored(job, {name: value[i] for name, value in answers.items()})))
         except Exception as e:
             results += [(job, e) for job in some]
     return results
+
+
+_STAGES = ("queue", "decode", "infer")
 
 
 def _as_scored(job: _Job, answer: dict[str, np.ndarray]) -> Scored:
@@ -279,6 +292,7 @@ def _as_scored(job: _Job, answer: dict[str, np.ndarray]) -> Scored:
         format=job.decoded.format,
         statistics=image_statistics(pixels),
         picture=shrink(pixels, OVERLAY) if job.picture else None,
+        stages=tuple(zip(_STAGES, (job.times[i] for i in (0, 1, 3)), (job.times[i] for i in (1, 2, 4)), strict=True)),
     )
 
 
