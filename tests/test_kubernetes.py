@@ -19,6 +19,7 @@ import yaml
 from settings import ROOT, check_command, check_settings
 
 from celestial_ml.serve.api import api
+from celestial_ml.serve.open_inference import open_inference
 from celestial_ml.serve.service_metrics import ServiceMetrics
 from celestial_ml.serve.settings import ServeSettings
 
@@ -150,9 +151,7 @@ def test_arguments_are_commands(part: str):
 
 @every_part
 def test_probes_ask_real_routes(part: str):
-    routes = {route.path for route in api.routes}
-    if part == "kserve" and "/v2/health/ready" not in routes:
-        pytest.skip("this server doesn't speak the Open Inference Protocol")
+    routes = {route.path for router in (api, open_inference) for route in router.routes}
     for one, spec in pod_specs(part):
         container = spec["containers"][0]
         probes = {name: container[name]["httpGet"] for name in container if name.endswith("Probe")}
