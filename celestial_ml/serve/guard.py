@@ -409,15 +409,8 @@ class Guard:
         self.metrics.seconds.labels(exchange.route).observe(took)
         if code := exchange.state.get("say", {}).get("error"):
             self.metrics.refusals.labels(code).inc()
-        if self.traces and (stages := exchange.state["stages"]):
-            about = {
-                "request_id": exchange.id,
-                "http.route": exchange.route,
-                "http.response.status_code": exchange.status,
-            }
-            name = f"{exchange.method} {exchange.route}"
-            trace_id = self.traces.emit(name, Headers(scope=scope), exchange.began, stages, about)
-            exchange.state["say"] = exchange.state.get("say", {}) | {"trace_id": trace_id}
+        if self.traces and exchange.state["stages"]:
+            _trace(self.traces, exchange, Headers(scope=scope))
         if access.isEnabledFor(logging.INFO) and not exchange.is_page_file():
             access.info("request", extra=exchange.line(took))
 
@@ -457,3 +450,11 @@ class _Exchange:
             "address": self.address,
             **self.state.get("say", {}),
         }
+
+# %% ../../nbs/serve/06_guard.ipynb #guard-trace
+def _trace(traces: Traces, exchange: _Exchange, headers: Headers) -> None:
+    "Send the spans of a request, and leave the trace's id to the access log."
+    name, state = f"{exchange.method} {exchange.route}", exchange.state
+    about = {"request_id": exchange.id, "http.route": exchange.route, "http.response.status_code": exchange.status}
+    trace_id = traces.emit(name, headers, exchange.began, state["stages"], about)
+    state["say"] = state.get("say", {}) | {"trace_id": trace_id}

@@ -276,6 +276,23 @@ def _scored(jobs: list[_Job]) -> list[tuple[_Job, Scored | BaseException]]:
     return results
 
 
+def _deliver(results: list[tuple[_Job, Scored | BaseException]]) -> None:
+    "In the event loop: set the results of those that still wait."
+    for job, result in results:
+        if job.future.done():
+            continue
+        if isinstance(result, BaseException):
+            job.future.set_exception(result)
+        else:
+            job.future.set_result(result)
+
+
+def _give_up(future: asyncio.Future[Scored]) -> None:
+    "In the event loop: end the wait of a picture whose time is over."
+    if not future.done():
+        future.set_exception(busy())
+
+# %% ../../nbs/serve/08_scorer.ipynb #as-scored
 _STAGES = ("queue", "decode", "infer")
 
 
@@ -294,20 +311,3 @@ def _as_scored(job: _Job, answer: dict[str, np.ndarray]) -> Scored:
         picture=shrink(pixels, OVERLAY) if job.picture else None,
         stages=tuple(zip(_STAGES, (job.times[i] for i in (0, 1, 3)), (job.times[i] for i in (1, 2, 4)), strict=True)),
     )
-
-
-def _deliver(results: list[tuple[_Job, Scored | BaseException]]) -> None:
-    "In the event loop: set the results of those that still wait."
-    for job, result in results:
-        if job.future.done():
-            continue
-        if isinstance(result, BaseException):
-            job.future.set_exception(result)
-        else:
-            job.future.set_result(result)
-
-
-def _give_up(future: asyncio.Future[Scored]) -> None:
-    "In the event loop: end the wait of a picture whose time is over."
-    if not future.done():
-        future.set_exception(busy())
