@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
-import typer
+from printed import command_of
+from typer.core import TyperGroup
 
-from celestial_ml.cli.app import app
 from celestial_ml.serve.settings import PREFIX, ServeSettings, serve_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,10 +33,8 @@ def check_settings(values: Mapping[str, str | None], monkeypatch: pytest.MonkeyP
 
 def check_command(words: Iterable[str]) -> None:
     "The words are a command of ours; an unknown option, or a wrong value, raises."
-    first, *rest = words
-    assert first == "celestial"
-    command, context = typer.main.get_command(app), None
-    while hasattr(command, "resolve_command"):
-        context = command.make_context(first, [], parent=context, resilient_parsing=True)
-        first, command, rest = command.resolve_command(context, list(rest))
-    command.make_context(first, list(rest), parent=context)
+    program, *rest = words
+    assert program == "celestial"
+    command, name, rest = command_of(rest)
+    assert not isinstance(command, TyperGroup), f"celestial {name} is a group of commands"
+    command.make_context(name, rest)

@@ -324,7 +324,7 @@ def test_image_says_what_is_in_it(image: str):
     bill = json.loads(podman("run", "--rm", *LOCKED_DOWN, image, "cat", "/opt/celestial/bom.cdx.json").stdout)
     names = {component["name"] for component in bill["components"]}
     assert bill["bomFormat"] == "CycloneDX" and {"celestial-ml", "onnxruntime", "gradio"} <= names
-    assert "hf-xet" not in names and "timestamp" not in bill.get("metadata", {})
+    assert "hf-xet" not in names and bill["metadata"]["timestamp"].startswith("1980-01-01")  # SOURCE_DATE_EPOCH
 
 
 @pytest.mark.container
@@ -382,7 +382,7 @@ def test_pipeline_runs_in_its_image_which_is_read_only(train_image: str, tmp_pat
         "nofile=4096:4096",
     )
     podman("run", "--rm", *limits, *volumes, train_image, "celestial", "run", "smoke")
-    assert read_json(tmp_path / "output/smoke/metrics.json")["accuracy"] > 0.5
+    assert read_json(tmp_path / "output/smoke/metrics.json")["images"] == 20
     assert (tmp_path / "state/mlflow.db").is_file()
     assert read_json(tmp_path / "output/smoke/model.json")["lineage"]["code_revision"] == "unknown"
     done = podman("run", "--rm", *limits, *volumes, train_image, "celestial", "monitor", "check", check=False)

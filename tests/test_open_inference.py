@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
-from serving import encoded, neptune, running, tiny_model
+from serving import encoded, neptune, running
 
 from celestial_ml.core.files import read_json
 from celestial_ml.core.testing import colour_model
@@ -31,16 +31,6 @@ PUBLISHED = read_json(Path(__file__).parent / "reference" / "open_inference.json
 SCHEMAS = PUBLISHED["components"]["schemas"] | {"TensorData": {"type": "array"}}  # its `bytes` is not a type of JSON
 INFER = "/v2/models/tiny/infer"
 OUTPUTS = ["probabilities", "label", "known", "ood_score"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def log(tmp_path_factory):
-    return tmp_path_factory.mktemp("log") / "server.log"
 
 
 @pytest.fixture(scope="module")

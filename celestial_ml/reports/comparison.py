@@ -226,10 +226,10 @@ def _changed_images(diff: Diff | None) -> list[tuple[str, ...]]:  # kind, label,
 
 def _damaged(report: Report) -> list[tuple[str, ...]]:  # kind of damage, accuracy of theirs, of ours, points
     "The accuracy on damaged pictures, mean of the degrees, the largest loss first."
-    sides = (report.side.metrics, report.base.metrics) if report.base else ()
-    ours, theirs = (
-        ({k: float(np.mean(v)) for k, v in m.robustness.per_corruption.items()} for m in sides) if sides else ({}, {})
-    )
+    if report.base is None:
+        return []
+    sides = (report.side.metrics, report.base.metrics)
+    ours, theirs = ({k: float(np.mean(v)) for k, v in m.robustness.per_corruption.items()} for m in sides)
     both = {k: None if k not in ours or k not in theirs else ours[k] - theirs[k] for k in theirs | ours}
     return [
         (
