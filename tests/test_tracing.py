@@ -12,15 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
-from serving import neptune, running, tiny_model, until
+from serving import neptune, running, until
 
 pytest.importorskip("opentelemetry.sdk")
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -76,17 +71,18 @@ def test_a_span_for_each_stage_of_a_picture(model, collector, tmp_path):
         until(lambda: sum(span.kind == 2 for span in spans) == 4)
         roots = {attributes(span)["request_id"]: span for span in spans if span.kind == 2}
     stages = {number: [s for s in spans if s.parent_span_id == root.span_id] for number, root in roots.items()}
-    way = ["read", "queue", "decode", "infer"]
+    way = ["read", "queue", "open", "decode", "infer", "statistics"]
     for answer, names in (
         (predict, [*way, "log"]),
         (explain, [*way, "log", "explain"]),
         (infer, ["read", *way[1:] * 2, "log", "log"]),
-        (bad, ["read"]),
+        (bad, ["read", "queue", "open"]),
     ):
         number = answer.headers["x-request-id"]
         root, inner = roots[number], stages[number]
         assert sorted(span.name for span in inner) == sorted(names)
         assert attributes(root)["http.response.status_code"] == answer.status_code
+        assert (attributes(root).get("error.type") == "not_an_image") == (answer is bad)
         for span in inner:
             assert span.trace_id == root.trace_id
             assert root.start_time_unix_nano <= span.start_time_unix_nano <= span.end_time_unix_nano

@@ -379,7 +379,7 @@ class Guard:
             await self.answer(exchange, path, scope, receive)
         finally:
             self.metrics.answering -= counts
-            self.count(exchange, scope)
+            _count(self, exchange, scope)
 
     async def answer(self, exchange: "_Exchange", path: str, scope: Scope, receive: Receive) -> None:
         "Let the app answer, or refuse the request."
@@ -401,18 +401,6 @@ class Guard:
             await our_mistake(exchange.id)(scope, receive, exchange.send)
         finally:
             self.door.bodies.leave(body)
-
-    def count(self, exchange: "_Exchange", scope: Scope) -> None:
-        "Update the metrics and, where they are on, the traces and the access log."
-        took = time.perf_counter() - exchange.began
-        self.metrics.requests.labels(exchange.route, exchange.status).inc()
-        self.metrics.seconds.labels(exchange.route).observe(took)
-        if code := exchange.state.get("say", {}).get("error"):
-            self.metrics.refusals.labels(code).inc()
-        if self.traces and exchange.state["stages"]:
-            _trace(self.traces, exchange, Headers(scope=scope))
-        if access.isEnabledFor(logging.INFO) and not exchange.is_page_file():
-            access.info("request", extra=exchange.line(took))
 
 # %% ../../nbs/serve/06_guard.ipynb #exchange
 class _Exchange:
@@ -452,9 +440,18 @@ class _Exchange:
         }
 
 # %% ../../nbs/serve/06_guard.ipynb #guard-trace
-def _trace(traces: Traces, exchange: _Exchange, headers: Headers) -> None:
-    "Send the spans of a request, and leave the trace's id to the access log."
-    name, state = f"{exchange.method} {exchange.route}", exchange.state
-    about = {"request_id": exchange.id, "http.route": exchange.route, "http.response.status_code": exchange.status}
-    trace_id = traces.emit(name, headers, exchange.began, state["stages"], about)
-    state["say"] = state.get("say", {}) | {"trace_id": trace_id}
+def _count(guard: Guard, exchange: _Exchange, scope: Scope) -> None:
+    "Update the metrics and, where they are on, the traces and the access log."
+    took, state = time.perf_counter() - exchange.began, exchange.state
+    guard.metrics.requests.labels(exchange.route, exchange.status).inc()
+    guard.metrics.seconds.labels(exchange.route).observe(took)
+    if code := state.get("say", {}).get("error"):
+        guard.metrics.refusals.labels(code).inc()
+    if guard.traces and state["stages"]:
+        about = {"request_id": exchange.id, "http.route": exchange.route, "http.response.status_code": exchange.status}
+        about |= {"error.type": code} if code else {}
+        name, headers = f"{exchange.method} {exchange.route}", Headers(scope=scope)
+        trace_id = guard.traces.emit(name, headers, exchange.began, state["stages"], about)
+        state["say"] = state.get("say", {}) | {"trace_id": trace_id}  # for the access log
+    if access.isEnabledFor(logging.INFO) and not exchange.is_page_file():
+        access.info("request", extra=exchange.line(took))

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from celestial_ml.data.images import (
 from ..data.thumbnails import shrink
 from .predictor import OVERLAY, Prediction, Predictor, as_prediction
 from .service_metrics import ServiceMetrics
-from .tracing import Stage
+from .tracing import Stage, stage
 
 # %% auto #0
 __all__ = ['Scored', 'busy', 'Scorer']
@@ -48,7 +48,6 @@ class Scored:
     format: str  # JPEG, PNG or WEBP
     statistics: dict[str, float]  # of `image_statistics`
     picture: np.ndarray | None = None  # uint8 (height, width, 3), of at most `OVERLAY` pixels a side; on request
-    stages: tuple[Stage, ...] = ()  # of its way through the scorer
 
 
 @dataclass(eq=False)
@@ -63,7 +62,8 @@ class _Job:
     picture: bool = False  # whether the result includes it, scaled down
     head: Head | None = None  # of a file that is small enough to read here
     decoded: Picture | None = None
-    times: list[float] = field(default_factory=lambda: [time.perf_counter()])  # of entry, decoder, end, inference, end
+    stages: list[Stage] | None = None  # of its way, where the request is traced
+    arrived: float = 0  # by `time.perf_counter`
 
     @property
     def is_costly(self) -> bool:
@@ -74,6 +74,11 @@ class _Job:
     def is_over(self) -> bool:
         "Whether nobody waits for the result any more."
         return self.future.done() or time.monotonic() > self.until
+
+    def note(self, name: str, began: float) -> None:
+        "Note a stage that ends now."
+        if self.stages is not None:
+            self.stages.append((name, began, time.perf_counter()))
 
 # %% ../../nbs/serve/08_scorer.ipynb #busy
 def busy(seconds: int = 1) -> CelestialError:
@@ -148,12 +153,15 @@ class Scorer:
         words = "Pictures accepted and not answered"
         metrics.collect(lambda: [("gauge", "celestial_waiting", words, {}, self.under_way)])
 
-    async def score(self, content: bytes, model: Predictor, picture: bool = False) -> Scored:
+    async def score(
+        self, content: bytes, model: Predictor, picture: bool = False, stages: list[Stage] | None = None
+    ) -> Scored:
         "Score an image file; `CelestialError` for a bad one, and with 503 where too many wait or it took too long."
         if self.under_way >= self.waiting:
             raise busy()
         loop = asyncio.get_running_loop()
         job = _Job(content, model, loop, loop.create_future(), time.monotonic() + self.patience, picture)
+        job.stages, job.arrived = stages, time.perf_counter()
         self.under_way += 1
         timer = loop.call_later(self.patience, _give_up, job.future)  # a third of the cost of `asyncio.timeout`
         try:
@@ -229,29 +237,31 @@ def _attempt(
 
 def _read_head(job: _Job, limits: Limits) -> None:
     "Parse a picture's file, unless that alone would take too long."
-    if len(job.content) <= CHEAP:
-        job.head = open_image(job.content, max_pixels=limits.max_pixels)
-        check_polyglot(job.head)
+    job.note("queue", job.arrived)
+    with stage(job, "open"):
+        if len(job.content) <= CHEAP:
+            job.head = open_image(job.content, max_pixels=limits.max_pixels)
+            check_polyglot(job.head)
+    job.arrived = time.perf_counter()  # a costly picture waits once more
 
 
 def _decode(job: _Job) -> None:
     "Decode a small picture."
     assert job.head is not None
-    job.times.append(time.perf_counter())
-    pixels = decode_opened(job.head, background=job.model.background)
+    with stage(job, "decode"):
+        pixels = decode_opened(job.head, background=job.model.background)
     job.decoded = Picture(pixels, job.head.width, job.head.height, job.head.format)
-    job.times.append(time.perf_counter())
 
 
 def _read(job: _Job, limits: Limits) -> None:
     "Read a costly picture, in the time that is left."
-    job.times.append(time.perf_counter())
+    job.note("queue", job.arrived)
     limits = replace(limits, seconds=min(limits.seconds, job.until - time.monotonic() + 0.5))
     try:
-        job.decoded = read_costly(job.content, limits=limits, alone=True, background=job.model.background)
+        with stage(job, "decode"):
+            job.decoded = read_costly(job.content, limits=limits, alone=True, background=job.model.background)
     except CelestialError as e:
         raise busy() if e.code == "busy" else e from None
-    job.times.append(time.perf_counter())
 
 # %% ../../nbs/serve/08_scorer.ipynb #scored-x
 def _scored(jobs: list[_Job]) -> list[tuple[_Job, Scored | BaseException]]:
@@ -267,9 +277,9 @@ def _scored(jobs: list[_Job]) -> list[tuple[_Job, Scored | BaseException]]:
         began = time.perf_counter()
         try:
             answers = some[0].model.run_batch(images[0][None] if len(images) == 1 else np.stack(images))
-            ended = time.perf_counter()
+            for job in some:
+                job.note("infer", began)
             for i, job in enumerate(some):
-                job.times += (began, ended)
                 results.append((job, _as_scored(job, {name: value[i] for name, value in answers.items()})))
         except Exception as e:
             results += [(job, e) for job in some]
@@ -293,13 +303,12 @@ def _give_up(future: asyncio.Future[Scored]) -> None:
         future.set_exception(busy())
 
 # %% ../../nbs/serve/08_scorer.ipynb #as-scored
-_STAGES = ("queue", "decode", "infer")
-
-
 def _as_scored(job: _Job, answer: dict[str, np.ndarray]) -> Scored:
     "The result for one picture."
     assert job.decoded is not None
     pixels = job.decoded.pixels
+    with stage(job, "statistics"):
+        statistics = image_statistics(pixels)
     return Scored(
         prediction=as_prediction(job.model, answer, job.content),
         probabilities=answer["probabilities"],
@@ -307,7 +316,6 @@ def _as_scored(job: _Job, answer: dict[str, np.ndarray]) -> Scored:
         width=job.decoded.width,
         height=job.decoded.height,
         format=job.decoded.format,
-        statistics=image_statistics(pixels),
+        statistics=statistics,
         picture=shrink(pixels, OVERLAY) if job.picture else None,
-        stages=tuple(zip(_STAGES, (job.times[i] for i in (0, 1, 3)), (job.times[i] for i in (1, 2, 4)), strict=True)),
     )

@@ -88,8 +88,7 @@ async def score_picture(
 ) -> tuple[Scored, Predictor]:  # the result, and the model that gave it
     "Score a picture and log the result; a shadow challenger may score it too."
     model, role, silent = service.models.choose(request_id) if chosen is None else chosen
-    scored = await service.scorer.score(content, model, picture)
-    getattr(request.state, "stages", []).extend(scored.stages)
+    scored = await service.scorer.score(content, model, picture, getattr(request.state, "stages", None))
     with stage(request.state, "log"):
         log_answer(service, request, request_id, role, scored, content)
     if silent is not None and len(service.shadows) < _SHADOWS:
