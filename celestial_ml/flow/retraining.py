@@ -138,7 +138,7 @@ def _moment(params: Params, before: Manifest | None, last: LastRun | None, reque
     seen = seen.model_copy(update={"metrics": seen.metrics | figures, "reasons": [*seen.reasons, *why]})
     return Moment(now, seen, last, request, retry)
 
-# %% ../../nbs/flow/20_retraining.ipynb #ret-train
+# %% ../../nbs/flow/20_retraining.ipynb #ret-tidy
 def _tidy(root: Path, keep: int) -> None:
     "Remove the folders of old trainings."
     with suppress(CelestialError):  # of a damaged model nobody can say which run it needs
@@ -150,7 +150,7 @@ def _tidy(root: Path, keep: int) -> None:
             if f"retrain/{folder.name}" not in needed:
                 shutil.rmtree(folder, ignore_errors=True)
 
-
+# %% ../../nbs/flow/20_retraining.ipynb #ret-train
 def _train(
     root: Path,
     params_file: str,

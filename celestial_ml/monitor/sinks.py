@@ -216,7 +216,7 @@ def _deliver(name: str, waiting: list[dict[str, Any]], more: list[Alert], p: Ale
     except Exception as e:
         failures[name] = _plain(e)
 
-# %% ../../nbs/monitor/31_sinks.ipynb #sk-notify
+# %% ../../nbs/monitor/31_sinks.ipynb #sk-state
 class _Rule(BaseModel):
     alert: Alert = None  # type: ignore[assignment] # it may be missing, but not null
     looks: int = 0
@@ -231,7 +231,7 @@ class _State(BaseModel):
     waiting: dict[str, list[Alert]] = {}
     failures: dict[str, str] = {}
 
-
+# %% ../../nbs/monitor/31_sinks.ipynb #sk-notify
 def read_alerts() -> dict[str, Any]:  # rules, waiting, failures; {}: nobody looked yet
     "The state of the alerts after the last look; `DamagedFile` where that can't be read."
     path = monitor_folder() / "alerts.json"
