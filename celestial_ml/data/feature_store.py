@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -179,12 +180,15 @@ class Measuring:
         sha256s: Sequence[str],
         definitions: Iterable[Definition] | None = None,  # None: the registry's
         background: Background = "auto",
+        beside: Executor | None = None,  # computes several pictures at once where that is quicker; None: one by one
     ):
-        self.store, self.background = store, background
+        self.store, self.background, self.beside = store, background, beside
         self.definitions = list(DEFINITIONS.values() if definitions is None else definitions)
         shas = list(sha256s)
         self.stored = {one: store.read(one, shas, background) if store else {} for one in self.definitions}
         self.fresh: dict[Definition, dict[str, np.ndarray]] = {one: {} for one in self.definitions}
+        self.waiting: dict[Definition, dict[str, Any]] = {one: {} for one in self.definitions}
+        self.sent: list[tuple[Definition, list[str], Future[Sequence[np.ndarray]]]] = []
 
     @property
     def columns(self) -> list[str]:
@@ -197,14 +201,29 @@ class Measuring:
         pixels: np.ndarray | Callable[[], np.ndarray],  # uint8 (height, width, 3); called where a value is missing
     ) -> list[np.ndarray]:  # float32 (columns,) of each definition
         "The features of one picture."
+        self.add(sha256, pixels)
+        return [self.stored[one][sha256] for one in self.definitions]
+
+    def add(self, sha256: str, pixels: np.ndarray | Callable[[], np.ndarray]) -> None:
+        "Compute what is missing of a picture; what is computed beside is in `stored` after `save`."
         frame = None
         for one in self.definitions:
             if self.stored[one].get(sha256) is None:
                 frame = frame or Frame(pixels() if callable(pixels) else pixels)
-                self.stored[one][sha256] = self.fresh[one][sha256] = one.values(frame)
+                if self.beside is None or one.together == 1:
+                    self.stored[one][sha256] = self.fresh[one][sha256] = one.values(frame)
+                else:
+                    self.waiting[one][sha256] = one.small(frame)
+                    self._send(one, one.together)
         if frame is not None and max(map(len, self.fresh.values())) >= _AT_ONCE:
             self.save()
-        return [self.stored[one][sha256] for one in self.definitions]
+
+    def _send(self, one: Definition, least: int) -> None:
+        "Compute beside what waits, if it is as many."
+        waiting = self.waiting[one]
+        if self.beside is not None and len(waiting) >= least:
+            self.sent.append((one, [*waiting], self.beside.submit(one.several, [*waiting.values()])))
+            self.waiting[one] = {}
 
     def row(self, sha256: str, pixels: np.ndarray | Callable[[], np.ndarray]) -> dict[str, Any]:
         "The same by column: numbers, and vectors."
@@ -213,6 +232,13 @@ class Measuring:
 
     def save(self) -> None:
         "Store what was computed since the last time."
+        for one in self.definitions:
+            self._send(one, 1)
+        while self.sent:
+            one, shas, values = self.sent.pop()
+            computed = dict(zip(shas, values.result(), strict=True))
+            self.stored[one] |= computed
+            self.fresh[one] |= computed
         if self.store is not None:
             store_values(self.store, self.fresh, self.background)
         self.fresh = {one: {} for one in self.definitions}
