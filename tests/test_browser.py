@@ -627,6 +627,30 @@ def test_compare(open_page):
 
 
 @only_tiny
+def test_a_picture_is_not_lost_while_another_is_compared(open_page):
+    page, held = open_page(), []
+    tab(page, "compare")
+    playwright.expect(page.locator("#first .eyebrow")).to_have_text("tiny/7 (answers now)")
+
+    def hold(route):
+        "The first comparison's answer arrives late."
+        if held or '"data":[null,"tiny' not in route.request.post_data:
+            return route.continue_()
+        held.append((route, route.fetch()))
+
+    page.route("**/gradio_api/run/predict", hold)
+    drop(page, "mine.png", neptune(), where="#compare-drop")
+    while not held:
+        page.wait_for_timeout(50)
+    with page.expect_response("**/gradio_api/run/predict"):
+        drop(page, "letter.jpg", b"Dear planet", "image/jpeg", "#compare-drop")
+    page.wait_for_timeout(500)
+    [(route, response)] = held
+    route.fulfill(response=response)
+    playwright.expect(page.locator("#first")).to_contain_text("I can't see a picture in that file")
+
+
+@only_tiny
 def test_performance(open_page):
     page = open_page()
     tab(page, "performance")

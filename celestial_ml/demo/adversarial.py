@@ -239,7 +239,8 @@ def build_fool(host: Host, tab: Any) -> None:
             slots.release()
 
     turn: dict[str, Any] = {"fn": move, "inputs": [label, *sliders], "outputs": [picture, answer]} | QUIET
-    gr.on([slider.input for slider in sliders] + [label.change], trigger_mode="always_last", **turn)
+    turn |= {"trigger_mode": "always_last"}  # a step is not lost while another is drawn
+    gr.on([slider.input for slider in sliders] + [label.change], **turn)
     tab.select(**turn).then(lambda: [subject.draw(subject.rest) for subject in subjects.values()] and None, **QUIET)
     reset.click(lambda: [*first.rest, ""], None, [*sliders, changes], **QUIET).then(**turn)
     search.click(look_for, [label, *sliders], changes, **QUIET | {"show_progress": "minimal"})

@@ -190,6 +190,6 @@ def build_many(host: Host) -> None:
         return None, await table_of(host, http_request(request), paths, lambda *n: progress(n, unit="pictures"))
 
     queued: dict[str, Any] = {"queue": True, "concurrency_limit": 2, "concurrency_id": "many", "preprocess": False}
-    queued |= {"show_progress": "full", "show_progress_on": table}
+    queued |= {"show_progress": "full", "show_progress_on": table, "trigger_mode": "always_last"}
     for drop in (files, folder):
         drop.upload(work, drop, [drop, table], **QUIET | queued)

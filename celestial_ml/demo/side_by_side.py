@@ -167,9 +167,9 @@ def build_compare(host: Host, tab: Any) -> None:
         pictures = gr.Dropdown(some, value=source if source in some else None, visible=bool(some))
         return [source, pictures, *(gr.Dropdown(names, value=value) for value in ([*names, None, None])[:2])]
 
-    raw: dict[str, Any] = QUIET | {"preprocess": False}  # Gradio would open the file
-    run: dict[str, Any] = {"fn": show, "inputs": [source, one, other], "outputs": [left, first, second, both]} | raw
-    last = raw | {"trigger_mode": "always_last"}  # a picture is not lost while another is answered
+    last: dict[str, Any] = QUIET | {"trigger_mode": "always_last"}  # a picture is not lost while another is answered
+    last |= {"preprocess": False}  # Gradio would open the file
+    run: dict[str, Any] = {"fn": show, "inputs": [source, one, other], "outputs": [left, first, second, both]} | last
     tab.select(opened, source, [source, picture, one, other], **QUIET).then(**run)
     gr.on([one.input, other.input], **run)
     picture.input(replace, [picture, source], source, **last).then(**run)
