@@ -109,7 +109,7 @@ def look_at(
 ) -> Looks:
     "Look at every readable picture of a catalog; one that is gone since is left out."
     readable, count = np.flatnonzero(catalog.error.isna()), 0
-    tables = [pd.DataFrame(columns=["row", "mode", *measure(Image.new("RGB", (8, 8)))])]
+    tables: list[pd.DataFrame] = []
     features: dict[Definition, np.ndarray] = {}
     gray = np.empty((len(readable), SIDE, SIDE), np.uint8)
     tiny = np.empty((len(readable), TINY, TINY, 3), np.uint8)
@@ -128,14 +128,17 @@ def look_at(
                 measuring.add(shas[row], pixels)
                 rows.append({"row": int(row)} | seen)
             measuring.save()
+            if not rows:
+                continue
             tables.append(pd.DataFrame(rows))
-            for one, stored in measuring.stored.items() if rows else ():
+            for one, stored in measuring.stored.items():
                 values = [stored[shas[each["row"]]] for each in rows]
                 whole = features.setdefault(one, np.empty((len(readable), *values[0].shape), np.float32))
                 whole[count : count + len(rows)] = values
             count += len(rows)
     features = {one: values[:count] for one, values in features.items()}
-    return Looks(pd.concat(tables, ignore_index=True), gray[:count], tiny[:count], features)
+    empty = pd.DataFrame(columns=["row", "mode", *measure(Image.new("RGB", (8, 8)))])
+    return Looks(pd.concat(tables, ignore_index=True) if tables else empty, gray[:count], tiny[:count], features)
 
 # %% ../../nbs/data/07_looks.ipynb #lk-views
 _CELLS, _TURNS = 8, 8  # cells along an edge, directions of an edge
