@@ -116,7 +116,7 @@ class Backbone(Definition):
         ground = tuple(int(value) for value in np.median(edge, axis=0))
         return np.asarray(ImageOps.pad(Image.fromarray(frame.rgb), (_SIDE, _SIDE), Image.Resampling.BILINEAR, ground))
 
-    def several(self, smalls: Sequence[np.ndarray]) -> np.ndarray:  # float32 (n, 256)
+    def several(self, smalls: Sequence[np.ndarray]) -> list[np.ndarray]:  # float32 (256,) each
         "What the network sees of squares."
         x = (np.stack(smalls).transpose(0, 3, 1, 2).astype(np.float32) - 127) / 128
-        return self._session.run(["features"], {"x": x})[0] @ self._projection
+        return [*(self._session.run(["features"], {"x": x})[0] @ self._projection)]
