@@ -54,7 +54,7 @@ class Definition:
     function: Callable[[Frame], Iterable[float]]
     version: str = "1"
     since: float = 0.0  # seconds since 1970 when the values could first be computed; 0: with the picture
-    together: ClassVar[int] = 1  # pictures that `several` takes at once
+    together: ClassVar[int] = 1  # so many pictures at once are quicker by `several`
 
     @cached_property
     def key(self) -> str:
@@ -82,7 +82,7 @@ class Definition:
             return {self.name: values}
         return dict(zip(self.columns, values.tolist(), strict=True))
 
-
+# %% ../../nbs/data/08_features.ipynb #define
 DEFINITIONS: dict[str, Definition] = {}
 
 

@@ -22,7 +22,7 @@ from scipy.linalg import eigh
 
 from ..core.errors import CelestialError
 from ..core.progress import progress
-from .feature_store import FeatureStore, Measuring
+from .feature_store import FeatureStore, MeasuringBeside
 from .features import Definition
 from .images import Background, read_content, read_image
 
@@ -117,7 +117,7 @@ def look_at(
     steps = progress(readable, "looking at images", len(readable))
     with ThreadPoolExecutor(1) as beside:
         while portion := list(islice(steps, _PORTION)):
-            measuring = Measuring(store, shas[portion].tolist(), definitions, background, beside)
+            measuring = MeasuringBeside(beside, store, shas[portion].tolist(), definitions, background)
             rows: list[dict[str, Any]] = []
             for row in portion:
                 at = count + len(rows)
