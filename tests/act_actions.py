@@ -6,6 +6,7 @@ act_actions.py ACTION PHASE, in a job's folder; inputs are in the environment, a
 import json
 import os
 import shutil
+import subprocess
 import sys
 from glob import glob, has_magic
 from pathlib import Path
@@ -20,7 +21,7 @@ def given(name: str, default: str = "") -> str:
 
 def files_of(pattern: str, hidden: bool) -> list[Path]:
     "The files of a pattern, those of a folder too; without hidden ones, as upload-artifact."
-    found = [Path(one) for one in glob(pattern.rstrip("/"))]
+    found = [Path(one) for one in glob(pattern.rstrip("/"))]  # noqa: PTH207
     files = [path for one in found for path in ([one] if one.is_file() else one.rglob("*")) if path.is_file()]
     return [path for path in files if hidden or not any(part.startswith(".") for part in path.parts)]
 
@@ -64,8 +65,16 @@ def save() -> None:
                 shutil.copytree(name, target / name)
 
 
+def checkout() -> None:
+    "act copies the clone, unless a job asks for a commit."
+    if given("ref"):
+        for words in (["init", "-q"], ["fetch", "-q", STORE / "clone", given("ref")], ["checkout", "-q", "FETCH_HEAD"]):
+            subprocess.run(["git", *words], check=True)
+
+
 def main(action: str, phase: str) -> None:
     does = {
+        ("actions/checkout", "main"): checkout,
         ("actions/upload-artifact", "main"): upload,
         ("actions/download-artifact", "main"): lambda: shutil.copytree(
             STORE / "artifacts" / given("name"), given("path", "."), dirs_exist_ok=True
