@@ -42,8 +42,15 @@ endif
 setup: $(READY)  ## the environment alone; every other target does it when needed
 
 .PHONY: run
-run: $(READY)  ## the pipeline; PARAMS=guide runs another params file than default
-	@celestial run $(PARAMS)
+run: $(READY)  ## the pipeline; PARAMS=guide runs another params file than default, ARGS="--with stress" more
+	@celestial run $(PARAMS) $(ARGS)
+
+.PHONY: report
+report: $(READY)  ## the run PARAMS beside that of the revision BASE (or the champion), in comparison/
+	@mkdir -p comparison
+	@celestial report $(PARAMS) $(if $(BASE),--base $(BASE)) --output comparison/report.md --output comparison/comparison.html \
+	  2> comparison/errors.txt || { cat comparison/errors.txt >&2; \
+	  { sed 's/^/> /' comparison/errors.txt; echo; celestial report $(PARAMS); } > comparison/report.md; }  # BASE may keep no run yet
 
 .PHONY: serve
 serve: $(READY)  ## the HTTP API and the demo on http://127.0.0.1:8000

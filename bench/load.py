@@ -58,7 +58,7 @@ async def read_answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:
     "Status and body of one answer."
     head = await reader.readuntil(b"\r\n\r\n")
     lower = head.lower()
-    at = lower.index(b"content-length:") + 15
+    at = lower.index(b"\r\ncontent-length:") + 17
     return int(head[9:12]), await reader.readexactly(int(lower[at : lower.index(b"\r", at)]))
 
 

@@ -26,6 +26,7 @@ from bench import CELESTIAL, Row
 from bench.load import Tally, as_request, encoded, load
 from bench.sweep import copy_project
 from celestial_ml.core.files import project_root, read_json, write_json
+from celestial_ml.data.images import decode_image
 from celestial_ml.planets.bodies import BODIES
 from celestial_ml.planets.renderer import render
 from celestial_ml.serve.predictor import Predictor
@@ -230,6 +231,9 @@ def alone(model: Path, home: Path, requests: list[bytes], paths: list[Path], pyt
         one, eight, full = (measure(service, requests, clients, seconds=5) for clients in (1, 8, 16))
         half = measure(service, requests, 8, seconds=5, rate=full.rate / 2)
         memory = resident_mb(service.process.pid)
+        protocol = protocol_rows(
+            service, read_json(model / "model.json")["name"], [path.read_bytes() for path in paths]
+        )
     with ours(model, home, "--demo") as service:
         demo_start, demo_memory = service.start, resident_mb(service.process.pid)
     without, kept = cost_of_logging(model, home, requests)
@@ -246,6 +250,7 @@ def alone(model: Path, home: Path, requests: list[bytes], paths: list[Path], pyt
             f"p99 {half.percentile(99):.1f} ms",
             f"{half.rate:.0f}/s",
         ),
+        *protocol,
         ("the prediction log", f"{kept:.0f}/s with it", f"{without:.0f}/s without", f"{1 - kept / without:+.1%}"),
     ]
     if python is None:
@@ -273,6 +278,43 @@ def alone(model: Path, home: Path, requests: list[bytes], paths: list[Path], pyt
         against("start with the demo", f"{demo_start:.1f} s", f"{bento_start:.1f} s", demo_start / bento_start),
         against("memory with the demo", f"{demo_memory:.0f} MB", f"{bento_memory:.0f} MB", demo_memory / bento_memory),
     ]
+
+
+def as_tensors(
+    model: str,
+    contents: list[bytes],  # of one picture: its file, or its pixels
+    datatype: str,  # BYTES or UINT8
+    shape: tuple[int, ...],
+) -> bytes:
+    "A whole request of the Open Inference Protocol, with its binary extension both ways."
+    content = b"".join(len(one).to_bytes(4, "little") + one for one in contents) if datatype == "BYTES" else contents[0]
+    size = {"binary_data_size": len(content)}
+    tensor = {"name": "image", "datatype": datatype, "shape": shape, "parameters": size}
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    lines = f"POST /v2/models/{model}/infer HTTP/1.1\r\nHost: here\r\nContent-Type: application/octet-stream\r\n"
+    lengths = f"Inference-Header-Content-Length: {len(head)}\r\nContent-Length: {len(head) + len(content)}\r\n\r\n"
+    return (lines + lengths).encode() + head + content
+
+
+def protocol_rows(service: Serving, name: str, contents: list[bytes]) -> list[Row]:
+    "The Open Inference Protocol beside /predict, turn by turn: the same pictures as files, and their pixels."
+    pixels = [decode_image(content) for content in contents]
+    ways = {
+        "/predict": [as_request(content) for content in contents],
+        "OIP, files": [as_tensors(name, [content], "BYTES", (1,)) for content in contents],
+        "OIP, pixels": [as_tensors(name, [one.tobytes()], "UINT8", (1, *one.shape)) for one in pixels],
+    }
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    for turn in range(2 * TURNS):
+        for way in list(ways)[:: 1 if turn % 2 else -1]:
+            rates[way].append(measure(service, ways[way], 16, seconds=1.5).rate)
+    predict, rows = np.array(rates.pop("/predict")), []
+    for way, some in rates.items():
+        ratio = float(np.median(np.array(some) / predict))
+        verdict = " MISSED" if ratio < 0.9 and way == "OIP, files" else ""
+        medians = f"{np.median(some):.0f}/s", f"/predict {np.median(predict):.0f}/s"
+        rows.append((f"{way}, binary extension", *medians, f"{ratio:.2f} ×{verdict}"))
+    return rows
 
 
 def ordinary_pictures() -> dict[str, list[bytes]]:

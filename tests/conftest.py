@@ -33,6 +33,20 @@ def guide_images() -> Path:
 
 
 @pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A packaged model that looks at the mean colour: small, but real."
+    from serving import tiny_model
+
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "Where a server writes what it says."
+    return tmp_path_factory.mktemp("log") / "server.log"
+
+
+@pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "A copy of the project, for the tests of one file."
     return copy_project(tmp_path_factory.mktemp("project"))

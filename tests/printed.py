@@ -2,7 +2,12 @@
 
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
 
 from celestial_ml.core.files import read_json
 
@@ -52,6 +57,17 @@ def commands_of(path: Path, program: str) -> list[list[str]]:
             if words[:1] == [program]:
                 found.append(words[1:])
     return found
+
+
+def command_of(words: Iterable[str]) -> tuple[Any, str, list[str]]:
+    "The command that the words behind `celestial` call, its name, and its own words; there has to be one of that name."
+    from celestial_ml.cli.app import app
+
+    command, name, rest = typer.main.get_command(app), "celestial", list(words)
+    while rest and rest != ["--help"] and isinstance(command, TyperGroup):
+        assert rest[0] in command.commands, f"there is no celestial {' '.join(words)}"
+        command, name = command.commands[rest[0]], rest.pop(0)
+    return command, name, rest
 
 
 PROGRAMS = (

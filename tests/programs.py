@@ -59,8 +59,10 @@ def free_port() -> int:
 
 def is_running(pid: int) -> bool:
     "Whether there is such a process; a zombie is none."
-    status = Path(f"/proc/{pid}/stat")
-    return status.is_file() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):  # the latter where it ends while it is read
+        return False
 
 
 def resident_mb(pid: int | str = "self") -> float:

@@ -42,11 +42,6 @@ BAD = {"half.jpg": "damaged", "words.jpg": "not_an_image", "empty.png": "empty"}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "Forty good pictures of three formats and many sizes, and three bad ones."
     folder = tmp_path_factory.mktemp("photos")

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from serving import tiny_model
 
 from celestial_ml.core.files import sha256_of, write_json
 from celestial_ml.planets.renderer import render
@@ -28,12 +27,6 @@ HEAVY = {
     "gradio",
     "jupyter",
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "A packaged model that looks at the mean colour: small, but real."
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ NOT_TYPED = {  # pattern → why
     r".*output/(guide-|signs)": "files that the cells of a guide make: tests/test_guides.py",
     r"dvc repro": "of another tool, to compare with",
     r"celestial (data (push|pull|diff)|keep default --package)|dvc (add|import|remote|push)|git (add|checkout|pull)": "tests/test_versions.py",
-    r"celestial$|celestial (batch|data|keep|models (compare|show|rollback)|new|sweep|predict)$": "a command's name",
+    r"celestial$|celestial (batch|data|deploy|keep|models (compare|show|rollback)|new|sweep|predict)$": "a command's name",
     r"celestial log feedback": "of an answer that nobody has given here: tests/test_log.py",
     r"celestial label (import (cvat|http)|serve|export (http|labels.zip --format cvat$))": "tests/test_annotations.py",
     r"celestial models (rollback|retire|promote challenger|compare (champion|candidate))": "versions of a history: tests/test_registry.py",

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from sqlalchemy import Engine, delete, event
 from ville.evalues import combine, p_to_e
 
 from celestial_ml.core.files import sha256_of, write_json
@@ -15,8 +17,10 @@ from celestial_ml.monitor.check import check
 from celestial_ml.monitor.detectors import Detector
 from celestial_ml.monitor.drift_tests import DRIFT_TESTS, Sample, adjust
 from celestial_ml.monitor.log import open_log
+from celestial_ml.monitor.records import open_records
 from celestial_ml.monitor.reference import REFERENCE, logged_figures, write_reference
 from celestial_ml.monitor.snapshot import Snapshot
+from celestial_ml.monitor.tables import log_table
 from celestial_ml.package.graph import Graph
 
 
@@ -77,6 +81,37 @@ def test_a_look_that_ends_halfway_counts_no_answer_twice(served: Path) -> None:
     blocked.rmdir()
     snapshot = check(Params(), str(served))
     assert snapshot.metrics["answers_new"] == 0 and snapshot.answers == 300 and not snapshot.alarms
+
+
+def test_a_look_reads_no_more_than_it_needs(served: Path) -> None:
+    "Each query for the newest answers follows an index: one that follows the table reads all of it where few match."
+    plans = list[str]()
+
+    def explain(connection: Any, cursor: Any, statement: str, values: Any, *_: Any) -> None:
+        if "FROM predictions" in statement and "ORDER BY" in statement and "EXPLAIN" not in statement:
+            plans.extend(row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", values))
+
+    event.listen(Engine, "before_cursor_execute", explain)
+    try:
+        check(Params(), str(served))
+        answer(Graph(served), [np.full((8, 8, 3), 5, np.uint8)] * 40, 300)
+        assert check(Params(), str(served)).alarms
+    finally:
+        event.remove(Engine, "before_cursor_execute", explain)
+    assert len(plans) >= 5 and all("USING" in plan for plan in plans), plans
+
+
+def test_a_log_that_begins_anew_is_looked_at(served: Path) -> None:
+    "Its ids are smaller than the last one that was looked at."
+    check(Params(), str(served))
+    with open_records() as engine, engine.begin() as connection:
+        connection.execute(delete(log_table("predictions")))
+    grey = [np.full((8, 8, 3), 5, np.uint8)] * 40
+    answer(Graph(served), grey, 300)
+    assert check(Params(), str(served)).metrics["answers_new"] == 0
+    answer(Graph(served), grey, 340)
+    snapshot = check(Params(), str(served))
+    assert snapshot.metrics["answers_new"] == 40 and snapshot.alarms
 
 
 def test_a_damaged_state_begins_anew_and_says_so(served: Path) -> None:

@@ -9,11 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 from serving import encoded, neptune, running, tiny_model
 
@@ -23,15 +27,7 @@ from celestial_ml.package.folder import ModelError
 from celestial_ml.planets.renderer import render
 from celestial_ml.serve.predictor import Predictor
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def log(tmp_path_factory):
-    return tmp_path_factory.mktemp("log") / "server.log"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -340,6 +336,32 @@ print(json.dumps(sorted({{name.split(".")[0] for name in sys.modules}})))
     assert run.returncode == 0, run.stderr
     heavy = {"tensorflow", "keras", "mlflow", "ploomber", "jupyter", "sklearn", "onnx", "matplotlib"}
     assert not heavy & set(json.loads(run.stdout.splitlines()[-1]))
+
+
+def test_serving_needs_only_what_it_requires(model, tmp_path):
+    "What `celestial serve` imports is in the dependencies without extras, or in what those require: its image has no more."
+    installed, left = set(), list(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    while left:
+        requirement = Requirement(left.pop())
+        name = canonicalize_name(requirement.name)
+        if name not in installed and (not requirement.marker or requirement.marker.evaluate()):
+            installed.add(name)
+            left += [one for one in requires(name) or () if "extra ==" not in one]
+    owners = packages_distributions().items()
+    absent = [module for module, names in owners if not installed & set(map(canonicalize_name, names))]
+    assert {"scipy", "tensorflow"} <= set(absent) and "gradio" not in absent
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys(set({absent!r}) - {{"celestial_ml"}})  # importing one of them is an error
+from celestial_ml.cli.app import app
+from celestial_ml.monitor.log import service_log
+from celestial_ml.reports.health import add_whole_demo
+from celestial_ml.serve.api import build_app
+from celestial_ml.serve.settings import ServeSettings
+build_app({str(model)!r}, add_whole_demo, log=service_log(ServeSettings()))
+"""
+    run = python(code, env=os.environ | {"CELESTIAL_HOME": str(tmp_path)})
+    assert run.returncode == 0, run.stderr
 
 
 def test_port_in_use(model):

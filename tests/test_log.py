@@ -36,11 +36,12 @@ from celestial_ml.cli.app import app
 from celestial_ml.core.database import Schema, make_engine, open_database, schema_tables, writing
 from celestial_ml.core.errors import CelestialError
 from celestial_ml.monitor import day_files, writer
+from celestial_ml.monitor.check import _last_id, answers_of
 from celestial_ml.monitor.counters import Counters, counters_folder, living, settle
 from celestial_ml.monitor.day_files import export_days
 from celestial_ml.monitor.live_performance import live_versions
 from celestial_ml.monitor.log import PredictionLog, open_log
-from celestial_ml.monitor.records import forget, last_answers, log_status
+from celestial_ml.monitor.records import forget, last_answers, log_status, read_records
 from celestial_ml.monitor.retention import ImagePolicy
 from celestial_ml.monitor.tables import LOG_SCHEMA, log_database, log_table
 from celestial_ml.monitor.time_range import embeddings, moment, read_answers
@@ -627,6 +628,29 @@ def test_postgresql_cuts_the_connection(server: PostgreSQL, opened: Callable[...
         time.sleep(0.002)
     assert log.flush(30)
     assert sorted(row["sequence"] for row in rows_of(url)) == list(range(1, 401)) and log.status()["lost"] == 0
+
+
+@pytest.mark.postgres
+def test_a_look_waits_for_answers_that_are_being_written(
+    server: PostgreSQL, opened: Callable[..., PredictionLog]
+) -> None:
+    "Their ids may be smaller than those of answers that can be read already."
+    log, table = opened(url := server.empty_database()), log_table("predictions")
+    log.record(answer(0))
+    assert log.flush(30)
+    row, engine = rows_of(url)[0], make_engine(log_database(url))
+    del row["id"]
+    with engine.connect() as slow, engine.connect() as other, read_records(url) as reader, ThreadPoolExecutor() as pool:
+        slow.execute(insert(table).values(row | {"request_id": "slow"}))
+        other.execute(insert(table).values(row | {"request_id": "quick"}))
+        other.commit()
+        last = pool.submit(_last_id, reader)
+        until(lambda: other.execute(text("SELECT count(*) FROM pg_locks WHERE NOT granted")).scalar())
+        assert not last.done()
+        slow.commit()
+        (answers,) = answers_of(reader, "celestial/3", up_to=last.result(30))
+    engine.dispose()
+    assert {*answers.request_id} == {"r0", "slow", "quick"}
 
 
 # The schema

@@ -1,4 +1,4 @@
-"""Reports: a run on one page, a run beside a revision, and the workflow that tells the pull request.
+"""Reports: a run on one page, and a run beside a revision.
 
 `CELESTIAL_SCREENSHOTS=1` writes the picture of the documentation to nbs/images, of the run `default`.
 """
@@ -10,17 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import tomllib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from click.testing import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,6 +32,7 @@ from celestial_ml.core.files import read_json, write_json
 from celestial_ml.core.intervals import share_interval
 from celestial_ml.core.page_builder import share
 from celestial_ml.core.params import Register
+from celestial_ml.data.versions import KINDS, record
 from celestial_ml.flow.pipeline import Plan, execute, make_plan
 from celestial_ml.package.manifest import Manifest
 from celestial_ml.package.metrics import Metrics
@@ -455,6 +453,56 @@ def test_the_page_has_both_sides_pictures(repository: Path) -> None:
     assert one.count("<figure") == 3 and page.count("<section") == 2
 
 
+def test_data_robustness_size_and_latency_are_in_the_report(repository: Path) -> None:
+    "Images under DVC and those of the run, damaged pictures, and what the model costs."
+    first = fill(repository, "default", 0.93, 0.003)
+    damaged = {"mean_accuracy": 0.9, "per_corruption": {"fog": [0.9, 0.7], "jpeg": [1.0, 1.0]}}
+    for path in (first / "metrics.json", first / "model.json"):
+        about = read_json(path)
+        about.get("metrics", about)["robustness"] = damaged
+        write_json(path, about)
+    write_json(first / "headline.json", {"accuracy": 0.93, "size, MB": 2.5, "latency, ms": 7.0})
+    shutil.copytree(first, repository / "results/default")
+    for name, shade in ("Mars/a.png", 40), ("Mars/b.png", 90), ("Moon/c.png", 200):
+        (picture := repository / "data/images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (shade, shade, shade)).save(picture)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=repository, check=True)
+    record(repository, "data/images")
+    git(repository, "add", "--force", "results", "data", ".dvc/config")
+    git(repository, "commit", "--quiet", "--message", "data")
+
+    about = read_json(first / "model.json")
+    about["metrics"]["robustness"] = {"mean_accuracy": 0.85, "per_corruption": {"fog": [0.7, 0.5]}}
+    about["compression"] = {"files": {"float32": {"ms": 9.0}}}
+    write_json(first / "model.json", about)
+    answers = Evidence.load(first)
+    label = answers.label.copy()
+    label[0] = "Neptune"
+    replace(answers, label=label, learned=np.array([1, 2], np.uint64)).save(first / EVIDENCE)
+    (repository / "data/images/Mars/b.png").rename(repository / "data/images/Moon/b.png")
+    (repository / "data/images/Mars/a.png").unlink()
+    text = celestial("report", "--base", "main").output
+    figures, costs = table_with(text, "tested by"), read_json(first / "model.json")
+    size = (first / costs["file"]).stat().st_size / 1e6
+    assert figures["size, MB"][:3] == ["2.500", f"{size:.3f}", f"{size - 2.5:+.3f}"]
+    assert figures["latency, ms"][:3] == ["7.000", "9.000", "+2.000"]
+    assert table_with(text, "damage") == {"fog": ["80.0 %", "60.0 %", "-20.0"], "jpeg": ["100.0 %", "–", "–"]}
+    images = table_with(text, "relabelled")
+    assert images["measured on"] == ["200", "200", "0", "0", "1"] and images["learned from"] == [
+        "0",
+        "2",
+        "2",
+        "0",
+        "–",
+    ]
+    assert {row[0]: row[2] for row in tables(text)[[rows[0][0] for rows in tables(text)].index("change")][1:]} == {
+        "removed": "data/images/Mars/a.png",
+        "relabelled": "data/images/Moon/b.png",
+    }
+    told = json.loads(celestial("report", "--base", "main", "--json").output)[0]
+    assert {kind: told["data"][kind] for kind in KINDS} == {"added": 0, "removed": 1, "relabelled": 1, "changed": 0}
+
+
 def test_without_base_it_is_the_champion(repository: Path) -> None:
     fill(repository, "default", 0.95, 0.003)
     assert "There is no champion yet." in celestial("report").output
@@ -462,129 +510,24 @@ def test_without_base_it_is_the_champion(repository: Path) -> None:
     assert told["base"] is None and told["comparison"] is None and told["verdict"]["decision"] == "promote"
 
 
-# ------------------------------------------------------------------------------------------------- the workflow
-
-WORKFLOW = ROOT / ".github/workflows/experiment.yml"
-MARKER = "<!-- celestial report -->"
-
-
-@pytest.fixture(scope="module")
-def workflow() -> dict[str, Any]:
-    return yaml.safe_load(WORKFLOW.read_text())
-
-
-def test_code_of_a_pull_request_never_gets_a_token_that_writes(workflow: dict[str, Any]) -> None:
-    jobs = workflow["jobs"]
-    assert set(workflow[True]) == {"pull_request"} and workflow["permissions"] == {}
-    assert jobs["run"]["permissions"] == {"contents": "read"} and jobs["comment"]["permissions"] == {
-        "pull-requests": "write"
-    }
-    checkout = jobs["run"]["steps"][0]
-    assert checkout["with"] == {"persist-credentials": False, "fetch-depth": 0}
-    assert not any("checkout" in step.get("uses", "") for step in jobs["comment"]["steps"])
-    assert "head.repo.full_name == github.repository" in jobs["comment"]["if"]
-    assert "TOKEN" not in json.dumps(jobs["run"]) and "secrets." not in WORKFLOW.read_text()
-
-
-def test_actions_are_pinned_and_nothing_of_the_event_is_pasted_into_code(workflow: dict[str, Any]) -> None:
-    used = re.findall(r"uses: (\S+) # v", WORKFLOW.read_text())
-    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
-    assert len(used) == sum("uses" in step for step in steps) == 5
-    assert all(re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", action) for action in used)
-    pins = dict(action.split("@") for action in re.findall(r"uses: (\S+)", (WORKFLOW.parent / "ci.yml").read_text()))
-    assert all(pins.get(name, sha) == sha for name, sha in (action.split("@") for action in used)), "as in ci.yml"
-    assert not any("${{" in step.get("run", "") for step in steps)
-
-
-def test_the_report_step_runs_and_reports_a_missing_base(
-    workflow: dict[str, Any], repository: Path, tmp_path: Path
-) -> None:
-    "The step's own shell, with the command itself: once with a base that has metrics, once with one that has none."
+def test_make_report_runs_and_reports_a_missing_base(repository: Path) -> None:
+    "As the workflows call it: once with a base that has metrics, once with one that has none."
     fill(repository, "default", 0.75, 0.1)
-    [step] = [step for step in workflow["jobs"]["run"]["steps"] if step.get("name") == "report"]
-    (repository / ".venv/bin").mkdir(parents=True)
-    (repository / ".venv/bin/activate").write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n')
-    git(
-        repository,
-        "branch",
-        "empty",
-        git(
-            repository, "commit-tree", "-m", "nothing", git(repository, "hash-object", "-t", "tree", "-w", "/dev/null")
-        ),
-    )
+    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+        shutil.copy(ROOT / name, repository)
+    (repository / ".venv").mkdir()
+    (repository / ".venv/bin").symlink_to(Path(sys.executable).parent)
+    (repository / ".venv/.ready").touch()
+    nothing = git(repository, "hash-object", "-t", "tree", "-w", "/dev/null")
+    git(repository, "branch", "empty", git(repository, "commit-tree", "-m", "nothing", nothing))
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")} | {"PYTHONPATH": str(ROOT)}
     for base, said in ("main", "## default against main"), ("empty", "> error: empty ("):
         shutil.rmtree("comparison", ignore_errors=True)
-        summary = tmp_path / f"{base}.md"
-        env = os.environ | {"BASE": base, "GITHUB_STEP_SUMMARY": str(summary), "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(["bash", "-eo", "pipefail", "-c", step["run"]], env=env, capture_output=True, text=True)
+        done = subprocess.run(["make", "report", f"BASE={base}"], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert summary.read_text().startswith(said) and "**Gate.**" in summary.read_text()
-        assert summary.read_text() == Path("comparison/report.md").read_text()
+        text = Path("comparison/report.md").read_text()
+        assert text.startswith(said) and "**Gate.**" in text
     assert not Path("comparison/comparison.html").exists()
-
-
-class GitHub(BaseHTTPRequestHandler):
-    "As much of GitHub's API as a comment needs."
-
-    comments: list[dict[str, Any]]
-
-    def _answer(self, value: object) -> None:
-        assert self.headers["Authorization"] == "Bearer a-token"
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps(value).encode())
-
-    def _body(self) -> str:
-        return json.loads(self.rfile.read(int(self.headers["Content-Length"])))["body"]
-
-    def do_GET(self) -> None:
-        url = urlsplit(self.path)
-        assert url.path == "/repos/o/r/issues/12/comments"
-        query = {key: int(value[0]) for key, value in parse_qs(url.query).items()}
-        first = (query["page"] - 1) * query["per_page"]
-        self._answer(self.comments[first : first + query["per_page"]])
-
-    def do_POST(self) -> None:
-        assert self.path == "/repos/o/r/issues/12/comments"
-        self.comments.append(
-            {"id": 1000, "user": {"login": "github-actions[bot]"}, "body": self._body(), "html_url": "new"}
-        )
-        self._answer(self.comments[-1])
-
-    def do_PATCH(self) -> None:
-        [found] = [comment for comment in self.comments if self.path == f"/repos/o/r/issues/comments/{comment['id']}"]
-        found |= {"body": self._body(), "html_url": "changed"}
-        self._answer(found)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def test_there_is_one_comment_and_it_is_updated(workflow: dict[str, Any], tmp_path: Path) -> None:
-    "Among more comments than a page holds, one of which only looks like ours."
-    [step] = [step for step in workflow["jobs"]["comment"]["steps"] if "run" in step]
-    assert step["shell"] == "python3 {0}"
-    (script := tmp_path / "script.py").write_text(step["run"])
-    (tmp_path / "comment").mkdir()
-    others = [{"id": i, "user": {"login": "somebody"}, "body": f"{MARKER} quoted"} for i in range(120)]
-    GitHub.comments = list(others)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), GitHub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    env = {"GITHUB_API_URL": f"http://127.0.0.1:{server.server_port}", "GITHUB_REPOSITORY": "o/r", "PULL": "12",
-           "TOKEN": "a-token", "RUN": "https://example.org/run", "PATH": os.environ["PATH"]}  # fmt: skip
-    for text, said in ("first | report", "new"), ("second\n" * 20_000, "changed"):
-        (tmp_path / "comment/report.md").write_text(text)
-        done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.returncode == 0 and done.stdout.strip() == said, done.stderr
-        assert len(GitHub.comments) == 121 and GitHub.comments[:120] == others
-        body = GitHub.comments[-1]["body"]
-        assert (
-            body.startswith(f"{MARKER}\n{text[:5]}")
-            and body.endswith("the pages and the notebooks.")
-            and len(body) < 65_536
-        )
-    assert "… the rest is in the artifact." in body
-    server.shutdown()
 
 
 def test_the_package_ships_every_template() -> None:

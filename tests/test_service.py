@@ -418,6 +418,9 @@ def test_the_openapi_document_is_kept(tmp_path: Path) -> None:
     with running(tiny_model(tmp_path / "model"), tmp_path / "log", demo=False) as url:
         command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{url}/openapi.json"]
         env = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "SCHEMATHESIS_HOOKS": "openapi_hooks"}
+        # A JSON schema can't say that a tensor's shape fits its data, so much that it allows is refused.
+        tensors = 'include-path-regex = "/infer$"\nchecks.positive_data_acceptance.enabled = false'
+        (tmp_path / "schemathesis.toml").write_text(f"[[operations]]\n{tensors}\n")
         result = subprocess.run(
             [*command, "--max-examples", "25", "--seed", "1", "--no-color"],
             cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300,

@@ -36,6 +36,7 @@ from celestial_ml.cli.console import (
     print_error,
     table,
 )
+from .deploy import deploy_app
 from .feedback import add_queue, feedback_app
 from .keys import keys_app
 from .label import label_app
@@ -66,7 +67,7 @@ app = command_group("From a notebook to a served, monitored, retrained image cla
 data_app = command_group("The images: fetch, validate, look at.")
 data_app.add_typer(versions_app)
 monitor_app.add_typer(alerts_app)
-for group in (batch_app, drift_app, sweep_app, retrain_app, report_app, new_app, ui_app):
+for group in (batch_app, drift_app, sweep_app, retrain_app, deploy_app, report_app, new_app, ui_app):
     app.add_typer(group)
 add_queue(label_app)
 monitor_app.add_typer(status_app)

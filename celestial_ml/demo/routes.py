@@ -36,10 +36,11 @@ from .identify import Host
 from .login import ConcurrencyLimit, Logins
 from .page import build_demo
 from .uploads import Uploads, expire_uploads, receive_uploads, upload_figures
-from ..serve.api import Feedback, Service, score_picture, store_judgement
+from ..serve.api import Feedback, store_judgement
 from ..serve.error_responses import HANDLERS, ErrorResponse, refuse, refuse_demo
 from ..serve.guard import rate_address
 from ..serve.scorer import busy
+from ..serve.service import Service, score_picture
 
 if TYPE_CHECKING:
     import gradio as gr

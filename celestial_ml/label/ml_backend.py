@@ -21,9 +21,9 @@ from ..core.errors import CelestialError
 from ..core.names import printable
 from .label_studio import Control, find_control, take_tasks
 from .task_images import TaskImages
-from ..serve.api import Service
 from ..serve.error_responses import HANDLERS
 from ..serve.guard import Door, Guard, RateLimit, rate_address
+from ..serve.service import Service
 from ..serve.settings import ServeSettings, is_password
 
 if TYPE_CHECKING:

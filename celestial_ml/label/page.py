@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import gradio as gr
     from fastapi import FastAPI
 
-    from celestial_ml.serve.api import Service
+    from celestial_ml.serve.service import Service
 
 _log = logging.getLogger(__name__)
 

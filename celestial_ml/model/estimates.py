@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from ..core.intervals import share_interval
-from ..data.corruptions import corrupt
 
 # %% auto #0
 __all__ = ['Estimator', 'ESTIMATORS', 'SHIFTS', 'DEGREES', 'LEAST', 'Answer', 'HeldOut', 'estimator', 'mean_confidence',
@@ -92,6 +91,8 @@ def shifted_estimates(
     seed: int = 0,
 ) -> list[dict[str, Any]]:  # shift, degree, known (answers), unknown (a share), accuracy, and a value by estimator
     "What the estimators say of changed pictures, and the truth; without changes too few of which are known."
+    from celestial_ml.data.corruptions import corrupt  # with SciPy, which a server does not have
+
     rows = []
     for name, degree in [("", 0), *((name, degree) for name in SHIFTS for degree in DEGREES)]:
         pictures = [corrupt(one, name, degree, (seed, i)) if name else one for i, one in enumerate(images)]

@@ -248,7 +248,10 @@ def fit_ood_score(
         for rows, left_out in StratifiedKFold(folds, shuffle=True, random_state=0).split(labels, labels):
             clean.append(fitted(rows).parts(embeddings[left_out]))
     middle, edge = np.quantile(np.concatenate(clean), [0.5, 0.99], axis=0)
-    parts = np.concatenate(clean if cameras is None else [*clean, unscaled.parts(cameras[1])])
+    if cameras is not None:  # a picture counts as often as it is itself as it does by other cameras
+        often = max(1, round(len(cameras[1]) / sum(map(len, clean))))
+        clean = [*clean * often, unscaled.parts(cameras[1])]
+    parts = np.concatenate(clean)
     factor = 1 / np.maximum(edge - middle, 1e-6)
     offset = -middle * factor
     scaled = OodScore(

@@ -55,6 +55,7 @@ def answers_of(
     connection: Connection,
     model: str,  # "celestial/3"
     after: int = 0,  # the id of a row
+    up_to: int | None = None,  # of another one, which is included
     since: float = 0.0,  # seconds since 1970
     newest: int | None = None,  # only so many; None: all
     portion: int = 50_000,  # rows in memory
@@ -67,12 +68,24 @@ def answers_of(
     where = [rows.model_version == model, rows.role != "challenger", rows.known.is_not(None), rows.label.is_not(None)]
     where += [rows[name].is_not(None) for name in FIGURES]
     where += [rows.id > after] if after else [rows.time >= since] if since else []
+    where += [] if up_to is None else [rows.id <= up_to]
     query = select(*(rows[name] for name in _COLUMNS)).where(*where)
-    query = query.order_by(rows.id.desc()).limit(newest) if newest else query.order_by(rows.id)
+    # by time, or SQLite would read the whole table, in the order of its ids
+    query = query.order_by(rows.time.desc(), rows.id.desc()).limit(newest) if newest else query.order_by(rows.id)
     result = connection.execution_options(yield_per=portion).execute(query)
-    for part in result.partitions(portion):
-        table = pd.DataFrame(part, columns=_COLUMNS).astype({"known": bool})
+    for part in result.partitions(portion):  # as plain tuples: pandas asks each Row for attributes that it hasn't
+        table = pd.DataFrame([*map(tuple, part)], columns=_COLUMNS).astype({"known": bool})
         yield table[::-1].reset_index(drop=True) if newest else table
+
+
+def _last_id(connection: Connection) -> int:
+    "The last row, after which none with a smaller id can come: PostgreSQL gives ids out before it commits them."
+    from sqlalchemy import func, select, text
+
+    with connection.engine.begin() as short:
+        if short.dialect.name == "postgresql":
+            short.execute(text("LOCK TABLE predictions IN SHARE MODE"))  # waits for those who are writing
+        return int(short.execute(select(func.max(log_table("predictions").c.id))).scalar() or 0)
 
 
 def champion_since(
@@ -89,7 +102,8 @@ def log_metrics(context: MetricContext) -> dict[str, float]:
     from sqlalchemy import func, select
 
     with read_records(context.url) as connection:
-        parts = [*answers_of(connection, context.model or "", newest=context.params.monitor.window)]
+        since = context.begin or context.end
+        parts = [*answers_of(connection, context.model or "", since=since, newest=context.params.monitor.window)]
         processes = log_table("processes").c
         today = select(func.sum(processes.lost)).where(processes.ended > time.time() - 86400)
         figures = {"log_lost": float(connection.execute(today).scalar() or 0), "answers": float(sum(map(len, parts)))}
@@ -250,15 +264,19 @@ def _look(name: str, folder: Any, params: Params, url: str | None, restart: bool
         reasons += [anew] if anew else []
     except CelestialError as e:
         reasons.append(f"no detector: {e.message}. {e.hint}")
+    begin = 0.0
+    with suppress(CelestialError):  # a damaged log of decisions is reported by its metric
+        begin = champion_since(name)
     with read_records(url) as connection:
         if watch and reference:
-            begin = 0.0
-            with suppress(CelestialError):  # a damaged log of decisions is reported by its metric
-                begin = champion_since(name)
-            for part in answers_of(connection, name, watch.last, begin):
+            last = _last_id(connection)
+            watch.last = min(watch.last, last)  # the log is another one, or its last answers were forgotten
+            for part in answers_of(connection, name, watch.last, last, begin):
                 watch.look(part, reference.values(part))
-        newest = next(answers_of(connection, name, newest=params.monitor.window), None)
-        begin, end = (float(newest.time.min()), float(newest.time.max()) + 1e-6) if newest is not None else (0.0, 0.0)
+        newest = next(answers_of(connection, name, since=begin, newest=params.monitor.window), None)
+        end = begin
+        if newest is not None:
+            begin, end = float(newest.time.min()), float(newest.time.max()) + 1e-6
         metrics, why = measure(MetricContext(name, begin, end, params, url))
         alarms = []
         if watch and reference:

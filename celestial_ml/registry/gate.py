@@ -17,7 +17,7 @@ from ..core.intervals import f1_interval, share_interval
 from ..core.params import Register
 from ..package.deployment_check import Deployment, check_deployment
 from ..package.folder import ModelError
-from ..package.manifest import Manifest, damage, read_manifest
+from ..package.manifest import LATENCY, SIZE, Manifest, costs, damage, read_manifest
 from ..package.metrics import ClassScores, Metrics
 from ..package.published import published
 from .evidence import Evidence, Paired, answers_of_other, compare
@@ -124,9 +124,7 @@ def floor_rules(
     p: Register,
 ) -> list[Rule]:
     "The figures that every champion must reach."
-    metrics, served, compared = manifest.metrics, folder / manifest.file, manifest.compression.files
-    speed = compared.get("int8" if "int8" in manifest.file else "float32")
-    size = served.stat().st_size / 1e6 if served.is_file() else None
+    metrics, cost = manifest.metrics, costs(folder, manifest)
     f1, share, n = metrics.intervals.get("macro_f1"), metrics.accuracy, metrics.images
     right = share_interval(round(share * n), n) if share is not None and n else None
     return [
@@ -139,8 +137,8 @@ def floor_rules(
         *_worst_slice(metrics, p),
         _calibrated(metrics, evidence, p),
         _false_alarms(manifest, evidence, p),
-        _measured("latency", speed.ms if speed else None, p.max_ms, False, unit="ms"),
-        _measured("size", size, p.max_mb, False, unit="MB"),
+        _measured("latency", cost.get(LATENCY), p.max_ms, False, unit="ms"),
+        _measured("size", cost.get(SIZE), p.max_mb, False, unit="MB"),
     ]  # fmt: skip
 
 # %% ../../nbs/registry/05_gate.ipynb #baseline-rules

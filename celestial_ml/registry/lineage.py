@@ -6,6 +6,7 @@
 __all__ = ['code_revision']
 
 # %% ../../nbs/registry/00_lineage.ipynb #ed522aa5
+import os
 import subprocess
 from pathlib import Path
 
@@ -24,6 +25,6 @@ def code_revision(
 ) -> str:  # a commit's hash, with "+changes" behind it where files differ from it; "unknown" outside of git
     "The git revision of the code that is running."
     commit = _git(root, "rev-parse", "HEAD")
-    if commit is None:
-        return "unknown"
+    if commit is None:  # an image has no repository, but may have been built from one
+        return os.environ.get("CELESTIAL_REVISION", "unknown")
     return commit + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")

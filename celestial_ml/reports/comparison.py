@@ -9,7 +9,7 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,16 @@ import numpy as np
 
 from ..core.errors import CelestialError, unknown
 from ..core.files import read_json
-from ..core.page_builder import Page
+from ..core.names import printable
+from ..core.page_builder import Page, share
 from ..core.params import ParamsError, load_params, parse_yaml
+from ..data.versions import Diff, data_diff, diff_to_json
 from ..flow.steps import run_folder
-from ..package.manifest import Manifest, damage, read_manifest
+from ..package.manifest import LATENCY, SIZE, Manifest, costs, damage, read_manifest
 from ..package.metrics import Metrics
 from ..package.published import published, versions
 from ..registry.evidence import EVIDENCE, Evidence
-from ..registry.metric_comparison import Comparison, answers_table, flat, make_comparison
+from ..registry.metric_comparison import Comparison, Difference, answers_table, flat, make_comparison
 from ..registry.versions import read_version
 from .model_card import verdict_words
 from .run_report import against_version, changes
@@ -88,6 +90,7 @@ class Side:
     plots: dict[str, bytes] = field(default_factory=dict)  # PNG, by name
     manifest: Manifest | None = None
     verdict: Mapping[str, Any] = field(default_factory=dict)  # register.json
+    cost: Mapping[str, float] = field(default_factory=dict)  # of `costs`
     commit: str | None = None  # a revision's
     folder: str = ""  # where that revision has the run
     note: str = ""
@@ -128,6 +131,7 @@ def read_run(
         plots={name: path.read_bytes() for name, path in plots.items() if path.is_file()},
         manifest=manifest,
         verdict=read_json(folder / "register.json"),
+        cost=costs(folder, manifest),
     )
 
 # %% ../../nbs/reports/02_comparison.ipynb #read-revision
@@ -155,6 +159,7 @@ def read_revision(
             answers = Evidence.load(beside)
     params, note = _params_at(root, commit, run)
     plots = {name: _at_revision(root, commit, f"{folder}/plots/{name}.png") for name in PLOTS}
+    cost = json.loads(_at_revision(root, commit, f"{folder}/headline.json") or b"{}")
     return Side(
         name=base if other else rev,
         metrics=metrics,
@@ -164,7 +169,76 @@ def read_revision(
         commit=commit,
         folder=folder,
         note=note,
+        cost={name: cost[name] for name in (SIZE, LATENCY) if name in cost},
     )
+
+# %% ../../nbs/reports/02_comparison.ipynb #since
+def _with_costs(comparison: Comparison, side: Side, other: Side) -> Comparison:
+    "A comparison with size and latency, which no test is needed for."
+    rows = [
+        Difference(name, side.cost.get(name), other.cost.get(name), more_is_better=False, as_share=False)
+        for name in (SIZE, LATENCY)
+        if name in side.cost or name in other.cost
+    ]
+    return replace(comparison, figures=[*comparison.figures, *rows])
+
+
+def _data_since(root: Path, commit: str) -> tuple[Diff | None, str]:
+    "What changed in the images under DVC since a commit, or why that isn't known; neither without DVC."
+    note = ""
+    for to in (None, "HEAD") if (root / ".dvc").is_dir() else ():  # HEAD: by the pointers, where a folder isn't here
+        try:
+            diff = data_diff(root, commit, to)
+        except CelestialError as e:
+            note = f"{e.message}. {e.hint or ''}"
+        else:
+            if not diff.absent:
+                return diff, ""
+    return None, note
+
+# %% ../../nbs/reports/02_comparison.ipynb #since-rows
+def _images(report: Report) -> list[tuple[str, ...]]:  # which, number before and now, added, removed, relabelled
+    "How the images of both differ; none where the answers of one aren't at hand."
+    ours, theirs = report.side.answers, report.base.answers if report.base else None
+    if ours is None or theirs is None:
+        return []
+    now, before = (dict(zip(one.sha256.tolist(), one.label.tolist(), strict=True)) for one in (ours, theirs))
+    learned, had = set(ours.learned.tolist()), set(theirs.learned.tolist())
+    moved = sum(now[one] != before[one] for one in now.keys() & before.keys())
+    numbers = [("measured on", before.keys(), now.keys(), f"{moved:,}"), ("learned from", had, learned, "–")]
+    return [
+        (name, f"{len(b):,}", f"{len(a):,}", f"{len(a - b):,}", f"{len(b - a):,}", relabelled)
+        for name, b, a, relabelled in numbers
+    ]
+
+
+def _changed_images(diff: Diff | None) -> list[tuple[str, ...]]:  # kind, label, path
+    "The images under DVC that changed."
+    return [
+        (
+            one.kind,
+            f"{one.before} → {one.label}" if one.before not in (None, one.label) else one.label,
+            printable(one.path),
+        )
+        for one in (diff.changes if diff else ())
+    ]
+
+
+def _damaged(report: Report) -> list[tuple[str, ...]]:  # kind of damage, accuracy of theirs, of ours, points
+    "The accuracy on damaged pictures, mean of the degrees, the largest loss first."
+    if report.base is None:
+        return []
+    sides = (report.side.metrics, report.base.metrics)
+    ours, theirs = ({k: float(np.mean(v)) for k, v in m.robustness.per_corruption.items()} for m in sides)
+    both = {k: None if k not in ours or k not in theirs else ours[k] - theirs[k] for k in theirs | ours}
+    return [
+        (
+            k.replace("_", " "),
+            *(share(m[k]) if k in m else "–" for m in (theirs, ours)),
+            "–" if d is None else f"{100 * d:+.1f}",
+        )
+        for k, d in sorted(both.items(), key=lambda item: item[1] or 0)
+    ]
 
 # %% ../../nbs/reports/02_comparison.ipynb #report
 @dataclass(frozen=True)
@@ -175,6 +249,8 @@ class Report:
     side: Side
     base: Side | None  # None where there is nothing to compare with
     comparison: Comparison | None
+    data: Diff | None = None  # what changed in the images under DVC
+    data_note: str = ""  # why that isn't known
 
     def to_dict(self) -> dict[str, Any]:
         "As plain JSON values."
@@ -182,6 +258,7 @@ class Report:
             "run": self.run,
             "base": self.base and {"name": self.base.name, "commit": self.base.commit},
             "comparison": self.comparison and self.comparison.to_dict(),
+            "data": self.data and diff_to_json(self.data),
             "verdict": dict(self.side.verdict),
         }
 
@@ -202,7 +279,8 @@ def compare_run(
         manifest, folder = read_version(comparison.theirs), published(comparison.theirs)
         answers = None if damage(folder) else Evidence.load(folder)
         params = flat(manifest.lineage.parameters)
-        return Report(run, side, Side(comparison.theirs, manifest.metrics, params, answers), comparison)
+        other = Side(comparison.theirs, manifest.metrics, params, answers, cost=costs(folder, manifest))
+        return Report(run, side, other, _with_costs(comparison, side, other))
     other = read_revision(root, base, run)
     mine, its = (  # a complete set of parameters has the seed
         {key: value for key, value in one.params.items() if "seed" in two.params or key in two.params}
@@ -210,7 +288,8 @@ def compare_run(
     )
     both = (side.answers, other.answers) if side.answers is not None and other.answers is not None else None
     metrics = (side.metrics, other.metrics)
-    return Report(run, side, other, make_comparison((side.name, other.name), metrics, (mine, its), both, alpha=alpha))
+    comparison = make_comparison((side.name, other.name), metrics, (mine, its), both, alpha=alpha)
+    return Report(run, side, other, _with_costs(comparison, side, other), *_data_since(root, other.commit or "HEAD"))
 
 # %% ../../nbs/reports/02_comparison.ipynb #drawn
 def _drawings(report: Report) -> list[list[tuple[Any, str]]]:  # figures that stand side by side, with captions
@@ -278,6 +357,9 @@ def report_page(
             "changes": changes(report.comparison),
             "verdict_words": verdict_words(report.side.verdict),
             "classes": _classes(report.comparison),
+            "images": _images(report),
+            "damaged": _damaged(report),
+            "changed": _changed_images(report.data),
             "drawings": partial(_drawings, report),
             "pictures": _in_both(root, report) if images and report.base and report.base.commit else [],
         }

@@ -31,7 +31,7 @@ from ..package.published import published, read_pointer
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from celestial_ml.serve.api import Service
+    from celestial_ml.serve.service import Service
 
 # %% auto #0
 __all__ = ['HEADLINES', 'Section', 'Health', 'duration', 'health', 'health_of', 'add_whole_demo']

@@ -7,18 +7,22 @@ __all__ = ['FILES', 'PACKAGE', 'headline', 'keep_run', 'keep_package']
 
 # %% ../../nbs/reports/04_results.ipynb #results-imports
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from ..core.errors import CelestialError
 from ..core.files import atomic, read_json, write_json
 from ..data.versions import record
 from ..flow.steps import run_folder
-from ..package.metrics import Metrics, read_metrics
+from ..package.manifest import costs, read_manifest
+from ..package.metrics import Metrics
 from ..registry.evidence import EVIDENCE
 
 # %% ../../nbs/reports/04_results.ipynb #headline
 def headline(
     metrics: Metrics,
+    cost: Mapping[str, float] = MappingProxyType({}),  # of `costs`
 ) -> dict[str, float]:
     "The figures of a model that a comparison begins with; those that weren't measured are left out."
     fairest, worst = metrics.fairness and metrics.fairness.worst, metrics.worst_class
@@ -32,6 +36,7 @@ def headline(
         "unknown recognised": metrics.unknown.detected,
         "false alarms": metrics.unknown.false_alarm_rate,
         "damaged pictures": metrics.robustness.mean_accuracy,
+        **cost,
     }
     return {name: round(value, 4) for name, value in figures.items() if isinstance(value, int | float)}
 
@@ -58,7 +63,8 @@ def keep_run(
                 write_json(f, read_json(source / "model.json")["metrics"])
             else:
                 shutil.copyfile(source / name, f)
-    write_json(root / folder / "headline.json", headline(read_metrics(root / folder)))
+    manifest = read_manifest(source)
+    write_json(root / folder / "headline.json", headline(manifest.metrics, costs(source, manifest)))
     return folder
 
 # %% ../../nbs/reports/04_results.ipynb #keep-package

@@ -16,6 +16,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -43,7 +44,7 @@ class ErrorResponse(JSONResponse):
     "An error as an answer; its code is left where the access log and the counters find it."
 
     def __init__(self, error: CelestialError):
-        self.code = error.code
+        self.error, self.code = error, error.code
         content = {"error": {"code": error.code, "message": error.message, "hint": error.hint}}
         super().__init__(content, error.status, error.headers)
 
@@ -52,8 +53,11 @@ class ErrorResponse(JSONResponse):
         return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        "Answer."
+        "Answer; under /v2 in the form of the Open Inference Protocol."
+        e = self.error
         scope.setdefault("state", {})["say"] = {"error": self.code}
+        if get_route_path(scope).startswith("/v2"):
+            super().__init__({"error": f"{e.message}. {e.hint}"}, e.status, e.headers)
         await super().__call__(scope, receive, send)
 
 # %% ../../nbs/serve/03_error_responses.ipynb #refuse-image

@@ -41,7 +41,7 @@ GRACE = 2  # seconds before an unfinished body may be dropped for others
 
 def most_bytes(path: str, settings: ServeSettings) -> int:
     "The largest body of a request, in bytes."
-    if path.startswith(("/predict", "/explain")):
+    if path.startswith(("/predict", "/explain", "/v2/models")):
         return settings.max_bytes
     if path.startswith(("/feedback", "/login")):
         return 16_000
@@ -153,7 +153,7 @@ class BoundedBody(_Body):
             bodies.incoming.setdefault(self)
 
 # %% ../../nbs/serve/06_guard.ipynb #needs-key
-API = ("/predict", "/explain", "/feedback", "/model", "/metrics")
+API = ("/predict", "/explain", "/feedback", "/model", "/metrics", "/v2/models")
 DOCS = ("/docs", "/openapi.json")  # of the API, so they need a key too
 # The demo's questions and guesses at its login count too. The page itself is a hundred files, which do not.
 RATED = (*API, "/login", "/gradio_api/run", "/gradio_api/queue/join", UPLOAD)

@@ -190,6 +190,9 @@ def role_figures(role: Role) -> Iterable[Figure]:
     words = "1 where the version that the registry names was refused, and another one answers"
     yield "gauge", "celestial_model_refused", words, {"role": role.name}, float(role.refused is not None)
 
+# %% ../../nbs/serve/07_live_models.ipynb #chosen
+Chosen = tuple[Predictor, str, Predictor | None]  # the model that answers, its role, the one that scores silently
+
 # %% ../../nbs/serve/07_live_models.ipynb #models
 class Models:
     "The champion and the challenger of one service."
@@ -235,9 +238,9 @@ class Models:
             raise CelestialError("there is no model yet", "Train one: celestial run", "no_model")
         return self.champion.predictor
 
-    def choose(self, request_id: str) -> tuple[Predictor, str, Predictor | None]:
-        "The model that answers a request of this (random, hexadecimal) id, its role, and the model that scores it silently."
+    def choose(self, request_id: str, pinned: bool = False) -> Chosen:
+        "The models for a request of this (random, hexadecimal) id; where it is pinned, the champion alone."
         champion, challenger = self.current, self.challenger.predictor
-        if challenger is None or int(request_id[:8], 16) >= self.share * 2**32:
+        if challenger is None or pinned or int(request_id[:8], 16) >= self.share * 2**32:
             return champion, "champion", None
         return (challenger, "canary", None) if self.mode == "canary" else (champion, "champion", challenger)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
 
-    from celestial_ml.serve.api import Log, Service
+    from celestial_ml.serve.service import Log, Service
 
 # %% ../../nbs/serve/21_server.ipynb #open-port
 def open_port(

@@ -67,7 +67,9 @@ class ServiceMetrics:
         return Histogram(f"celestial_{name}", words, labels, buckets=buckets, registry=self.registry)
 
     def route(self, path: str) -> str:
-        "The route that a path is counted as; the demo's many paths count as one."
+        "The route that a path is counted as; the demo's many paths count as one, and so do the models' names."
+        if path.startswith("/v2"):
+            return "/v2/infer" if path.endswith("/infer") else "/v2"
         return path if path in _ROUTES else "demo"
 
     def page(self) -> bytes:

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..core.files import atomic, project_root, read_json, write_json
 from ..core.page_builder import html_part
 from ..core.params import default_yaml
+from ..flow.engines import deploy, engines
 from ..flow.steps import Task, load_tasks
 
 # %% ../../nbs/workbench/00_generated_files.ipynb #readme
@@ -62,7 +63,7 @@ def draw_pipeline(
 
 # %% ../../nbs/workbench/00_generated_files.ipynb #publish
 def _publish(root: Path) -> None:
-    "Write the home page's figures, `README.md`, `params/default.yaml` and the picture of the pipeline."
+    "Write the home page's figures, `README.md`, `params/default.yaml`, the picture of the pipeline, and `deploy/`."
     index, before = root / "nbs" / "index.ipynb", read_json(root / "nbs" / "index.ipynb")
     cells = [c | {"source": fill_figures("".join(c["source"]), root / "results")} for c in before["cells"]]
     if [c["source"] for c in cells] != ["".join(c["source"]) for c in before["cells"]]:
@@ -74,6 +75,8 @@ def _publish(root: Path) -> None:
     for name, text in texts.items():
         with atomic(root / name) as f:
             f.write_text(text, encoding="utf-8")
+    for engine in engines():
+        deploy(root, engine)
 
 
 if __name__ == "__main__" and "__file__" in globals():  # `python -m`, not a notebook

@@ -299,7 +299,8 @@ HTTP = """# HTTP
 `celestial serve` answers on <http://127.0.0.1:8000>; `/docs` there lets you try every route, `/openapi.json` is for
 programs, and `/` is the demo. Answers are JSON and carry an `X-Request-ID`, which `/feedback` and the logs know.
 Where the service has [keys](cli.md#celestial-keys), every request but those of `/health` and `/ready` needs
-`Authorization: Bearer KEY`.
+`Authorization: Bearer KEY`. The routes under `/v2` are those of the
+[Open Inference Protocol](../operations.md#the-open-inference-protocol).
 
 A mistake is never a traceback, but this, with the status that fits:
 
