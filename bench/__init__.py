@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -10,10 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 CELESTIAL = str(Path(sys.executable).with_name("celestial"))
 PEER = Path(__file__).with_name("peer")
 LESS_IS_BETTER = {"s", "ms", "MB", "kB", "images"}  # units; of others more is better
+
+T = TypeVar("T")
+ABSENT: dict[str, str] = {}  # peers that weren't measured: name → why
 
 Text = tuple[str, str, str, str]  # a row that is not a ratio: what, and three things to say about it
 
@@ -30,16 +36,14 @@ class Row:
     goal: float | None = None  # at least so many times as good as every peer
     limit_goal: float | None = None  # at least this share of the limit
     why: str = ""  # a sentence where a goal is missed
-    command: str = ""  # that measures it again
 
     def ratios(self, other: Sequence[float]) -> list[float]:
         "How many times as good as another way, a value a repetition; where the counts differ, of the medians."
         ours = self.ours
         if len(ours) != len(other):
             ours, other = [statistics.median(ours)], [statistics.median(other)]
-        if self.unit in LESS_IS_BETTER:
-            return [there / here for here, there in zip(ours, other, strict=True)]
-        return [here / there for here, there in zip(ours, other, strict=True)]
+        pairs = zip(ours, other, strict=True) if self.unit not in LESS_IS_BETTER else zip(other, ours, strict=True)
+        return [above / below if below else math.inf for above, below in pairs]
 
     def missed(self) -> list[str]:
         "The ways beside which a goal is missed."
@@ -56,7 +60,6 @@ class Growth:
     sizes: list[int]
     seconds: list[float]
     goal: float = 1.05  # of the exponent, at most
-    command: str = ""
 
     @property
     def exponent(self) -> float:
@@ -76,29 +79,34 @@ def wall(command: Sequence[str | Path], cwd: Path | None = None, **env: str) -> 
     return took
 
 
-def in_turn(times: int, **ways: Callable[[], float]) -> dict[str, list[float]]:
-    "The figures of several ways of doing the same: one after the other, again and again, as machines are noisy."
-    figures: dict[str, list[float]] = {name: [] for name in ways}
+def in_turn(times: int, **ways: Callable[[], T]) -> dict[str, list[T]]:
+    "What several ways of doing the same give: one after the other, again and again, as machines are noisy."
+    figures: dict[str, list[T]] = {name: [] for name in ways}
     for turn in range(times):
         for name in list(ways) if turn % 2 == 0 else reversed(ways):
             figures[name].append(ways[name]())
     return figures
 
 
-def environment(name: str, *packages: str | Path) -> Path | None:
-    "The interpreter of an environment of its own, set up when it's missing; None where that fails."
-    import shutil
+def environment(name: str) -> Path | None:
+    """The interpreter of a peer's environment, with the packages of `bench/peer/NAME.txt`.
 
-    folder = Path(".cache/bench") / name
-    python, ready, wanted = folder.resolve() / "bin/python", folder / "ready", " ".join(map(str, packages))
-    if ready.exists() and ready.read_text() == wanted:
+    It's looked for in `$BENCH_ENVIRONMENTS` (default: `.cache/bench`), and made there when it's missing, unless `BENCH_QUICK` is set.
+    """
+    folder = Path(os.environ.get("BENCH_ENVIRONMENTS", ".cache/bench")).resolve() / name
+    python, ready, wanted = folder / "bin/python", folder / "ready", (PEER / f"{name}.txt")
+    if ready.exists() and ready.read_text() == wanted.read_text():
         return python
+    if os.environ.get("BENCH_QUICK"):
+        ABSENT[name] = f"no environment {folder}, and a quick run makes none"
+        return None
     print(f"setting up the environment of {name}: once, some minutes", flush=True)
     uv = shutil.which("uv")
     make = [uv, "venv", "-q", "--clear", "-p", sys.executable, folder] if uv else [sys.executable, "-m", "venv", folder]
     install = [uv, "pip", "install", "-q", "--python", python] if uv else [python, "-m", "pip", "install", "-q"]
-    for command in (make, [*install, *packages]):
+    for command in (make, [*install, "-r", wanted]):
         if subprocess.run(command).returncode:
+            ABSENT[name] = f"{' '.join(map(str, command))} failed"
             return None
-    ready.write_text(wanted)
+    ready.write_text(wanted.read_text())
     return python

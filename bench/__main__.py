@@ -7,11 +7,12 @@ whole run are kept in `bench/results` and rendered into `nbs/benchmarks.md`; rat
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import Growth, Row, Text
+from bench import ABSENT, Growth, Row, Text
 from bench.table import committed, keep, print_rows, publish, what_fell
 from celestial_ml.core.files import project_root
 
@@ -51,11 +52,11 @@ def models(asked: argparse.Namespace) -> Rows:
 
 def service(asked: argparse.Namespace) -> Rows:
     "The service of a run's model."
-    from bench.serving import checkout_figures, serving_figures
+    from bench.serving import checkout_figures, serving_rows
 
     if asked.against:
         return checkout_figures(asked.params, asked.against)
-    return serving_figures(measured_run(asked), asked.requests, asked.quick)
+    return serving_rows(measured_run(asked), asked.requests, asked.times, asked.quick)
 
 
 def batch(asked: argparse.Namespace) -> Rows:
@@ -76,7 +77,7 @@ def checks(asked: argparse.Namespace) -> Rows:
     "What is wrong with a folder of pictures."
     from bench.checks import check_rows
 
-    return check_rows(pictures_of(asked), asked.times, peers=not asked.quick)
+    return check_rows(pictures_of(asked), asked.times)
 
 
 def page(asked: argparse.Namespace) -> Rows:
@@ -181,25 +182,34 @@ def main() -> None:
     os.chdir(project_root())
     if asked.publish:
         return publish()
-    asked.times = 1 if asked.quick else asked.times
+    if asked.quick:
+        asked.times = 1
+        os.environ["BENCH_QUICK"] = "1"
     all_of = [name for name, section in SECTIONS.items() if not section.long and (section.quick or not asked.quick)]
     missed, fell = False, []
     for name in asked.sections or all_of:
-        print(f"\n{SECTIONS[name].title}: some minutes", flush=True)
+        ABSENT.clear()
+        print(f"\n{SECTIONS[name].title}", flush=True)
+        began = time.perf_counter()
         rows = SECTIONS[name].rows(asked)
         print_rows(rows)
+        for peer, why in ABSENT.items():
+            print(f"  absent: {peer}, {why}")
+        print(f"  took {time.perf_counter() - began:.0f} s", flush=True)
         measured = [row for row in rows if not isinstance(row, tuple)]
         missed |= any(isinstance(row, tuple) and row[3].endswith("MISSED") for row in rows)
-        if measured:
+        if asked.against:
+            missed |= any(isinstance(row, Row) and row.missed() for row in rows)
+        elif measured:
             fell += what_fell(committed(name), measured)
         if measured and not asked.quick and not asked.against:
             keep(name, rows)
     if fell:
         print("\nfell behind the committed ratios:\n  " + "\n  ".join(fell))
-    if not asked.quick:
+    if not asked.quick and not asked.against:
         publish()
         print("\nlook:  nbs/benchmarks.md\nnext:  git diff bench/results")
-    sys.exit(int(missed))
+    sys.exit(int(missed or bool(fell)))
 
 
 if __name__ == "__main__":

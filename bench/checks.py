@@ -12,7 +12,7 @@ import numpy as np
 from bench import CELESTIAL, PEER, Growth, Row, environment, in_turn, wall
 from celestial_ml.data.images import decode_image, find_pictures
 
-PEERS = {"cleanvision": ["cleanvision==0.3.7"], "dataeval": ["dataeval==1.1.4"]}
+PEERS = ("cleanvision", "dataeval")
 
 
 def read_once(folder: Path) -> float:
@@ -25,7 +25,7 @@ def read_once(folder: Path) -> float:
     return time.perf_counter() - began
 
 
-def check_rows(folder: Path, times: int, peers: bool) -> list[Row | Growth]:
+def check_rows(folder: Path, times: int) -> list[Row | Growth]:
     "The command with a full feature store (as in a pipeline), with an empty one, and the peers' libraries without their start."
     with tempfile.TemporaryDirectory() as home:
         command = [CELESTIAL, "data", "check", str(folder.resolve()), "--reference", "none", "--output", home]
@@ -36,8 +36,8 @@ def check_rows(folder: Path, times: int, peers: bool) -> list[Row | Growth]:
             "once": lambda: read_once(folder),
         }
         ways["full"]()
-        for peer in PEERS if peers else ():
-            if python := environment(peer, *PEERS[peer]):
+        for peer in PEERS:
+            if python := environment(peer):
                 ways[peer] = lambda peer=peer, python=python: _peer(peer, python, folder)
         took = in_turn(times, **ways)
     beside = {peer: took[peer] for peer in PEERS if peer in took}

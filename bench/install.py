@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench import PEER, Row, in_turn
+from bench import Row, in_turn
 from celestial_ml.core.files import project_root
 
 GUIDE = ["tensorflow-cpu==2.21.0", "matplotlib", "pyyaml", "dvc[gs]", "bentoml", "pillow"]  # of "A guide to MLOps"
@@ -37,7 +37,7 @@ def install_rows(times: int) -> list[Row]:
         "serving": [str(root)],
         "training": [f"{root}[train]"],
         "guide": GUIDE,
-        "bentoml": ["-r", str(PEER / "requirements.txt")],
+        "bentoml": ["bentoml==1.4.39", "keras==3.15.1", "pillow==12.3.0", "tensorflow-cpu==2.21.0"],
     }
 
     def measured(name: str) -> float:

@@ -1,14 +1,13 @@
 """The demo: from opening the page to the answer for a picture, beside a plain `gr.Interface` around the Keras model. Needs Chromium."""
 
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import PEER, Row, in_turn
+from bench import PEER, Row, environment, in_turn
 from bench.lab import FLAGS
 from bench.serving import ours, serving
 from celestial_ml.core.files import read_json
@@ -40,12 +39,14 @@ def page_rows(run: Path, picture: Path, times: int) -> list[Row]:
         page.get_by_role("button", name="Submit").click()
 
     about = {"PEER_MODEL": str(run / "model.keras"), "PEER_CLASSES": ",".join(read_json(run / "model.json")["classes"])}
-    plain = [sys.executable, str(PEER / "gradio_page.py")]
+    if (python := environment("keras")) is None:
+        return []
+    plain = [str(python), str(PEER / "gradio_page.py")]
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     with (
         tempfile.TemporaryDirectory() as home,
         ours(run, Path(home), "--demo") as service,
-        serving(plain, "/", TF_CPP_MIN_LOG_LEVEL="3", **about) as peer,
+        serving(plain, "/", TF_CPP_MIN_LOG_LEVEL="3", NO_PROXY="127.0.0.1", **about) as peer,
         sync_playwright() as p,
     ):
         browser = p.chromium.launch(executable_path=chromium, args=FLAGS)

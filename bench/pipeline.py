@@ -125,17 +125,16 @@ def pipeline_rows(params: str, times: int) -> list[Row]:
             script=lambda: wall([sys.executable, part], copies["script"], **_env(copies["script"])),
         )
     one = "the same steps as one script"
-    command = f"python -m bench pipeline --params {params}"
     return [
-        _row(f"raw images to a packaged model, cold ({params})", first, one, 1.0, 0.83, command),
-        Row("nothing changed", "s", again["ours"], {"dvc repro": again["dvc"]}, goal=1.0, command=command),
-        _row(f"one parameter of `{step}` changed", changed, one, 1.0, None, command),
+        _row(f"raw images to a packaged model, cold ({params})", first, one, 1.0, 0.83),
+        Row("nothing changed", "s", again["ours"], {"dvc repro": again["dvc"]}, goal=1.0),
+        _row(f"one parameter of `{step}` changed", changed, one, 1.0, None),
     ]
 
 
-def _row(what: str, took: dict[str, list[float]], limit: str, goal: float, share: float | None, command: str) -> Row:
+def _row(what: str, took: dict[str, list[float]], limit: str, goal: float, share: float | None) -> Row:
     peers, most = {"DVC stages over scripts": took["dvc"]}, {limit: took["script"]}
-    return Row(what, "s", took["ours"], peers, most, goal, share, command=command)
+    return Row(what, "s", took["ours"], peers, most, goal, share)
 
 
 def _env(folder: Path) -> dict[str, str]:
@@ -169,8 +168,4 @@ def scaling_rows(sizes: tuple[int, ...] = (1_500, 6_000, 24_000)) -> list[Growth
             run = [sys.executable, "-c", _UP_TO_TRAIN, str(images // 10), f"bench-{images}"]
             subprocess.run(run, stdout=subprocess.DEVNULL, check=True)
             seconds.append(time.perf_counter() - began)
-    return [
-        Growth(
-            "rendering, preparing and two epochs of training", list(sizes), seconds, command="python -m bench scaling"
-        )
-    ]
+    return [Growth("rendering, preparing and two epochs of training", list(sizes), seconds)]

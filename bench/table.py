@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import Growth, Row, Text
+from bench import ABSENT, Growth, Row, Text
 from celestial_ml.core.files import atomic
 
 RESULTS = Path("bench/results")
@@ -104,6 +104,7 @@ def keep(section: str, rows: Sequence[Row | Growth | Text]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     about = {"section": section, "date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": machine()}
+    about["absent"] = dict(ABSENT)
     kinds = {"rows": Row, "growth": Growth}
     tables = {name: [asdict(row) for row in rows if isinstance(row, kind)] for name, kind in kinds.items()}  # type: ignore[call-overload]
     with atomic(RESULTS / f"{section}.json") as f:
@@ -174,6 +175,7 @@ def render() -> str:
             parts.append(
                 f"`python -m bench {name}`, {about['date']}, revision {about['commit']}, {on['cores']} cores of {on['cpu']}, "
                 f"Python {on['python']}."
+                + "".join(f" Absent: {peer} ({why})." for peer, why in about["absent"].items())
             )
     if growth:
         head = ["", "sizes", "seconds", "exponent", "goal"]

@@ -141,7 +141,6 @@ def training_rows(run: Path, times: int) -> list[Row]:
             {"keras.Model.fit over tf.data": took["plain"]},
             {"arithmetic at the speed of a product of matrices": limits},
             goal=2.0,
-            command=f"python -m bench training --params {run.name}",
         )
     ]
 
