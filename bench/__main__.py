@@ -33,7 +33,7 @@ def pipeline(asked: argparse.Namespace) -> Rows:
     "The whole way, in notebooks, under DVC and as one script."
     from bench.pipeline import pipeline_rows
 
-    return pipeline_rows("smoke" if asked.quick else asked.params, asked.times)
+    return pipeline_rows("smoke" if asked.quick else asked.params, asked.times, asked.quick)
 
 
 def training(asked: argparse.Namespace) -> Rows:
@@ -128,10 +128,10 @@ SECTIONS = {
     "model": Section("The served files", models),
     "serving": Section("The service", service),
     "batch": Section("Batch scoring", batch),
-    "sweep": Section("Many runs of the notebooks", sweep),
+    "sweep": Section("Many runs of the notebooks", sweep, quick=False),
     "checks": Section("Data checks", checks),
     "page": Section("The demo", page),
-    "lab": Section("JupyterLab", lab),
+    "lab": Section("JupyterLab", lab, quick=False),
     "install": Section("Installation", install, quick=False),
     "pictures": Section("Other people's pictures", pictures, long=True),
     "soak": Section("The service under attack", soak, long=True),

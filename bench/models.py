@@ -33,7 +33,7 @@ import sys
 import numpy as np, onnxruntime
 from PIL import Image
 session = onnxruntime.InferenceSession(sys.argv[1])
-session.run(None, {session.get_inputs()[0].name: np.asarray(Image.open(sys.argv[2]).convert("RGB"))})
+session.run(None, {session.get_inputs()[0].name: np.asarray(Image.open(sys.argv[2]).convert("RGB"))[None]})
 """
 
 _KERAS = """
