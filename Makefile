@@ -5,6 +5,12 @@ SHELL := bash
 
 PYTHON ?= python3
 PARAMS ?= default
+IMAGE  ?= celestial
+OVERLAY ?= prod
+NAMESPACE = celestial$(if $(filter dev,$(OVERLAY)),-dev)
+CONTAINERS ?= docker
+TARGET ?= serve
+export IMAGE REASON   # a recipe reads them as $$IMAGE: what somebody types there is never run
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
@@ -52,6 +58,23 @@ report: $(READY)  ## the run PARAMS beside that of the revision BASE (or the cha
 	  2> comparison/errors.txt || { cat comparison/errors.txt >&2; \
 	  { sed 's/^/> /' comparison/errors.txt; echo; celestial report $(PARAMS); } > comparison/report.md; }  # BASE may keep no run yet
 
+.PHONY: gate
+gate: $(READY)  ## exit code 1 unless the gate let the run PARAMS pass
+	@celestial report $(PARAMS) --json | python -c 'import json, sys; v = json.load(sys.stdin)[0]["verdict"]; \
+	  print(*v["reasons"], sep="\n"); sys.exit(v["decision"] not in ("promote", "same"))'
+
+.PHONY: monitor
+monitor: $(READY)  ## one look at the deployed model; with ISSUES=OWNER/NAME an alert opens an issue there
+	@celestial monitor check --params $(PARAMS) $(if $(ISSUES),--set 'alerts.sinks=[log,github]' \
+	  --set alerts.github_repository=$(ISSUES)) || test $$? = 1 -a -n "$(ISSUES)"  # then the issue is the alarm
+
+.PHONY: retrain
+retrain: $(READY)  ## train anew if a trigger has a reason, or for REASON; results/PARAMS and comparison/ show what came of it
+	@celestial retrain $(PARAMS) $(if $(REASON),--reason "$$REASON",--if-triggered) --json > retrain.json || { cat retrain.json; exit 1; }
+	@run=$$(python -c 'import json; print(json.load(open("retrain.json")).get("run", ""))'); cat retrain.json; rm retrain.json; \
+	  test -z "$$run" || { celestial keep $$run; rm -rf results/$(PARAMS); mv results/$$run results/$(PARAMS); rm -rf results/retrain; \
+	  mkdir -p comparison; celestial report $$run --output comparison/report.md; }
+
 .PHONY: serve
 serve: $(READY)  ## the HTTP API and the demo on http://127.0.0.1:8000
 	@celestial serve
@@ -68,8 +91,16 @@ mlflow: $(READY)  ## MLflow's page on the runs and versions, on http://127.0.0.1
 test: $(READY)  ## all tests: library notebooks, contracts, pipeline, HTTP, browser
 	@pytest
 
+# Where a secret could be. 3: one of the baseline's has moved to another line.
+SCANNED := ':!celestial_ml/*.py' ':!nbs/images' ':!results' ':!*.lock' ':!*.dvc' ':!*.npz' ':!.secrets.baseline'
+.PHONY: secrets
+secrets: $(READY)  ## no key and no password in what git keeps
+	@git ls-files -z -- . $(SCANNED) | xargs -0 -P 2 -n 100 sh -c 'b=$$(mktemp); cp .secrets.baseline $$b; \
+	  found=$$(detect-secrets-hook --baseline $$b "$$@"); code=$$?; rm $$b; \
+	  test $$code = 0 -o $$code = 3 || { echo "$$found"; exit 1; }' _
+
 .PHONY: check
-check: $(READY)  ## format, lint, types, clean notebooks, no stale export
+check: secrets  ## format, lint, types, no secrets, clean notebooks, no stale export
 	@ruff format --check nbs tests bench
 	@ruff check nbs tests bench
 	@mypy
@@ -101,6 +132,41 @@ export: $(READY)  ## after editing notebooks: format, clean, export, README, par
 	@nbdev_export
 	@python -m celestial_ml.workbench.generated_files
 	@touch $(READY)   # nbdev has written pyproject.toml anew, with nothing new in it
+
+# pip-audit doesn't resolve beside the lock.
+AUDIT := .cache/pip-audit
+.PHONY: audit
+audit: $(READY)  ## licences and bill of materials of the environment, into build/audit/; known vulnerabilities of the lock
+	@mkdir -p build/audit
+	@pip-licenses --format=markdown --with-urls --output-file build/audit/licences.md
+	@cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o build/audit/sbom.json
+	@test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/python -m pip install --quiet pip-audit==2.10.1; }
+	@$(AUDIT)/bin/pip-audit --disable-pip --require-hashes -r requirements.lock
+
+.PHONY: dist
+dist: $(READY)  ## what the package index gets, in dist/
+	@rm -rf dist
+	@python -m build --no-isolation --outdir dist . > /dev/null
+	@ls dist
+
+.PHONY: version
+version: $(READY)  # of the package: the tag of a release is v and this
+	@python -c 'import celestial_ml; print(celestial_ml.__version__)'
+
+.PHONY: image
+image:  ## the container IMAGE, with the model of the run PARAMS; TARGET=train trains; CONTAINERS=podman builds it without Docker
+	@$(CONTAINERS) build --target $(TARGET) --build-arg MODEL=output/$(PARAMS) --build-arg REVISION=$$(git rev-parse HEAD) --tag "$$IMAGE" .
+
+.PHONY: deploy
+deploy:  ## roll IMAGE=NAME@sha256:… (or two of them) out with kubectl, to OVERLAY; back to the one before if it doesn't get ready
+	@mkdir -p build/deploy
+	@{ echo 'resources: [../../deploy/kubernetes/overlays/$(OVERLAY)]'; echo 'images:'; for one in $${IMAGE:-nothing}; do \
+	  [[ $$one =~ ^([^@]*/([^@/:]+))@(sha256:[0-9a-f]{64})$$ ]] || { echo "$$one is no NAME@sha256:…" >&2; exit 2; }; \
+	  printf '  - {name: "ghcr.io/celestial-ml/%s", newName: "%s", digest: "%s"}\n' "$${BASH_REMATCH[2]}" "$${BASH_REMATCH[1]}" "$${BASH_REMATCH[3]}"; \
+	  done; } > build/deploy/kustomization.yaml
+	@kubectl apply -k build/deploy
+	@kubectl -n $(NAMESPACE) rollout status deployment -l app.kubernetes.io/name=celestial --timeout=10m || \
+	  { kubectl -n $(NAMESPACE) rollout undo deployment -l app.kubernetes.io/name=celestial; exit 1; }
 
 .PHONY: lock
 lock:  ## resolve requirements.lock anew, for Python 3.11 to 3.13; needs uv

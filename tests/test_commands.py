@@ -47,6 +47,7 @@ NOT_TYPED = {  # pattern → why
     r"git clone|source |make setup|celestial new \.\./|celestial data check$": "the path that tests/test_readme.py types",
     r"make (serve|lab|mlflow)|celestial ui|git (diff|merge)": "serve until stopped: tests/test_readme.py, tests/test_lab.py",
     r"make (test|check|bench|guides|docs|export|lock|clean)|pytest|nbdev_update": "what develops the project, and its tests",
+    r"make (secrets|audit|dist|gate|image|deploy|monitor|retrain)": "what the workflows call",
     r"make PYTHON=": "makes an environment with another Python",
     r"pip install": "changes the environment that runs the tests",
     r"docker": "tests/test_container.py builds and runs it",

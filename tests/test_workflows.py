@@ -1,8 +1,9 @@
-"""The workflows of this repository: what is written in them."""
+"""The workflows of this repository, on GitHub and on GitLab: what is written in them."""
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,13 +12,22 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import jsonschema
 import pytest
 import yaml
+from check_jsonschema.builtin_schemas import get_builtin_schema
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITTEN = {  # by workflow and job: all that a job may write
     ("experiment", "comment"): {"pull-requests"},
     ("pages", "deploy"): {"pages", "id-token"},
+    ("release", "publish"): {"attestations", "id-token"},
+    ("release", "push"): {"attestations", "id-token", "packages"},
+    ("release", "deploy"): {"id-token"},
+    ("deploy", "deploy"): {"id-token"},
+    ("monitor", "monitor"): {"issues"},
+    ("retrain", "propose"): {"contents", "pull-requests"},
+    ("update", "propose"): {"contents", "pull-requests"},
 }
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
 
@@ -26,38 +36,177 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
 def test_workflow_has_the_least_rights(path: Path):
     text = path.read_text(encoding="utf-8")
     workflow = yaml.safe_load(text)
-    assert workflow["permissions"] in ({}, {"contents": "read"})
+    assert workflow["permissions"] in ({}, {"contents": "read"}) and workflow["concurrency"]["group"]
     triggers = workflow.get("on", workflow.get(True))  # YAML 1.1 reads `on` as true
     assert triggers and "pull_request_target" not in triggers and "workflow_run" not in triggers
     for name, job in workflow["jobs"].items():
-        assert job.get("timeout-minutes", 360) <= 60, f"{name} may hang for hours"
+        assert "uses" in job or job.get("timeout-minutes", 360) <= 60, f"{name} may hang for hours"
         written = {what for what, right in (job.get("permissions") or {}).items() if right == "write"}
         assert written <= WRITTEN.get((path.stem, name), set()), name
         if written and "pull_request" in triggers:  # what may write runs nothing of the pull request
             for step in job["steps"]:
                 if step.get("uses", "").startswith("actions/checkout@"):
                     assert step["with"]["ref"] == "${{ github.event.pull_request.base.sha }}", name
-        for step in job["steps"]:
+        for step in job.get("steps", []):
             if step.get("uses", "").startswith("actions/checkout@"):
                 assert step["with"]["persist-credentials"] is False
             # Whoever names a branch or a title would otherwise write our shell commands.
-            assert not re.search(r"\$\{\{\s*github\.(event|head_ref)", step.get("run", ""))
+            assert "${{" not in step.get("run", "")
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=[path.name for path in WORKFLOWS])
 def test_workflow_pins_what_it_uses(path: Path):
     used = re.findall(r"^\s*(?:- )?uses:\s*(.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    used = [action for action in used if not action.startswith("./")]
     for action in used:
         assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+(\.\d+)*", action.strip()), action
     pins = {line.split("@")[0]: line for line in used}
     assert all(pins[line.split("@")[0]] == line for line in used), "one action, two versions"
 
 
+def jobs_of(name: str) -> dict[str, Any]:
+    "The jobs of a workflow."
+    return yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text(encoding="utf-8"))["jobs"]
+
+
 def test_ci_runs_what_a_person_runs():
-    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"]
+    jobs = jobs_of("ci")
     commands = [step.get("run") for job in jobs.values() for step in job["steps"]]
-    assert {"make check", "make test"} <= set(commands)
+    assert {"make check", "make test", "make audit"} <= set(commands)
     assert jobs["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
+
+
+def test_gitlab_has_the_same_jobs_on_the_same_targets() -> None:
+    "Each job of ours calls `make`, and what it calls there it calls here."
+    target = r"^ *make (?:-s )?([a-z]+)|[;\"] *make ([a-z]+)"
+
+    def called(lines: list[str]) -> set[str]:
+        return {a or b for line in lines for a, b in re.findall(target, line, re.MULTILINE)}
+
+    github = {
+        path.stem: called([s.get("run", "") for job in jobs_of(path.stem).values() for s in job.get("steps", [])])
+        for path in WORKFLOWS
+    }
+    text = (ROOT / ".gitlab-ci.yml").read_text(encoding="utf-8")
+    gitlab = {name: job for name, job in yaml.safe_load(text).items() if isinstance(job, dict) and "script" in job}
+    lines = [
+        line
+        for job in gitlab.values()
+        for line in ([job["script"]] if isinstance(job["script"], str) else job["script"])
+    ]
+    assert called(lines) == set().union(*github.values())
+    known = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert called(lines) <= known and all(github.values())
+    assert all("resource_group" in gitlab[name] for name in ("deploy", "monitor", "retrain", "update"))
+    assert {name for name, job in gitlab.items() if "id_tokens" in job} == {"container", "publish", "deploy"}
+
+
+def test_nothing_is_deployed_before_the_gate() -> None:
+    "Neither published nor pushed before `make gate`, and no image goes to the cluster that this workflow didn't sign."
+    jobs = jobs_of("release")
+    assert [step["run"].split(" #")[0] for step in jobs["model"]["steps"] if "run" in step] == ["make run", "make gate"]
+    assert jobs["image"]["needs"] == "model" and {"build", "image"} == {
+        *jobs["push"]["needs"],
+        *jobs["publish"]["needs"],
+    }
+    assert jobs["deploy"]["needs"] == "push" and jobs_of("deploy")["deploy"]["needs"] == "gate"
+    assert "gh attestation verify" in jobs_of("deploy")["gate"]["steps"][0]["run"]
+
+
+def tool(name: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess:
+    "Runs a program of the environment."
+    command = [Path(sys.executable).with_name(name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **{"cwd": ROOT} | options)
+
+
+SCHEMAS = {
+    "vendor.github-workflows": WORKFLOWS,
+    "vendor.gitlab-ci": [ROOT / ".gitlab-ci.yml"],
+    "vendor.dependabot": [ROOT / ".github/dependabot.yml"],
+}
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_files_have_the_form_that_their_host_reads(schema: str) -> None:
+    "By the schemas that check-jsonschema has of them."
+    validator = jsonschema.validators.validator_for(form := get_builtin_schema(schema))(form)
+    for path in SCHEMAS[schema]:
+        text = re.sub(
+            "^on:", "'on':", path.read_text(encoding="utf-8"), flags=re.MULTILINE
+        )  # YAML 1.1 reads it as true
+        assert not [*validator.iter_errors(yaml.safe_load(text))]
+        wrong = text.replace("runs-on:", "runs-onn:").replace("script:", "scriptt:").replace("interval:", "intervall:")
+        assert [*validator.iter_errors(yaml.safe_load(wrong))], "a misspelt key"
+
+
+def test_an_auditor_of_workflows_finds_nothing(tmp_path: Path) -> None:
+    "Templates of shell commands, rights, pins, caches: zizmor, as strict as it gets."
+    strict = ["--offline", "--no-progress", "--persona=pedantic", "--min-severity=low"]
+    done = tool("zizmor", *strict, ROOT / ".github")
+    assert done.returncode == 0, done.stdout
+    unsafe = "on: push\njobs:\n  a:\n    runs-on: ubuntu-latest\n    steps:\n      - run: echo ${{ github.event.head_commit.message }}\n"
+    (tmp_path / "unsafe.yml").write_text(unsafe)
+    assert "template-injection" in tool("zizmor", *strict, tmp_path / "unsafe.yml").stdout
+
+
+# ----------------------------------------------------------------------------------------------------- make targets
+
+
+def make(target: str, folder: Path, *programs: Path, **variables: str) -> subprocess.CompletedProcess:
+    "A target of our Makefile in another folder, with the environment of these tests."
+    path = ":".join(map(str, [*programs, Path(sys.executable).parent, os.environ["PATH"]]))
+    command = ["make", "-f", ROOT / "Makefile", "READY=", target]
+    return subprocess.run(
+        command, cwd=folder, env=os.environ | {"PATH": path} | variables, capture_output=True, text=True
+    )
+
+
+def test_a_secret_in_a_file_is_found(tmp_path: Path) -> None:
+    shutil.copy(ROOT / ".secrets.baseline", tmp_path)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    (tmp_path / "settings.py").write_text("region = 'eu-central-1'\n")
+    subprocess.run(["git", "add", "-A"], cwd=tmp_path, check=True)
+    assert make("secrets", tmp_path).returncode == 0
+    (tmp_path / "settings.py").write_text(f"key = '{'AKIA' + 'Z7QK4T2M9XW3PLR8'}'\n")
+    done = make("secrets", tmp_path)
+    assert done.returncode != 0 and "settings.py:1" in done.stdout
+
+
+def test_licences_are_those_that_we_allow(tmp_path: Path) -> None:
+    "`make audit` writes the report; a licence that nobody has looked at ends it."
+    done = tool("pip-licenses", "--format=markdown", "--output-file", tmp_path / "licences.md")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| numpy " in (tmp_path / "licences.md").read_text()
+    assert tool("pip-licenses", "--allow-only", "MIT").returncode != 0
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl on this machine")
+@pytest.mark.parametrize("ready", [True, False], ids=["ready", "never ready"])
+def test_images_are_rolled_out_by_their_digests(ready: bool, tmp_path: Path) -> None:
+    "kubectl renders them for real; the cluster is a list of what it was told."
+    shutil.copytree(ROOT / "deploy/kubernetes", tmp_path / "deploy/kubernetes")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/kubectl").write_text(
+        f"""#!/bin/sh
+echo "kubectl $@" >> calls
+test "$1" = apply && exec {shutil.which("kubectl")} kustomize "$3"
+case "$4" in status) exit {0 if ready else 1};; esac
+"""
+    )
+    (tmp_path / "bin/kubectl").chmod(0o755)
+    images = {
+        name: f"registry.example.org/we/{name}@sha256:{i:064x}"
+        for i, name in enumerate(("celestial", "celestial-train"))
+    }
+    done = make("deploy", tmp_path, tmp_path / "bin", IMAGE=" ".join(images.values()))
+    assert (done.returncode == 0) == ready, done.stderr
+    used = set(re.findall(r"image: (\S+)", done.stdout))
+    assert used == set(images.values())
+    last = (tmp_path / "calls").read_text().splitlines()[-1]
+    assert last.startswith("kubectl -n celestial rollout " + ("status" if ready else "undo"))
+    for wrong in ("celestial", "we/celestial:1.0", "", "we/celestial@sha256:$(touch hacked)"):
+        assert make("deploy", tmp_path, tmp_path / "bin", IMAGE=wrong).returncode == 2
+    assert not (tmp_path / "hacked").exists()
 
 
 # ------------------------------------------------------------------------------------------------- the one comment

@@ -342,6 +342,7 @@ class Retrain(Section):
     )
     backoff_max_hours: float = Field(48.0, gt=0, description="this wait, at most")
     warm_start: bool = Field(False, description="begin with the champion's network, where its run is still there")
+    keep: int = Field(5, ge=1, description="folders of output/retrain that stay; those that a champion needs always do")
 
 # %% ../../nbs/core/04_params.ipynb #monitor-section
 class Monitor(Section):

@@ -16,8 +16,10 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from ..core.errors import CelestialError, unknown
-from ..core.files import hold, read_json, write_json
+from ..core.files import DamagedFile, hold, read_json, write_json
 from ..core.params import Alerts, Params
 from ..core.plugins import find_plugin
 from .alert_rules import Alert, evaluate
@@ -214,11 +216,35 @@ def _deliver(name: str, waiting: list[dict[str, Any]], more: list[Alert], p: Ale
     except Exception as e:
         failures[name] = _plain(e)
 
+# %% ../../nbs/monitor/31_sinks.ipynb #sk-state
+class _Rule(BaseModel):
+    alert: Alert = None  # type: ignore[assignment] # it may be missing, but not null
+    looks: int = 0
+    begin: float = 0.0
+    ended: float = 0.0
+
+
+class _State(BaseModel):
+    model: str
+    metrics: list[str]
+    rules: dict[str, _Rule]
+    waiting: dict[str, list[Alert]] = {}
+    failures: dict[str, str] = {}
+
 # %% ../../nbs/monitor/31_sinks.ipynb #sk-notify
 def read_alerts() -> dict[str, Any]:  # rules, waiting, failures; {}: nobody looked yet
-    "The state of the alerts after the last look."
+    "The state of the alerts after the last look; `DamagedFile` where that can't be read."
     path = monitor_folder() / "alerts.json"
-    return read_json(path, "rules") if path.is_file() else {}  # type: ignore[no-any-return]
+    if not path.is_file():
+        return {}
+    try:
+        state = read_json(path, "rules")
+        _State.model_validate_json(path.read_bytes(), strict=True)
+    except ValidationError as e:
+        where = ".".join(map(str, e.errors()[0]["loc"]))
+        hint = "Mend it, or delete it: the next look then sends again what stands."
+        raise DamagedFile(f"{path} is damaged at {where}: {e.errors()[0]['msg']}", hint) from None
+    return state  # type: ignore[no-any-return]
 
 
 def standing_alerts() -> list[Alert]:

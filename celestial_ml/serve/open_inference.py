@@ -28,6 +28,7 @@ from ..core.errors import CelestialError
 from .predictor import Predictor
 from .scorer import Scored
 from .service import Service, score_picture
+from .tracing import stage
 
 # %% ../../nbs/serve/12_open_inference.ipynb #oip-forms
 _KINDS = {"probabilities": "FP32", "label": "BYTES", "known": "BOOL", "ood_score": "FP32"}  # of the outputs
@@ -277,7 +278,8 @@ def _named_model(request: Request) -> Predictor:
 async def infer(request: Request) -> Response:
     "The answer for each picture: `probabilities`, `label`, `known` and `ood_score`."
     service: Service = request.app.state.service
-    body = await request.body()  # before any refusal, or a client that is still sending would not get it
+    with stage(request.state, "read"):
+        body = await request.body()  # before any refusal, or a client that is still sending would not get it
     _named_model(request)
     asked, binary = _read_request(body, request.headers.get("inference-header-content-length"))
     files = _read_pictures(asked.inputs[0], binary, service.settings.max_files)
