@@ -108,8 +108,8 @@ check: secrets  ## format, lint, types, no secrets, clean notebooks, no stale ex
 	@pytest -q -n 0 tests/test_notebooks.py
 
 .PHONY: bench
-bench: $(READY)  ## the figures: notebooks against a script, ONNX against Keras, the service against BentoML
-	@python -m bench
+bench: $(READY)  ## speeds beside other tools', as ratios; QUICK=1: a small part within 5 minutes
+	@python -m bench $(if $(QUICK),--quick)
 
 # A guide runs again when its notebook has changed; `make -B guides` runs them all.
 GUIDES := $(patsubst nbs/%,output/%,$(wildcard nbs/guides/*.ipynb))

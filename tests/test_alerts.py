@@ -28,6 +28,7 @@ from typer.testing import CliRunner
 
 from celestial_ml.cli.app import app
 from celestial_ml.core.errors import CelestialError
+from celestial_ml.core.files import DamagedFile, read_json, write_json
 from celestial_ml.core.params import AlertRule, Alerts, Params
 from celestial_ml.core.testing import TemporaryHome
 from celestial_ml.monitor.sinks import notify, read_alerts, standing_alerts
@@ -420,6 +421,31 @@ def test_the_command_tries_a_sink(home: TemporaryHome, tmp_path: Path) -> None:
         hook.answers = [500]
         assert CliRunner().invoke(app, arguments).exit_code == 2
     assert read_alerts() == {} and not (home.path / "monitor/alert_history.jsonl").exists(), "a test is no alert"
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        [],
+        {"rules": 3},
+        {"rules": {"unknown": "firing"}},
+        {"rules": {"unknown": {"alert": {"rule": "unknown"}}}},
+        {"rules": {"unknown": {"alert": None}}},
+        {"rules": {"unknown": {"looks": "1"}}},
+        {"rules": {}, "waiting": {"log": [{}]}},
+        {"rules": {}, "metrics": 1},
+    ],
+)
+def test_a_state_that_was_edited_is_named(home: TemporaryHome, state: Any) -> None:
+    file = home.path / "monitor/alerts.json"
+    assert look(params("log"), 1, 0.5) == [("unknown", "firing")] and standing_alerts()
+    kept = read_json(file)
+    write_json(file, state if isinstance(state, list) else kept | state)
+    for function in (standing_alerts, lambda: look(params("log"), 2, 0.5)):
+        with pytest.raises(DamagedFile, match=str(file)):
+            function()
+    write_json(file, kept)
+    assert look(params("log"), 3, 0.05) == [("unknown", "resolved")]
 
 
 def test_two_looks_at_once_send_each_change_once(home: TemporaryHome) -> None:

@@ -34,6 +34,7 @@ def test_every_job_has_its_guide() -> None:
         "05_read_the_models_mind",
         "06_batch_reruns_and_sweeps",
         "07_champion_and_back",
+        "08_a_month_in_minutes",
         "09_live_mistakes",
         "from_your_own_notebook",
     ]
@@ -64,7 +65,7 @@ def run(guide: Path, project: Path) -> NotebookNode:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("CELESTIAL_", "MLFLOW_"))}
     tools = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
     env = kept | {"PATH": tools, "PYTHONPATH": str(project), "CELESTIAL_TERMINAL": "1"}
-    client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(project / "nbs/guides")}})
+    client = NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(project / "nbs/guides")}})
     return client.execute(env=env)
 
 

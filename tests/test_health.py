@@ -11,6 +11,7 @@ from celestial_ml.data.corruptions import CORRUPTIONS, corrupt
 from celestial_ml.label.live_labels import audit_log
 from celestial_ml.model.estimates import SHIFTS, HeldOut, estimate_accuracy, shifted_estimates
 from celestial_ml.planets.renderer import render, render_many
+from celestial_ml.serve.settings import password_hash
 
 SERVE = (
     "from celestial_ml.monitor.log import open_log; from celestial_ml.reports.health import add_whole_demo;"
@@ -20,7 +21,7 @@ SERVE = (
 SIZES = {"desk": ({"width": 1280, "height": 900}, "dark"), "phone": ({"width": 390, "height": 844}, "light")}
 
 
-def opened(browser, url, size):
+def opened(browser, url, size, login=False):
     "The page Health, and what the browser complains of."
     viewport, scheme = SIZES[size]
     page, complaints = browser.new_page(viewport=viewport, color_scheme=scheme, reduced_motion="reduce"), []
@@ -28,6 +29,11 @@ def opened(browser, url, size):
     page.on("console", lambda one: complaints.append(one.text) if one.type == "error" else None)
     page.on("pageerror", lambda one: complaints.append(str(one)))
     page.goto(url)
+    if login:
+        page.get_by_label("username").fill("anna")
+        page.get_by_label("password").fill("per aspera")
+        assert page.locator("#health").count() == 0, "not for strangers"
+        page.get_by_role("button", name="Login").click()
     page.get_by_role("tab", name="Health").click()
     page.locator("#health .lamp").wait_for()
     return page, complaints
@@ -35,10 +41,11 @@ def opened(browser, url, size):
 
 @pytest.mark.browser
 def test_the_page_follows_the_service(tmp_path):
-    "Empty at first, then with figures, without being loaded again; in order for axe-core, and without a picture of anybody."
-    serve = SERVE.format(model=str(tiny_model(tmp_path / "model")))
-    with chromium() as browser, running(None, tmp_path / "log", serve=serve) as url:
-        page, complaints = opened(browser, url, "desk")
+    "Behind a login; empty at first, then with figures, without being loaded again; in order for axe-core, without pictures."
+    serve, login = SERVE.format(model=str(tiny_model(tmp_path / "model"))), f"anna:{password_hash('per aspera')}"
+    with chromium() as browser, running(None, tmp_path / "log", serve=serve, demo_login=login) as url:
+        assert httpx.get(f"{url}/config").status_code == 401 == httpx.post(f"{url}/gradio_api/queue/join").status_code
+        page, complaints = opened(browser, url, "desk", login=True)
         assert page.locator("#health .lamp.nothing").count() == 1 and violations(page) == []
         with httpx.Client(base_url=url, timeout=60) as client:
             for i in range(12):
@@ -51,7 +58,7 @@ def test_the_page_follows_the_service(tmp_path):
         assert page.locator("#health svg.trend").count() >= 2 and page.locator("#health img").count() == 0
         assert answer["request_id"] not in page.content() and violations(page) == [] == complaints
         for size in SIZES:
-            page, complaints = opened(browser, url, size)
+            page, complaints = opened(browser, url, size, login=True)
             assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") == 0, size
             assert violations(page) == [] == complaints, size
 

@@ -1,10 +1,12 @@
 "The pipeline end to end at smoke size: run, rerun, changed, broken."
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +15,20 @@ import numpy as np
 import pandas as pd
 import papermill
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+from projects import Celestial
 
 from celestial_ml.core.files import read_json
+from celestial_ml.data.images import decode_image
 from celestial_ml.data.sources import SOURCES, Source
 from celestial_ml.demo.side_by_side import published_versions
 from celestial_ml.flow.pipeline import Plan, execute, make_plan
 from celestial_ml.flow.steps import Task, load_tasks
+from celestial_ml.monitor.log import open_log
+from celestial_ml.monitor.reference import logged_figures
+from celestial_ml.monitor.snapshot import read_snapshot
+from celestial_ml.package.graph import Graph
 
 ROOT = Path(__file__).parent.parent
 ALL = list(load_tasks(ROOT, "default"))
@@ -128,6 +138,28 @@ def test_a_run_has_a_bill_of_materials_with_the_energy_of_its_training(smoke: Pl
     assert used["activityEnergyCost"] == {"value": energy["kwh"], "unit": "kWh"}
     assert "energy of the training" in (folder / "model_card.md").read_text()
     assert "codecarbon" not in (folder / "train.html").read_text(), "it's quiet"
+    schema = JsonStrictValidator(SchemaVersion.V1_6)
+    assert schema.validate_str(json.dumps(bill)) is None
+    model["modelCard"]["modelParameters"]["tsak"] = "a misspelt key"
+    assert schema.validate_str(json.dumps(bill)) is not None
+
+
+@pytest.mark.slow
+def test_the_step_monitor_looks_at_the_answers_of_the_run(unspoilt: Path, celestial_here: Celestial) -> None:
+    "It raises an alarm at black pictures, and writes its page."
+    model, log = Graph("output/smoke"), open_log()
+    pictures = [decode_image(Path(path)) for path in pd.read_parquet("output/smoke/catalog.parquet").path]
+    shown = [*pictures, *pictures, *[np.zeros_like(pictures[0])] * 60]
+    for i, row in enumerate(logged_figures(model, shown).to_dict("records")):
+        about = {"request_id": f"r{i}", "time": time.time(), "role": "champion", "model_version": model.version}
+        log.record(row | about | {"sha256": "0" * 64, "latency_ms": 2.0})
+    log.close()
+    done = celestial_here("run", "smoke", "--with", "monitor", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ran"] == ["monitor"]
+    report = read_json("output/smoke/drift_report.json")
+    assert report["severity"] != "none" and report["model"] == model.version
+    assert Path("output/smoke/drift_report.html").is_file() and read_snapshot().alarms
 
 
 def test_a_run_has_a_card_of_its_images_and_croissant_loads_them(smoke: Plan) -> None:

@@ -13,15 +13,19 @@ import pytest
 from packages import package
 from serving import until
 
-from celestial_ml.core.files import take_lock, write_json
+from celestial_ml.core.files import read_json, take_lock, write_json
 from celestial_ml.core.params import default_yaml
 from celestial_ml.core.testing import mlflow_database
 from celestial_ml.flow.dag import ENGINE_MODULES
 from celestial_ml.flow.retraining import last_training, read_record, retrain
+from celestial_ml.flow.steps import load_tasks
+from celestial_ml.monitor.log import open_log
+from celestial_ml.monitor.snapshot import Snapshot, monitor_folder, read_snapshot, write_snapshot
 from celestial_ml.package.manifest import damage
 from celestial_ml.package.published import published
-from celestial_ml.registry.audit import verify
+from celestial_ml.registry.audit import append, verify
 from celestial_ml.registry.state import champion, recover
+from celestial_ml.registry.versions import publish
 
 
 def write_project(folder: Path, steps: dict[str, str], product: str = "") -> None:
@@ -97,6 +101,45 @@ def test_watch_ends_with_sigterm_and_once_with_the_code_of_the_training(small: P
     assert wrong.returncode == 2, wrong.stderr
 
 
+def test_triggers_trust_no_old_look(small: Path) -> None:
+    "An alarm of an hour ago is a reason no more, where a look of now raises none."
+    write_project(small, {"check": "pass"})
+    publish(package(small.parent / "package", 0.95), "tiny/1")
+    append("promote", "tiny/1", "champion", {})
+    recover()
+    open_log().close()
+    alarm = {"group": "unknown", "column": "unknown", "image": 9, "since_time": 0, "severity": "harm", "what": "dark"}
+    about = {"model": "tiny/1", "begin": 0, "end": 0, "answers": 9, "metrics": {}, "alarms": [alarm], "reasons": []}
+    write_snapshot(Snapshot(time=time.time() - 60, **about))
+    assert retrain(small, quiet=True)["reasons"] == ["drift: dark"]
+    write_snapshot(Snapshot(time=time.time() - 3600, **about))
+    assert retrain(small, quiet=True)["reasons"] == []
+    seen = read_snapshot()
+    assert seen and time.time() - seen.time < 60 and not seen.alarms
+    write_snapshot(Snapshot(time=time.time() - 3600, **about))
+    (monitor_folder() / "alerts.json").write_text('{"rules": 3}')
+    done = retrain(small, quiet=True)
+    assert done["reasons"] == [] and "alerts.json" in " ".join(done["unseen"]), "a look that failed is not silent"
+
+
+def test_old_trainings_are_removed_but_not_those_of_the_champions(small: Path) -> None:
+    code = "import json; json.dump({'decision': 'promote', 'model': 'x', 'reasons': ['so']}, open(product['verdict'], 'w'))"
+    write_project(small, {"check": code}, ", verdict: '{{out}}/register.json'")
+    for number, run in enumerate(["retrain/20260101T000000", "retrain/20260102T000000"], 1):
+        folder = package(small.parent / f"package{number}", 0.95)
+        about = read_json(folder / "model.json")
+        write_json(folder / "model.json", about | {"lineage": about["lineage"] | {"run": run}})
+        publish(folder, f"tiny/{number}")
+        append("promote", f"tiny/{number}", "champion", {})
+    for day in range(1, 7):
+        (small / f"output/retrain/2026010{day}T000000").mkdir(parents=True)
+    (small / "output/retrain/notes").mkdir()
+    done = retrain(small, settings=["retrain.keep=2"], request="now", quiet=True)
+    left = {path.name for path in (small / "output/retrain").iterdir()}
+    newest = {f"2026010{day}T000000" for day in (1, 2, 6)} | {done["run"].removeprefix("retrain/")}
+    assert left == newest | {"notes"}
+
+
 # The registry, the gate and the runner are real; only the learning is not.
 HEAD = """
 import os, pathlib, shutil, time
@@ -166,4 +209,48 @@ def test_twenty_kills_leave_a_champion_and_no_lock(small: Path) -> None:
         assert now is not None and not damage(published(now.model))
         outcome = read_record()[-1]["outcome"]
         print(f"{moment}: killed at {kill_at} ({status}); then {outcome}, champion {now.model}", flush=True)
+    assert killed >= 15, "most were killed before they ended"
+
+
+REAL = ["model.width=4", "prepare.size=16", "evaluate.ood_images=4", "evaluate.bootstrap=100", "check.backbone=false"]
+REAL += ["register.publish=true", "register.not_worse_by=0.9", "register.max_doubt=1.0", "register.min_paired=1"]
+REAL += [f"register.{name}=0" for name in ("min_accuracy", "min_macro_f1", "min_class_f1", "min_slice")]
+REAL += [f"register.{name}=1" for name in ("max_slice_gap", "max_ece", "max_false_alarms")] + ["register.must_beat=[]"]
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_the_real_steps(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "In each of the pipeline's steps at smoke size: the champion is whole, the lock is free, and the next command completes."
+    monkeypatch.setenv("CELESTIAL_HOME", str(project / ".celestial"))
+    monkeypatch.setenv("PYTHONPATH", str(project))
+    monkeypatch.chdir(project)
+    mlflow_database(project / ".celestial/mlflow.db")
+    steps, rng, killed = [*load_tasks(project, "default")], random.Random(7), 0
+
+    def begin(moment: int) -> "subprocess.Popen[bytes]":
+        command = [str(Path(sys.executable).with_name("celestial")), "retrain", "smoke", "--reason", "a test"]
+        settings = [word for one in (*REAL, f"train.lr={0.003 + moment / 1e4}") for word in ("--set", one)]
+        return subprocess.Popen([*command, *settings], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    for moment in range(20):
+        step, lines, serving = moment % len(steps), len(read_record()), champion()
+        training = begin(moment)
+        until(lambda: len(read_record()) > lines or training.poll() is not None, 600)  # noqa: B023
+        before = project / "output" / read_record()[-1]["run"] / f"{steps[step - 1]}.ipynb"
+        until(lambda: not step or before.exists() or training.poll() is not None, 900, 0.02)  # noqa: B023
+        time.sleep(rng.uniform(0, 2))
+        training.kill()
+        training.communicate()
+        killed += training.returncode == -signal.SIGKILL
+        recover()
+        assert verify().problems == [] and lock_is_free()
+        now = champion()
+        assert (now is not None or serving is None) and (now is None or not damage(published(now.model)))
+        again = begin(moment)
+        assert again.wait(1800) == 0, again.communicate()[1].decode()
+        assert read_record()[-1]["event"] == "ended" and last_training(read_record())[1] is None
+        now = champion()
+        assert now is not None and not damage(published(now.model))
+        what = f"{steps[step]} ({training.returncode}); then {read_record()[-1]['outcome']}, champion {now.model}"
+        print(f"{moment}: killed in {what}", flush=True)
     assert killed >= 15, "most were killed before they ended"

@@ -43,7 +43,12 @@ def retrain(
     if json_:
         print(json.dumps(done), flush=True)
     elif not done["ran"]:
-        print(f"nothing to do: {done['wait'] or 'no trigger has a reason'}", *done["reasons"], sep="\n  ")
+        print(
+            f"nothing to do: {done['wait'] or 'no trigger has a reason'}",
+            *done["reasons"],
+            *done.get("unseen", ()),
+            sep="\n  ",
+        )
         print(f"look:  {record_file()}")
     else:
         print(f"\n{done['model']}: {done['outcome']}; {done['why']}\n\nlook:  {done['report']}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Select, Table
 
 # %% auto #0
-__all__ = ['FeatureStore', 'store_values', 'forget_features', 'online_features', 'Measuring', 'collect_features',
-           'write_features', 'feature_keys', 'training_table', 'write_feast']
+__all__ = ['FeatureStore', 'store_values', 'forget_features', 'online_features', 'Measuring', 'MeasuringBeside',
+           'collect_features', 'write_features', 'feature_keys', 'training_table', 'write_feast']
 
 # %% ../../nbs/data/16_feature_store.ipynb #fs-tables
 def _first(op: Any) -> None:
@@ -182,8 +183,7 @@ class Measuring:
     ):
         self.store, self.background = store, background
         self.definitions = list(DEFINITIONS.values() if definitions is None else definitions)
-        shas = list(sha256s)
-        self.stored = {one: store.read(one, shas, background) if store else {} for one in self.definitions}
+        self.stored = {one: store.read(one, sha256s, background) if store else {} for one in self.definitions}
         self.fresh: dict[Definition, dict[str, np.ndarray]] = {one: {} for one in self.definitions}
 
     @property
@@ -191,31 +191,65 @@ class Measuring:
         "Of the rows."
         return [column for one in self.definitions for column in one.columns]
 
-    def values(
+    def add(
         self,
         sha256: str,  # of the picture's file
         pixels: np.ndarray | Callable[[], np.ndarray],  # uint8 (height, width, 3); called where a value is missing
-    ) -> list[np.ndarray]:  # float32 (columns,) of each definition
-        "The features of one picture."
+    ) -> None:
+        "Compute what is missing of a picture."
         frame = None
         for one in self.definitions:
             if self.stored[one].get(sha256) is None:
                 frame = frame or Frame(pixels() if callable(pixels) else pixels)
-                self.stored[one][sha256] = self.fresh[one][sha256] = one.values(frame)
+                self._compute(one, sha256, frame)
         if frame is not None and max(map(len, self.fresh.values())) >= _AT_ONCE:
             self.save()
-        return [self.stored[one][sha256] for one in self.definitions]
+
+    def _compute(self, one: Definition, sha256: str, frame: Frame) -> None:
+        self.stored[one][sha256] = self.fresh[one][sha256] = one.values(frame)
 
     def row(self, sha256: str, pixels: np.ndarray | Callable[[], np.ndarray]) -> dict[str, Any]:
-        "The same by column: numbers, and vectors."
-        pairs = zip(self.definitions, self.values(sha256, pixels), strict=True)
-        return {column: value for one, values in pairs for column, value in one.row(values).items()}
+        "The features of one picture by column: numbers, and vectors."
+        self.add(sha256, pixels)
+        return {k: v for one in self.definitions for k, v in one.row(self.stored[one][sha256]).items()}
 
     def save(self) -> None:
         "Store what was computed since the last time."
         if self.store is not None:
             store_values(self.store, self.fresh, self.background)
         self.fresh = {one: {} for one in self.definitions}
+
+# %% ../../nbs/data/16_feature_store.ipynb #fs-beside
+class MeasuringBeside(Measuring):
+    "The same, but what is quicker for several pictures at once is computed by another thread: it is there after `save`."
+
+    def __init__(self, executor: Executor, *args: Any, **more: Any):  # the rest as `Measuring`
+        super().__init__(*args, **more)
+        self.executor = executor
+        self.waiting: dict[Definition, dict[str, Any]] = {one: {} for one in self.definitions}
+        self.sent: list[tuple[Definition, list[str], Future[Sequence[np.ndarray]]]] = []
+
+    def _compute(self, one: Definition, sha256: str, frame: Frame) -> None:
+        if one.together == 1:
+            return super()._compute(one, sha256, frame)
+        self.waiting[one][sha256] = one.small(frame)
+        if len(self.waiting[one]) >= one.together:
+            self._send(one)
+
+    def _send(self, one: Definition) -> None:
+        waiting, self.waiting[one] = self.waiting[one], {}
+        self.sent.append((one, [*waiting], self.executor.submit(one.several, [*waiting.values()])))
+
+    def save(self) -> None:
+        "Wait for the other thread, and store what was computed since the last time."
+        for one in filter(self.waiting.get, self.definitions):
+            self._send(one)
+        while self.sent:
+            one, shas, values = self.sent.pop()
+            computed = dict(zip(shas, values.result(), strict=True))
+            self.stored[one] |= computed
+            self.fresh[one] |= computed
+        super().save()
 
 # %% ../../nbs/data/16_feature_store.ipynb #fs-collect
 def collect_features(

@@ -12,9 +12,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+from PIL import Image
 
 # %% ../../nbs/data/08_features.ipynb #frame
 LIT = 16  # of 255; darker pixels count as sky
@@ -53,6 +54,7 @@ class Definition:
     function: Callable[[Frame], Iterable[float]]
     version: str = "1"
     since: float = 0.0  # seconds since 1970 when the values could first be computed; 0: with the picture
+    together: ClassVar[int] = 1  # so many pictures at once are quicker by `several`
 
     @cached_property
     def key(self) -> str:
@@ -66,13 +68,21 @@ class Definition:
         "The values for one picture."
         return np.array([*self.function(frame)], np.float32)
 
+    def small(self, frame: Frame) -> Any:
+        "What `several` needs of a picture."
+        return frame
+
+    def several(self, smalls: Sequence[Any]) -> Sequence[np.ndarray]:  # float32 (columns,) each
+        "The values for several pictures, where that is quicker than one by one."
+        return [*map(self.values, smalls)]
+
     def row(self, values: np.ndarray) -> dict[str, Any]:  # of `values`
         "The values by column."
         if self.columns == (self.name,):
             return {self.name: values}
         return dict(zip(self.columns, values.tolist(), strict=True))
 
-
+# %% ../../nbs/data/08_features.ipynb #define
 DEFINITIONS: dict[str, Definition] = {}
 
 
@@ -132,10 +142,9 @@ _CHANNELS = ("red", "green", "blue")
 
 @define("colour", *_CHANNELS, *(f"{c}_spread" for c in _CHANNELS), *(f"{c}_skew" for c in _CHANNELS))
 def _colour(frame: Frame) -> Iterable[float]:
-    lit = frame.rgb[frame.lit]
-    if not len(lit):
-        return [0.0] * 9
-    shares = np.stack([np.bincount(channel, minlength=256) for channel in lit.T]) / len(lit)
+    mask = Image.fromarray(frame.lit.view(np.uint8) * 255)
+    counts = np.array(Image.fromarray(frame.rgb).histogram(mask)).reshape(3, 256)
+    shares = counts / max(counts[0].sum(), 1)
     levels = np.arange(256) / 255
     mean = shares @ levels
     centred = levels - mean[:, None]

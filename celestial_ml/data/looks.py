@@ -9,7 +9,9 @@ __all__ = ['SIDE', 'TINY', 'measure', 'Looks', 'look_at', 'edges', 'colours', 's
 # %% ../../nbs/data/07_looks.ipynb #lk-imports
 import io
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from scipy.linalg import eigh
 
 from ..core.errors import CelestialError
 from ..core.progress import progress
-from .feature_store import FeatureStore, Measuring
+from .feature_store import FeatureStore, MeasuringBeside
 from .features import Definition
 from .images import Background, read_content, read_image
 
@@ -95,7 +97,7 @@ def _seen(path: Path, background: Background) -> tuple[dict[str, Any], np.ndarra
     return {"mode": mode} | measure(picture), np.asarray(small.convert("L")), tiny, pixels
 
 # %% ../../nbs/data/07_looks.ipynb #lk-look-at
-_PORTION = 1000  # pictures whose features are read from the store at once
+_PORTION = 500  # pictures whose features are read from the store at once
 
 
 def look_at(
@@ -106,28 +108,37 @@ def look_at(
     definitions: Iterable[Definition] = (),  # of features
 ) -> Looks:
     "Look at every readable picture of a catalog; one that is gone since is left out."
-    rows: list[dict[str, Any]] = []
+    readable, count = np.flatnonzero(catalog.error.isna()), 0
+    tables: list[pd.DataFrame] = []
     features: dict[Definition, np.ndarray] = {}
-    readable = np.flatnonzero(catalog.error.isna())
     gray = np.empty((len(readable), SIDE, SIDE), np.uint8)
     tiny = np.empty((len(readable), TINY, TINY, 3), np.uint8)
     paths, shas = catalog.path.to_numpy(), catalog.reindex(columns=["sha256"]).sha256.to_numpy()
-    measuring = Measuring(None, [], definitions)
-    for i, row in enumerate(progress(readable, "looking at images", len(readable))):
-        if i % _PORTION == 0:
+    steps = progress(readable, "looking at images", len(readable))
+    with ThreadPoolExecutor(1) as beside:
+        while portion := list(islice(steps, _PORTION)):
+            measuring = MeasuringBeside(beside, store, shas[portion].tolist(), definitions, background)
+            rows: list[dict[str, Any]] = []
+            for row in portion:
+                at = count + len(rows)
+                try:
+                    seen, gray[at], tiny[at], pixels = _seen(root / paths[row], background)
+                except (CelestialError, OSError):
+                    continue
+                measuring.add(shas[row], pixels)
+                rows.append({"row": int(row)} | seen)
             measuring.save()
-            measuring = Measuring(store, shas[readable[i : i + _PORTION]].tolist(), definitions, background)
-        try:
-            seen, gray[len(rows)], tiny[len(rows)], pixels = _seen(root / paths[row], background)
-        except (CelestialError, OSError):
-            continue
-        for one, values in zip(measuring.definitions, measuring.values(shas[row], pixels), strict=True):
-            features.setdefault(one, np.empty((len(readable), len(values)), np.float32))[len(rows)] = values
-        rows.append({"row": int(row)} | seen)
-    measuring.save()
-    columns = ["row", "mode", *measure(Image.new("RGB", (8, 8)))]
-    features = {one: values[: len(rows)] for one, values in features.items()}
-    return Looks(pd.DataFrame(rows, columns=columns), gray[: len(rows)], tiny[: len(rows)], features)
+            if not rows:
+                continue
+            tables.append(pd.DataFrame(rows))
+            for one, stored in measuring.stored.items():
+                values = [stored[shas[each["row"]]] for each in rows]
+                whole = features.setdefault(one, np.empty((len(readable), *values[0].shape), np.float32))
+                whole[count : count + len(rows)] = values
+            count += len(rows)
+    features = {one: values[:count] for one, values in features.items()}
+    empty = pd.DataFrame(columns=["row", "mode", *measure(Image.new("RGB", (8, 8)))])
+    return Looks(pd.concat(tables, ignore_index=True) if tables else empty, gray[:count], tiny[:count], features)
 
 # %% ../../nbs/data/07_looks.ipynb #lk-views
 _CELLS, _TURNS = 8, 8  # cells along an edge, directions of an edge
@@ -193,7 +204,9 @@ def principal(
     if not len(features):
         return np.zeros((0, min(size, features.shape[1])), np.float32)
     mean, main = _basis(features[_some(len(features))], size)
-    return ((features - mean) @ main).astype(np.float32)
+    found = (features @ main).astype(np.float32, copy=False)
+    found -= mean @ main  # in place: a hundred thousand rows are large
+    return found
 
 # %% ../../nbs/data/07_looks.ipynb #lk-embedded
 def embedded(

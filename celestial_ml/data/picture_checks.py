@@ -62,14 +62,14 @@ class Seen:
     def spaces(self) -> list[np.ndarray]:  # float (shown, d) each
         "Where the pictures that show something are: as our own numbers see them, and as networks do."
         ours, values = embedded(self.looks.at(self.shown)), self.embedding
-        return [ours] if values is None else [ours, principal(values, 256)]
+        return [ours] if values is None else [ours, values]
 
     @cached_property
     def near(self) -> pd.DataFrame:  # a, b: rows of the catalog; group, size; without exact copies
         "The near duplicates."
-        some = self.looks.at(self.shown)
-        pairs = near_pairs(some.gray, some.tiny, self.labels[self.shown], self.embedding)
-        group = groups(pairs, len(some))
+        gray, tiny = (values[self.shown] for values in (self.looks.gray, self.looks.tiny))
+        pairs = near_pairs(gray, tiny, self.labels[self.shown], self.embedding)
+        group = groups(pairs, len(gray))
         size = np.bincount(group) if len(group) else np.zeros(1, int)
         pairs = pairs.assign(group=group[pairs.a], size=size[group[pairs.a]])
         pairs[["a", "b"]] = self.rows[self.shown][pairs[["a", "b"]].to_numpy()]
@@ -235,7 +235,7 @@ def no_outliers(seen: Seen, p: Check) -> Finding:
     "Is any picture unlike all others?"
     bad = np.zeros(len(seen.looks), bool)
     for space, beyond in zip(seen.spaces, ((2, 3), (2.25, 2.5)), strict=False):
-        bad[seen.shown] |= outliers(space[:, :64], seen.labels[seen.shown], beyond)
+        bad[seen.shown] |= outliers(principal(space, 64), seen.labels[seen.shown], beyond)
     return _about(seen, "no_outliers", bad, "unlike all others", p.pictures)
 
 # %% ../../nbs/data/07_picture_checks.ipynb #pc-labels

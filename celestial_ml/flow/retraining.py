@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..label.labelled import track_labelled, write_labelled
 from ..monitor.snapshot import MetricContext, Snapshot, measure, monitor_folder, read_snapshot
 from ..monitor.triggers import LastRun, Moment, decide, why_wait
 from ..package.manifest import Manifest, read_manifest
+from ..package.published import published
 from ..registry.state import champion, recover
 
 # %% auto #0
@@ -111,17 +113,42 @@ def _made(folder: Path, model: Manifest | None) -> bool:
     return there and model is not None and read_manifest(folder).sha256 == model.sha256
 
 # %% ../../nbs/flow/20_retraining.ipynb #ret-look
-def _moment(params: Params, before: Manifest | None, last: LastRun | None, request: str | None, retry: bool) -> Moment:
-    "What the triggers see: the monitor's latest look at this champion, with what can be known at once."
-    import celestial_ml.label.live_labels
-    import celestial_ml.monitor.check  # noqa: F401 both for their metrics
+_FRESH = 600  # seconds
 
-    now, model = time.time(), before.model if before else None
-    seen = read_snapshot()
-    if seen is None or seen.model != model:  # nobody has looked at this champion yet
-        seen = Snapshot(time=now, model=model, begin=now, end=now, answers=0, metrics={}, alarms=[], reasons=[])
+
+def _moment(params: Params, before: Manifest | None, last: LastRun | None, request: str | None, retry: bool) -> Moment:
+    "What the triggers see: a look at this champion, at most ten minutes old, with what can be known at once."
+    import celestial_ml.label.live_labels  # noqa: F401 for its metrics
+    from celestial_ml.monitor.check import check
+
+    now, model, why = time.time(), before.model if before else None, list[str]()
+
+    def latest() -> Snapshot | None:
+        seen = read_snapshot()
+        return seen if seen and seen.model == model and now - seen.time <= _FRESH else None
+
+    if model and request is None and latest() is None:
+        try:
+            check(params)
+        except CelestialError as e:  # without a log, say; labels and the calendar count all the same
+            why = [f"{e.message}. {e.hint}"]
+    none = Snapshot(time=now, model=model, begin=now, end=now, answers=0, metrics={}, alarms=[], reasons=[])
+    seen = latest() or none
     figures, _ = measure(MetricContext(model, seen.begin, now, params), ("champion", "held_out", "labels"))
-    return Moment(now, seen.model_copy(update={"metrics": seen.metrics | figures}), last, request, retry)
+    seen = seen.model_copy(update={"metrics": seen.metrics | figures, "reasons": [*seen.reasons, *why]})
+    return Moment(now, seen, last, request, retry)
+
+# %% ../../nbs/flow/20_retraining.ipynb #ret-tidy
+def _tidy(root: Path, keep: int) -> None:
+    "Remove the folders of old trainings."
+    with suppress(CelestialError):  # of a damaged model nobody can say which run it needs
+        state = recover()
+        models = [one for one in (state.champion, state.previous, state.challenger) if one]
+        lineages = [read_manifest(published(one)).lineage for one in models]
+        needed = {lineage.run for lineage in lineages if lineage}
+        for folder in sorted(root.glob(f"{run_folder('retrain')}/2*T*"))[:-keep]:
+            if f"retrain/{folder.name}" not in needed:
+                shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/flow/20_retraining.ipynb #ret-train
 def _train(
@@ -144,7 +171,8 @@ def _train(
         reasons = [*dict.fromkeys([*begun["reasons"], *reasons])]
         wait = why_wait(moment, params.retrain) if last.failures else None
     if not reasons or wait:
-        return _write("skipped", reasons=reasons, wait=wait) | {"ran": False}
+        unseen = moment.snapshot.reasons
+        return _write("skipped", reasons=reasons, wait=wait, unseen=unseen) | {"ran": False}
     run = begun["run"] if begun else f"retrain/{time.strftime('%Y%m%dT%H%M%S', time.gmtime(moment.now))}"
     labels = moment.snapshot.metrics.get("labels_new", 0.0)
     model = before.model if before else None
@@ -162,7 +190,9 @@ def _train(
         about["pointers"] = [] if verdict["decision"] == "refuse" else track_labelled(root)
     except CelestialError as e:  # the gate has decided: a fault of DVC doesn't undo that
         about["dvc"] = e.message
-    return _write("ended", run=run, reasons=reasons, **about) | {"ran": True}
+    ended = _write("ended", run=run, reasons=reasons, **about) | {"ran": True}
+    _tidy(root, params.retrain.keep)
+    return ended
 
 # %% ../../nbs/flow/20_retraining.ipynb #ret-run
 def retrain(
@@ -172,7 +202,7 @@ def retrain(
     request: str | None = None,  # why a person wants it, whatever the triggers say; None: only if they have a reason
     executor: Executor = "inline",
     quiet: bool = False,
-) -> dict[str, Any]:  # ran, reasons, wait, and of a training run, outcome, model, champion and report
+) -> dict[str, Any]:  # ran, reasons, wait, unseen, and of a training run, outcome, model, champion and report
     "Evaluate the triggers, train if there is a reason, and let the gate decide; `CelestialError` if a step fails."
     params = load_params(params_file, settings, root / "params")
     if not params.register_.publish:

@@ -6,6 +6,7 @@
 __all__ = ['backbone_graph', 'Backbone']
 
 # %% ../../nbs/model/16_backbone.ipynb #bb-imports
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -86,8 +87,11 @@ _SIDE, _NUMBERS = 96, 256
 class Backbone(Definition):
     "The definition of what the backbone sees: 256 numbers of a picture."
 
+    together = 8  # a third quicker than one by one; the layers of more leave the cache
+
     def __init__(self) -> None:
-        super().__init__("backbone", ("backbone",), self._see, f"efficientnet_lite0-{_SIDE}-1")
+        version = f"efficientnet_lite0-{_SIDE}-1"
+        super().__init__("backbone", ("backbone",), lambda frame: self.several([self.small(frame)])[0], version)
 
     @property
     def key(self) -> str:  # type: ignore[override]
@@ -106,9 +110,13 @@ class Backbone(Definition):
     def _projection(self) -> np.ndarray:
         return np.random.default_rng(0).standard_normal((1984, _NUMBERS)).astype(np.float32) / 16
 
-    def _see(self, frame: Frame) -> np.ndarray:
+    def small(self, frame: Frame) -> np.ndarray:  # uint8 (side, side, 3)
+        "The picture in a square, with its border's colour around it."
         edge = np.concatenate([frame.rgb[0], frame.rgb[-1], frame.rgb[:, 0], frame.rgb[:, -1]])
         ground = tuple(int(value) for value in np.median(edge, axis=0))
-        square = ImageOps.pad(Image.fromarray(frame.rgb), (_SIDE, _SIDE), Image.Resampling.BILINEAR, ground)
-        x = (np.asarray(square, np.float32).transpose(2, 0, 1)[None] - 127) / 128
-        return self._session.run(["features"], {"x": x})[0][0] @ self._projection
+        return np.asarray(ImageOps.pad(Image.fromarray(frame.rgb), (_SIDE, _SIDE), Image.Resampling.BILINEAR, ground))
+
+    def several(self, smalls: Sequence[np.ndarray]) -> list[np.ndarray]:  # float32 (256,) each
+        "What the network sees of squares."
+        x = (np.stack(smalls).transpose(0, 3, 1, 2).astype(np.float32) - 127) / 128
+        return [*(self._session.run(["features"], {"x": x})[0] @ self._projection)]

@@ -42,6 +42,7 @@ from .predictor import Prediction, Predictor, Saliency, Seen
 from .scorer import busy
 from .service import Log, Service, score_picture
 from .settings import ServeSettings
+from .tracing import stage
 
 # %% ../../nbs/serve/20_api.ipynb #d17dc4dc
 EXAMPLE: dict[str, Any] = {
@@ -194,7 +195,8 @@ async def read_files(
         return files[-1][1]
 
     try:
-        await read_form(request.headers.get("content-type", ""), chunks, open_part, most + 32)
+        with stage(request.state, "read"):
+            await read_form(request.headers.get("content-type", ""), chunks, open_part, most + 32)
         if not files:
             message = f"the request has no file in its form field '{field}'"
             raise CelestialError(message, f"Send one: curl -F {field}=@picture.jpg {request.url}", "no_image")
@@ -339,7 +341,8 @@ async def explain(request: Request, service: TheService, model: TheModel) -> Res
     try:
         scored, answered = await score_picture(service, request, request.state.request_id, content, picture=True)
         assert scored.picture is not None
-        why = await run_in_threadpool(answered.reasons, Seen(scored.prediction, scored.picture, scored.embedding))
+        with stage(request.state, "explain"):
+            why = await run_in_threadpool(answered.reasons, Seen(scored.prediction, scored.picture, scored.embedding))
     finally:
         service.explaining -= 1
     return as_json(why.to_dict() | {"request_id": request.state.request_id})
@@ -514,10 +517,12 @@ def build_app(
     metrics, door, app.state.proxies = service.metrics, Door(settings), Proxies(settings)
     words = "Bytes of request bodies in memory"
     metrics.collect(lambda: [("gauge", "celestial_body_bytes", words, {}, door.bodies.used)])
-    app.state.short = None if settings.cors_origins else Guard(predict_directly, settings, metrics, door)
+    app.state.short = (
+        None if settings.cors_origins else Guard(predict_directly, settings, metrics, door, service.traces)
+    )
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"])
-    app.add_middleware(Guard, settings=settings, metrics=metrics, door=door)
+    app.add_middleware(Guard, settings=settings, metrics=metrics, door=door, traces=service.traces)
     for router in (api, open_inference):
         app.include_router(router)
     add_docs(app)

@@ -29,6 +29,7 @@ from ..core.errors import CelestialError
 from .error_responses import ErrorResponse, our_mistake
 from .service_metrics import ServiceMetrics
 from .settings import ServeSettings, is_clean_path, key_owner, new_key
+from .tracing import Traces
 
 # %% ../../nbs/serve/06_guard.ipynb #boundedbody
 log = logging.getLogger(__name__)
@@ -354,14 +355,23 @@ CLIENT_CLOSED = 499  # nginx' status for a client that disconnected before the a
 class Guard:
     "The outermost layer of the service. Plain ASGI: a middleware class of Starlette's costs more time than a picture."
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: ServiceMetrics, door: Door):
-        self.app, self.settings, self.metrics, self.door = app, settings, metrics, door
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: ServeSettings,
+        metrics: ServiceMetrics,
+        door: Door,
+        traces: Traces | None = None,  # where the spans of pictures go
+    ):
+        self.app, self.settings, self.metrics, self.door, self.traces = app, settings, metrics, door, traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         path = get_route_path(scope)
         exchange = _Exchange(scope, send, self.metrics.route(path))
+        if self.traces:
+            exchange.state["stages"] = []
         # A page of the demo keeps its connection open, but what it sends is answered.
         counts = exchange.route != "demo" or scope["method"] == "POST"
         self.metrics.answering += counts
@@ -369,7 +379,7 @@ class Guard:
             await self.answer(exchange, path, scope, receive)
         finally:
             self.metrics.answering -= counts
-            self.count(exchange)
+            _count(self, exchange, scope)
 
     async def answer(self, exchange: "_Exchange", path: str, scope: Scope, receive: Receive) -> None:
         "Let the app answer, or refuse the request."
@@ -391,16 +401,6 @@ class Guard:
             await our_mistake(exchange.id)(scope, receive, exchange.send)
         finally:
             self.door.bodies.leave(body)
-
-    def count(self, exchange: "_Exchange") -> None:
-        "Update the metrics and, where it is on, the access log."
-        took = time.perf_counter() - exchange.began
-        self.metrics.requests.labels(exchange.route, exchange.status).inc()
-        self.metrics.seconds.labels(exchange.route).observe(took)
-        if code := exchange.state.get("say", {}).get("error"):
-            self.metrics.refusals.labels(code).inc()
-        if access.isEnabledFor(logging.INFO) and not exchange.is_page_file():
-            access.info("request", extra=exchange.line(took))
 
 # %% ../../nbs/serve/06_guard.ipynb #exchange
 class _Exchange:
@@ -438,3 +438,20 @@ class _Exchange:
             "address": self.address,
             **self.state.get("say", {}),
         }
+
+# %% ../../nbs/serve/06_guard.ipynb #guard-trace
+def _count(guard: Guard, exchange: _Exchange, scope: Scope) -> None:
+    "Update the metrics and, where they are on, the traces and the access log."
+    took, state = time.perf_counter() - exchange.began, exchange.state
+    guard.metrics.requests.labels(exchange.route, exchange.status).inc()
+    guard.metrics.seconds.labels(exchange.route).observe(took)
+    if code := state.get("say", {}).get("error"):
+        guard.metrics.refusals.labels(code).inc()
+    if guard.traces and state["stages"]:
+        about = {"request_id": exchange.id, "http.route": exchange.route, "http.response.status_code": exchange.status}
+        about |= {"error.type": code} if code else {}
+        name, headers = f"{exchange.method} {exchange.route}", Headers(scope=scope)
+        trace_id = guard.traces.emit(name, headers, exchange.began, state["stages"], about)
+        state["say"] = state.get("say", {}) | {"trace_id": trace_id}  # for the access log
+    if access.isEnabledFor(logging.INFO) and not exchange.is_page_file():
+        access.info("request", extra=exchange.line(took))

@@ -28,6 +28,7 @@ from ..core.errors import CelestialError
 from .predictor import Predictor
 from .scorer import Scored
 from .service import Service, score_picture
+from .tracing import stage
 
 # %% ../../nbs/serve/12_open_inference.ipynb #oip-forms
 _KINDS = {"probabilities": "FP32", "label": "BYTES", "known": "BOOL", "ood_score": "FP32"}  # of the outputs
@@ -134,7 +135,8 @@ class InferenceError(BaseModel):
     error: str
 
 # %% ../../nbs/serve/12_open_inference.ipynb #oip-head
-_NUMBERS = 200_000  # in a request's JSON, which takes some 10 ms to parse; a picture of 256 × 256 pixels has as many
+# Most of these in a request's JSON, or parsing it would hold up everybody: some 25 ms. Numbers of 256 × 256 pixels fit.
+_MOST = {b",": 200_000, b"[": 70_000, b"{": 2_000, b'"': 2_000}
 
 
 def _bad(message: str, hint: str = "GET /docs shows what is expected.", code: str = "bad_request") -> NoReturn:
@@ -149,8 +151,13 @@ def _read_request(
     if length is not None and not (re.fullmatch("[0-9]{1,12}", length) and int(length) <= len(body)):
         _bad("the Inference-Header-Content-Length is not the length of a JSON document in the body")
     head = body if length is None else body[: int(length)]
-    if head.count(b",") > _NUMBERS:
-        _bad(f"the JSON has more than {_NUMBERS:,} values", "Send them as binary data.", "too_many_bytes")
+    for sign, most in _MOST.items():
+        if head.count(sign) > most:
+            _bad(
+                f"the JSON has more than {most:,} × {sign.decode()}",
+                "Send the pictures as binary data.",
+                "too_many_bytes",
+            )
     try:
         return InferenceRequest.model_validate_json(head), body[len(head) :]
     except ValidationError as e:
@@ -277,7 +284,8 @@ def _named_model(request: Request) -> Predictor:
 async def infer(request: Request) -> Response:
     "The answer for each picture: `probabilities`, `label`, `known` and `ood_score`."
     service: Service = request.app.state.service
-    body = await request.body()  # before any refusal, or a client that is still sending would not get it
+    with stage(request.state, "read"):
+        body = await request.body()  # before any refusal, or a client that is still sending would not get it
     _named_model(request)
     asked, binary = _read_request(body, request.headers.get("inference-header-content-length"))
     files = _read_pictures(asked.inputs[0], binary, service.settings.max_files)

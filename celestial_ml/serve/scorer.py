@@ -30,6 +30,7 @@ from celestial_ml.data.images import (
 from ..data.thumbnails import shrink
 from .predictor import OVERLAY, Prediction, Predictor, as_prediction
 from .service_metrics import ServiceMetrics
+from .tracing import Stage, stage
 
 # %% auto #0
 __all__ = ['Scored', 'busy', 'Scorer']
@@ -61,6 +62,8 @@ class _Job:
     picture: bool = False  # whether the result includes it, scaled down
     head: Head | None = None  # of a file that is small enough to read here
     decoded: Picture | None = None
+    stages: list[Stage] | None = None  # of its way, where the request is traced
+    arrived: float = 0  # by `time.perf_counter`
 
     @property
     def is_costly(self) -> bool:
@@ -71,6 +74,11 @@ class _Job:
     def is_over(self) -> bool:
         "Whether nobody waits for the result any more."
         return self.future.done() or time.monotonic() > self.until
+
+    def note(self, name: str, began: float) -> None:
+        "Note a stage that ends now."
+        if self.stages is not None:
+            self.stages.append((name, began, time.perf_counter()))
 
 # %% ../../nbs/serve/08_scorer.ipynb #busy
 def busy(seconds: int = 1) -> CelestialError:
@@ -145,12 +153,15 @@ class Scorer:
         words = "Pictures accepted and not answered"
         metrics.collect(lambda: [("gauge", "celestial_waiting", words, {}, self.under_way)])
 
-    async def score(self, content: bytes, model: Predictor, picture: bool = False) -> Scored:
+    async def score(
+        self, content: bytes, model: Predictor, picture: bool = False, stages: list[Stage] | None = None
+    ) -> Scored:
         "Score an image file; `CelestialError` for a bad one, and with 503 where too many wait or it took too long."
         if self.under_way >= self.waiting:
             raise busy()
         loop = asyncio.get_running_loop()
         job = _Job(content, model, loop, loop.create_future(), time.monotonic() + self.patience, picture)
+        job.stages, job.arrived = stages, time.perf_counter()
         self.under_way += 1
         timer = loop.call_later(self.patience, _give_up, job.future)  # a third of the cost of `asyncio.timeout`
         try:
@@ -226,23 +237,29 @@ def _attempt(
 
 def _read_head(job: _Job, limits: Limits) -> None:
     "Parse a picture's file, unless that alone would take too long."
-    if len(job.content) <= CHEAP:
-        job.head = open_image(job.content, max_pixels=limits.max_pixels)
-        check_polyglot(job.head)
+    job.note("queue", job.arrived)
+    with stage(job, "open"):
+        if len(job.content) <= CHEAP:
+            job.head = open_image(job.content, max_pixels=limits.max_pixels)
+            check_polyglot(job.head)
+    job.arrived = time.perf_counter()  # a costly picture waits once more
 
 
 def _decode(job: _Job) -> None:
     "Decode a small picture."
     assert job.head is not None
-    pixels = decode_opened(job.head, background=job.model.background)
+    with stage(job, "decode"):
+        pixels = decode_opened(job.head, background=job.model.background)
     job.decoded = Picture(pixels, job.head.width, job.head.height, job.head.format)
 
 
 def _read(job: _Job, limits: Limits) -> None:
     "Read a costly picture, in the time that is left."
+    job.note("queue", job.arrived)
     limits = replace(limits, seconds=min(limits.seconds, job.until - time.monotonic() + 0.5))
     try:
-        job.decoded = read_costly(job.content, limits=limits, alone=True, background=job.model.background)
+        with stage(job, "decode"):
+            job.decoded = read_costly(job.content, limits=limits, alone=True, background=job.model.background)
     except CelestialError as e:
         raise busy() if e.code == "busy" else e from None
 
@@ -257,29 +274,16 @@ def _scored(jobs: list[_Job]) -> list[tuple[_Job, Scored | BaseException]]:
         groups.setdefault((id(job.model), pixels.shape), []).append((job, pixels))
     for group in groups.values():
         some, images = zip(*group, strict=True)
+        began = time.perf_counter()
         try:
             answers = some[0].model.run_batch(images[0][None] if len(images) == 1 else np.stack(images))
+            for job in some:
+                job.note("infer", began)
             for i, job in enumerate(some):
                 results.append((job, _as_scored(job, {name: value[i] for name, value in answers.items()})))
         except Exception as e:
             results += [(job, e) for job in some]
     return results
-
-
-def _as_scored(job: _Job, answer: dict[str, np.ndarray]) -> Scored:
-    "The result for one picture."
-    assert job.decoded is not None
-    pixels = job.decoded.pixels
-    return Scored(
-        prediction=as_prediction(job.model, answer, job.content),
-        probabilities=answer["probabilities"],
-        embedding=answer.get("embedding"),
-        width=job.decoded.width,
-        height=job.decoded.height,
-        format=job.decoded.format,
-        statistics=image_statistics(pixels),
-        picture=shrink(pixels, OVERLAY) if job.picture else None,
-    )
 
 
 def _deliver(results: list[tuple[_Job, Scored | BaseException]]) -> None:
@@ -297,3 +301,21 @@ def _give_up(future: asyncio.Future[Scored]) -> None:
     "In the event loop: end the wait of a picture whose time is over."
     if not future.done():
         future.set_exception(busy())
+
+# %% ../../nbs/serve/08_scorer.ipynb #as-scored
+def _as_scored(job: _Job, answer: dict[str, np.ndarray]) -> Scored:
+    "The result for one picture."
+    assert job.decoded is not None
+    pixels = job.decoded.pixels
+    with stage(job, "statistics"):
+        statistics = image_statistics(pixels)
+    return Scored(
+        prediction=as_prediction(job.model, answer, job.content),
+        probabilities=answer["probabilities"],
+        embedding=answer.get("embedding"),
+        width=job.decoded.width,
+        height=job.decoded.height,
+        format=job.decoded.format,
+        statistics=statistics,
+        picture=shrink(pixels, OVERLAY) if job.picture else None,
+    )

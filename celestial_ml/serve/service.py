@@ -23,6 +23,7 @@ from .predictor import Predictor
 from .scorer import Scored, Scorer, busy
 from .service_metrics import ServiceMetrics
 from .settings import ServeSettings
+from .tracing import open_traces, stage
 
 # %% ../../nbs/serve/10_service.ipynb #log
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class Service:
         settings: ServeSettings,
         log: Log | None = None,
     ):
-        self.settings, self.log, self.metrics = settings, log, ServiceMetrics()
+        self.settings, self.log, self.metrics, self.traces = settings, log, ServiceMetrics(), open_traces()
         self.models = Models(self.metrics, folder, settings.challenged)
         s = settings
         limits = Limits(s.max_pixels, s.decode_seconds, s.decode_mb)
@@ -73,6 +74,8 @@ class Service:
         "Finish what has been accepted, and stop the threads."
         self.models.close()
         self.scorer.close()
+        if self.traces:
+            self.traces.close()
 
 # %% ../../nbs/serve/10_service.ipynb #score-picture
 async def score_picture(
@@ -85,8 +88,9 @@ async def score_picture(
 ) -> tuple[Scored, Predictor]:  # the result, and the model that gave it
     "Score a picture and log the result; a shadow challenger may score it too."
     model, role, silent = service.models.choose(request_id) if chosen is None else chosen
-    scored = await service.scorer.score(content, model, picture)
-    log_answer(service, request, request_id, role, scored, content)
+    scored = await service.scorer.score(content, model, picture, getattr(request.state, "stages", None))
+    with stage(request.state, "log"):
+        log_answer(service, request, request_id, role, scored, content)
     if silent is not None and len(service.shadows) < _SHADOWS:
         task = asyncio.create_task(score_silently(service, request, request_id, content, silent, scored))
         service.shadows.add(task)
