@@ -217,7 +217,7 @@ def test_experiment(runner: Runner, github: GitHub, main_has_run: None) -> None:
         assert "it hasn't run yet" not in text and "✓ train" not in text
         assert {one["name"] for one in runner.uses("actions/upload-artifact")} == {"report"}
         report = runner.base / "artifacts/report"
-        assert (report / "comparison/comparison.html").is_file() and (report / "output/act/report.html").is_file()
+        assert (report / "comparison/report.md").is_file() and (report / "output/act/report.html").is_file()
         assert f"{'updated' if i else 'made'}: comment 1" in text
         assert len(github.comments) == 1 and "## act" in github.comments[0]["body"]
     pull["head"]["repo"]["full_name"] = "somebody/else"
