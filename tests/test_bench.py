@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import bench
 from bench import Growth, Row, in_turn
 from bench.__main__ import SECTIONS
 from bench.table import RESULTS, cells, read, render, what_fell
@@ -22,6 +23,22 @@ def test_times_and_rates_are_as_good_as_their_unit_says() -> None:
 def test_a_row_shows_spread_share_and_verdict() -> None:
     row = Row("x", "s", [1.0, 2.0, 4.0], {"peer": [4.0, 4.0, 4.0]}, {"limit": [1.0, 1.0, 1.0]}, goal=1.5)
     assert cells(row) == ["x", "2.0 s", "peer 4.0 s", "2.00 × (1.00 to 4.00)", "limit 1.0 s", "50%", "≥ 1.5 × reached"]
+
+
+def test_a_way_that_never_works_is_beaten_and_only_goals_are_missed() -> None:
+    never = Row("x", "share", [0.9], {"peer": [0.0]}, goal=1.0)
+    assert never.ratios([0.0]) == [float("inf")] and never.missed() == [] and cells(never)[-1] == "≥ 1 × reached"
+    assert cells(Row("x", "s", [2.0], {"peer": [1.0]}))[-1] == "", "no goal, no verdict"
+
+
+def test_a_peer_without_an_environment_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BENCH_ENVIRONMENTS", str(tmp_path))
+    monkeypatch.setenv("BENCH_QUICK", "1")
+    monkeypatch.setattr(bench, "ABSENT", {})
+    assert bench.environment("evidently") is None and list(bench.ABSENT) == ["evidently"]
+    (tmp_path / "evidently").mkdir()
+    (tmp_path / "evidently/ready").write_text((bench.PEER / "evidently.txt").read_text())
+    assert bench.environment("evidently") == tmp_path / "evidently/bin/python"
 
 
 def test_ways_take_turns() -> None:
