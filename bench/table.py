@@ -57,10 +57,16 @@ def cells(row: Row) -> list[str]:
 
 def growth_cells(growth: Growth) -> list[str]:
     "What, the sizes, the seconds, the exponent, the goal."
-    reached = "reached" if growth.exponent <= growth.goal else "missed"
+    reached = "reached" if max(growth.exponent, growth.last) <= growth.goal else "missed"
     sizes = [f"{size:,}" for size in growth.sizes]
     seconds = [f"{one:.3g} s" for one in growth.seconds]
-    return [growth.what, ", ".join(sizes), ", ".join(seconds), f"{growth.exponent:.2f}", f"≤ {growth.goal} {reached}"]
+    return [
+        growth.what,
+        ", ".join(sizes),
+        ", ".join(seconds),
+        f"{growth.exponent:.2f}, at the end {growth.last:.2f}",
+        f"≤ {growth.goal} {reached}",
+    ]
 
 
 def print_rows(rows: Sequence[Row | Growth | Text]) -> None:
@@ -134,9 +140,9 @@ def committed(section: str) -> list[Row | Growth]:
 
 def what_fell(before: Sequence[Row | Growth], after: Sequence[Row | Growth]) -> list[str]:
     "Ratios, never times, that are worse than the committed ones by more than their spread; for every row, a line each."
-    earlier, fell = {row.what: row for row in before}, []
+    earlier, fell = {(type(row), row.what): row for row in before}, []
     for row in after:
-        old = earlier.get(row.what)
+        old = earlier.get((type(row), row.what))
         if isinstance(row, Growth) and isinstance(old, Growth):
             if row.exponent > max(row.goal, old.exponent + 0.05):
                 fell.append(f"{row.what}: exponent {row.exponent:.2f}, was {old.exponent:.2f}")

@@ -8,7 +8,7 @@ import pytest
 import bench
 from bench import Growth, Row, in_turn
 from bench.__main__ import SECTIONS
-from bench.table import RESULTS, cells, read, render, what_fell
+from bench.table import RESULTS, cells, growth_cells, read, render, what_fell
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,11 +52,14 @@ def test_only_a_ratio_below_all_that_was_seen_fell(now: float, fell: bool) -> No
     "A machine that is twice as slow changes both ways alike, and isn't a fall."
     before = [Row("x", "s", [1.0, 1.0, 1.0], {"peer": [1.0, 1.1, 0.9]})]
     after = [Row("x", "s", [20.0], {"peer": [20.0 * now]}), Row("new", "s", [1.0], {"peer": [0.1]})]
-    assert bool(what_fell(before, after)) == fell
+    assert bool(what_fell([*before, Growth("x", [1, 10], [1.0, 9.0])], after)) == fell, (
+        "a row and its growth share a name"
+    )
 
 
 def test_an_exponent_is_a_slope() -> None:
     assert Growth("x", [10, 100, 1000], [1.0, 10.0, 100.0]).exponent == pytest.approx(1)
+    assert growth_cells(Growth("x", [1, 10, 100], [1.0, 1.0, 20.0]))[-1].endswith("missed"), "a start hides nothing"
     worse = Growth("x", [10, 100, 1000], [1.0, 20.0, 400.0])
     assert what_fell([Growth("x", [10, 100, 1000], [1.0, 10.0, 100.0])], [worse])
 
