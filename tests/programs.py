@@ -1,10 +1,13 @@
-"Other programs, as several test files use them: git, PostgreSQL, a web server, a browser; and what Linux knows of a process."
+"Other programs, as several test files use them: git, PostgreSQL, a store that speaks S3, a web server, a browser; and what Linux knows of a process."
 
 import os
+import secrets
 import shutil
 import socket
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -153,3 +156,39 @@ def postgresql() -> Iterator[PostgreSQL]:
             yield server
         finally:
             server.stop()
+
+
+@contextmanager
+def s3_store(folder: Path, *buckets: str) -> Iterator[tuple[subprocess.Popen, dict[str, str]]]:
+    "A server that speaks S3 on loopback, with these buckets in a folder; yields it, and the environment of its users."
+    for bucket in buckets:
+        (folder / bucket).mkdir(parents=True, exist_ok=True)
+    rclone = shutil.which("rclone") or str(Path(sys.executable).with_name("rclone"))
+    port, key, secret = free_port(), f"id-{secrets.token_hex(8)}", f"secret-{secrets.token_hex(8)}"
+    command = [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{key},{secret}", str(folder)]
+    settings = {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            wait_for(port)
+            yield server, settings | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+        finally:
+            server.kill()
+
+
+def forget_connections() -> None:
+    "fsspec keeps a connection with the keys that it began with."
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()
+
+
+def wait_for(port: int, seconds: float = 10) -> None:
+    "Wait until somebody listens on a port."
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.05)

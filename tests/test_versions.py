@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import random
-import secrets
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from programs import chromium, free_port, git
+from programs import chromium, forget_connections, git, s3_store
 from typer.testing import CliRunner
 
 from celestial_ml.cli.versions import versions_app
@@ -25,7 +24,6 @@ from celestial_ml.core.errors import CelestialError
 from celestial_ml.data.guide import dvc_checksum
 from celestial_ml.data.versions import data_diff, pull, push, record
 
-RCLONE = shutil.which("rclone") or str(Path(sys.executable).with_name("rclone"))
 IMAGES = "data/labelled"
 
 
@@ -68,39 +66,12 @@ def clone(project: Path, name: str = "clone") -> Path:
 
 @contextmanager
 def s3_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen]:
-    "A server that speaks S3 on loopback, with a bucket; this process has its keys in the environment."
-    (folder / "bucket").mkdir(parents=True, exist_ok=True)
-    port, key, secret = free_port(), f"id-{secrets.token_hex(8)}", f"secret-{secrets.token_hex(8)}"
-    command = [RCLONE, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{key},{secret}", str(folder)]
-    settings = {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret, "AWS_MAX_ATTEMPTS": "1"}
-    for name, value in (settings | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}).items():
-        monkeypatch.setenv(name, value)
-    forget_connections()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        try:
-            wait_for(port)
-            yield server
-        finally:
-            server.kill()
-
-
-def forget_connections() -> None:
-    "fsspec keeps a connection with the keys that it began with."
-    from s3fs import S3FileSystem
-
-    S3FileSystem.clear_instance_cache()
-
-
-def wait_for(port: int) -> None:
-    import socket
-
-    for _ in range(200):
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return
-        except OSError:
-            time.sleep(0.05)
-    raise TimeoutError(port)
+    "A store that speaks S3; this process has its keys in the environment."
+    with s3_store(folder, "bucket") as (server, settings):
+        for name, value in (settings | {"AWS_MAX_ATTEMPTS": "1"}).items():
+            monkeypatch.setenv(name, value)
+        forget_connections()
+        yield server
 
 
 def refusal(function: Callable[..., Any], *arguments: Any) -> CelestialError:

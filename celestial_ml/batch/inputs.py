@@ -25,6 +25,7 @@ from urllib.parse import unquote, urlsplit
 
 from ..core.errors import CelestialError, nearest
 from ..core.folders import PassedOver
+from ..core.stores import file_system, remote_error
 from ..data.archives import ArchiveLimits, tar_pictures, zip_pictures
 from celestial_ml.data.images import (
     MAX_BYTES,
@@ -41,9 +42,9 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 # %% auto #0
-__all__ = ['LIMITS', 'URL_RATE', 'LINE', 'LONGEST', 'Item', 'is_url', 'is_web', 'local_name', 'file_system', 'WebFile', 'opened',
-           'mark_of', 'placed', 'require_parquet', 'open_parquet', 'Inputs', 'find_inputs', 'items', 'count_items',
-           'read_items', 'read_again']
+__all__ = ['LIMITS', 'URL_RATE', 'LINE', 'LONGEST', 'Item', 'is_url', 'is_web', 'local_name', 'WebFile', 'opened', 'mark_of',
+           'placed', 'require_parquet', 'open_parquet', 'Inputs', 'find_inputs', 'items', 'count_items', 'read_items',
+           'read_again']
 
 # %% ../../nbs/batch/00_inputs.ipynb #item
 LIMITS = ArchiveLimits(files=1_000_000, total_bytes=1 << 50, file_bytes=MAX_BYTES)  # a person's own archive, or file
@@ -82,18 +83,6 @@ def local_name(name: str) -> str:
         return name
     path = re.sub("^(?:file|local)://(?:localhost(?=/))?", "", name, flags=re.IGNORECASE)
     return path if path == name or os.path.exists(path) else unquote(path)  # noqa: PTH110, `Path` refuses some names
-
-
-def file_system(url: str) -> tuple[Any, str]:  # fsspec's file system, and the path in it
-    "What fsspec makes of a URL; `CelestialError` for one that it doesn't know."
-    try:
-        from fsspec.core import url_to_fs
-
-        return url_to_fs(url)
-    except ImportError as e:
-        raise CelestialError(f"{url} can't be opened: {e}", "pip install 'celestial-ml[batch]'") from None
-    except ValueError as e:
-        raise CelestialError(f"{url} can't be opened: {e}", "See fsspec's list of protocols.") from None
 
 # %% ../../nbs/batch/00_inputs.ipynb #web-file
 URL_RATE = 10_000  # bytes a second that a server must reach
@@ -598,6 +587,8 @@ def _read(name: str, most: int = LIMITS.file_bytes) -> bytes | Exception:
             raise too_large(name, len(content))
         return content
     except Exception as e:
+        if is_url(name) and not is_web(name) and (away := remote_error(e, name)) and away.code == "away":
+            raise away from None  # the pictures that follow aren't bad: the same command goes on with them
         return e
 
 

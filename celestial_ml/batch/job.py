@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import signal
 import threading
 import time
@@ -15,10 +16,10 @@ from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from .inputs import Item, count_items, find_inputs, items, require_parquet
+from .inputs import Item, count_items, find_inputs, is_url, is_web, items, local_name, require_parquet
 from celestial_ml.batch.parts import (
     COLUMNS,
     Job,
@@ -37,10 +38,12 @@ from celestial_ml.batch.parts import (
     write_part,
 )
 from .scoring import Answers, Engine, threads
+from ..core.database import hide_password
 from ..core.errors import CelestialError
-from ..core.files import hold
+from ..core.files import atomic, hold, home, sha256_of
 from ..core.folders import PassedOver
 from ..core.progress import meter
+from ..core.stores import file_system, remote_errors
 from ..data.images import SUFFIXES
 from ..serve.predictor import Predictor
 
@@ -49,7 +52,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['UNIT_BYTES', 'IN_PROGRESS', 'BAD', 'VALUES', 'units', 'scored', 'Writer', 'pass_over', 'picture_bar', 'stoppable',
-           'Result', 'batch', 'choose_engine']
+           'Result', 'batch', 'output', 'choose_engine']
 
 # %% ../../nbs/batch/05_job.ipynb #units
 UNIT_BYTES = 8_000_000  # contents in a unit, unless one picture alone has more
@@ -89,9 +92,11 @@ def scored(
             waiting.append(([item._replace(content=None) for item in unit], engine.submit(unit), size))
             total += size
             while len(waiting) >= engine.room() or (total > IN_PROGRESS and len(waiting) > 1):
-                done, begun, size = waiting.popleft()
+                done, begun, size = waiting[0]
+                answers = engine.result(begun)  # which fails again below: nothing that follows it may be written
+                waiting.popleft()
                 total -= size
-                yield done, engine.result(begun)
+                yield done, answers
     except CelestialError as e:
         broken = e
     for done, begun, _ in waiting:
@@ -266,6 +271,68 @@ def _score(engine: AbstractContextManager[Engine], stream: Iterator[Item], write
         finally:
             writer.flush()
             bar.close()
+
+# %% ../../nbs/batch/05_job.ipynb #output-x
+@contextmanager
+def output(
+    out: str,  # a path, or the URL of a store that fsspec writes to
+    restart: bool = False,  # replace what another machine left there
+) -> Iterator[Path]:  # where to make it
+    "OUT itself, or a place for it that is copied to the URL when the block ends; `CelestialError` where that can't be."
+    if not is_url(out := local_name(out)):
+        yield Path(out)
+        return
+    if is_web(out):
+        raise CelestialError(
+            f"{hide_password(out)} is a web server", "OUT is a path, or a URL such as s3://BUCKET/PATH"
+        )
+    (fs, path), shown = file_system(out.rstrip("/")), hide_password(out)
+    where = places(home() / f"batch-{sha256_of(path.encode())[:16]}" / PurePosixPath(path).name)
+    with remote_errors(shown):
+        earlier = _claim(fs, path, where, restart, shown)
+    yield where.out
+    with remote_errors(shown):
+        _deliver(fs, path, where, earlier)
+    shutil.rmtree(where.out.parent)
+
+# %% ../../nbs/batch/05_job.ipynb #output-copy
+def _there(fs: Any, path: str, where: Places) -> dict[Path, str]:
+    "The files of a job at a URL, by where they are here."
+    parent = path.removesuffix(where.out.name)
+    names = {*fs.find(path), *fs.find(f"{parent}{where.notes.relative_to(where.out.parent).as_posix()}")}
+    return {where.out.parent / name.removeprefix(parent): name for name in sorted(names)}
+
+
+def _claim(fs: Any, path: str, where: Places, restart: bool, shown: str) -> dict[Path, str]:
+    "Mark OUT as being written, and fetch what an earlier job left there."
+    there, lock = _there(fs, path, where), where.notes / "lock"
+    if not where.out.parent.exists():
+        if there and not {where.job, lock} & there.keys():
+            hint = "Name another OUT: a new folder for Parquet parts, or a new file that ends in .parquet."
+            raise CelestialError(f"{shown} is there already, and wasn't written by `celestial batch`", hint)
+        if lock in there and not restart:
+            hint = "Wait for it, give the command again where it was begun, or begin anew here: --restart"
+            raise CelestialError(f"another machine is writing {shown}, or was stopped while it did", hint)
+        with atomic(where.out.parent) as beside:
+            beside.mkdir(parents=True)
+            for file, name in ({} if restart else there).items():
+                place = beside / file.relative_to(where.out.parent)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                fs.get_file(name, str(place))
+    fs.pipe_file(f"{path.removesuffix(where.out.name)}{lock.relative_to(where.out.parent).as_posix()}", b"")
+    return there
+
+
+def _deliver(fs: Any, path: str, where: Places, earlier: dict[Path, str]) -> None:
+    "Copy a job's files, remove those of an earlier one, and then the mark."
+    base, lock = where.out.parent, where.notes / "lock"
+    name = {file: f"{path.removesuffix(where.out.name)}{file.relative_to(base).as_posix()}" for file in base.rglob("*")}
+    for file in sorted(file for file in name if file.is_file() and file != lock):
+        fs.put_file(str(file), name[file])
+    for file in earlier.keys() - name.keys():
+        if file.is_relative_to(where.notes) or file.match("part-*.parquet"):
+            fs.rm_file(earlier[file])
+    fs.rm_file(name[lock])
 
 # %% ../../nbs/batch/05_job.ipynb #engine-named
 def choose_engine(

@@ -183,6 +183,7 @@ def write_page(
     model: Predictor,
     bad: int,  # unreadable images
     more: dict[str, str],  # further figures to show at the top, by name
+    out: str = "",  # the name of OUT, where it will be elsewhere
 ) -> None:
     "Write the page of a job."
     images = thumbnails(source, summary.unsure + summary.strange, model.background)
@@ -215,7 +216,7 @@ def write_page(
         "bad_file": where.bad.name,
         "reasons": reasons,
         "drift": summary.drift.result(),
-        "out": str(where.out),
+        "out": out or str(where.out),
     }
     with atomic(where.summary) as f:
         f.write_text(Page("batch", data).html(), encoding="utf-8", errors="backslashreplace")

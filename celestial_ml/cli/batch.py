@@ -19,6 +19,7 @@ from ..core.errors import AnswerIsNo
 
 if TYPE_CHECKING:
     from celestial_ml.batch.job import Result
+    from celestial_ml.batch.parts import Places
     from celestial_ml.batch.summary import Summary
     from celestial_ml.serve.predictor import Predictor
 
@@ -29,7 +30,9 @@ batch_app = command_group()
 @command(batch_app, "batch", "celestial batch photos/ scores.parquet")
 def batch(
     images: Annotated[str, typer.Argument(metavar="IN", help="a folder, list, Parquet, tar, ZIP, 'pattern' or URL; -")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="a folder for parts, or one file that ends in .parquet")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="a folder for parts, a file that ends in .parquet, or a URL of one")
+    ],
     model: ModelOption = None,
     engine: Annotated[str, typer.Option(help="threads: this machine; dask: a cluster")] = "threads",
     scheduler: Annotated[str | None, typer.Option(help="Dask's: tcp://HOST:8786; default: local processes")] = None,
@@ -46,22 +49,27 @@ def batch(
 
     Row n of a table, line n of a list and picture n of an archive, from 0, have "row" n, in OUT or in bad.jsonl.
 
+    An OUT at a URL, s3://BUCKET/scores.parquet, gets the same files when all is done; until then they are in CELESTIAL_HOME.
+
     A URL may take CELESTIAL_URL_SECONDS (60) for a picture, and a second more for each 10 kB received.
     """
     os.environ["CELESTIAL_TERMINAL"] = "1"
     from celestial_ml.batch.job import batch as score
-    from celestial_ml.batch.job import choose_engine
+    from celestial_ml.batch.job import choose_engine, output
     from celestial_ml.package.published import find_model
     from celestial_ml.serve.predictor import Predictor
 
     predictor = Predictor(find_model(model))
-    result = score(images, out, predictor, choose_engine(engine, predictor, scheduler, workers), column, restart)
-    _print_result(result, _summary(result, predictor, images, column), json_)
+    with output(out, restart) as place:
+        result = score(images, place, predictor, choose_engine(engine, predictor, scheduler, workers), column, restart)
+        summary = _summary(result, predictor, images, column, out)
+    shown = _shown(result.where, out)
+    _print_result(result, summary, shown, json_)
     if result.bad == result.items or result.bad / result.items > max_bad:
-        raise AnswerIsNo(f"{result.bad:,} of {result.items:,} pictures can't be read", f"See {result.where.bad}")
+        raise AnswerIsNo(f"{result.bad:,} of {result.items:,} pictures can't be read", f"See {shown['bad_pictures']}")
 
 # %% ../../nbs/cli/04_batch.ipynb #summary
-def _summary(result: "Result", model: "Predictor", images: str, column: str | None) -> "Summary":
+def _summary(result: "Result", model: "Predictor", images: str, column: str | None, out: str) -> "Summary":
     "Count the answers, and write the page."
     from celestial_ml.batch.inputs import find_inputs
     from celestial_ml.batch.summary import summarise, write_page
@@ -72,21 +80,28 @@ def _summary(result: "Result", model: "Predictor", images: str, column: str | No
         pace = {"images a second": f"{result.rate:,.0f}", "took": as_time(result.seconds)} if result.rate else {}
         if left := sum(result.passed_over.values()):
             pace["passed over"] = f"{left:,}"
-        write_page(result.where, summary, find_inputs(images, column), model, result.bad, pace)
+        write_page(result.where, summary, find_inputs(images, column), model, result.bad, pace, out)
     return summary
 
 
-def _print_result(result: "Result", summary: "Summary", as_json: bool) -> None:
+def _shown(where: "Places", out: str) -> dict[str, str]:
+    "Where the files of a job are, as a person wrote OUT."
+    files = {"out": where.out, "summary": where.summary, "bad_pictures": where.bad}
+    here, base = f"{where.out.parent}/", out.rstrip("/").removesuffix(where.out.name)
+    return {name: str(file).replace(here, base, 1) if "://" in out else str(file) for name, file in files.items()}
+
+
+def _print_result(result: "Result", summary: "Summary", shown: dict[str, str], as_json: bool) -> None:
     "The figures of the job, and where its files are."
     from celestial_ml.core.folders import PassedOver
     from celestial_ml.core.many_classes import listed
 
-    where, unknown = result.where, summary.unknown.total()
+    unknown = summary.unknown.total()
     if as_json:
-        about: dict[str, Any] = {"out": str(where.out), "pictures": result.items, "answered": result.rows}
+        about: dict[str, Any] = {"out": shown["out"], "pictures": result.items, "answered": result.rows}
         about |= {"bad": result.bad, "passed_over": result.passed_over, "unknown": unknown}
         about |= {"labels": dict(summary.known), "a_second": round(result.rate, 1), "drift": summary.drift.result()}
-        print(json.dumps(about | {"summary": str(where.summary), "bad_pictures": str(where.bad)}))
+        print(json.dumps(about | shown))
         return
     if result.before == result.items:
         print("nothing to do: all pictures are scored", file=sys.stderr)
@@ -97,9 +112,9 @@ def _print_result(result: "Result", summary: "Summary", as_json: bool) -> None:
     if summary.known:
         print(listed(f"{name} {count:,}" for name, count in summary.known.most_common()))
     if result.bad:
-        print(f"{result.bad:,} can't be read: {where.bad}")
+        print(f"{result.bad:,} can't be read: {shown['bad_pictures']}")
     if drifted := ", ".join(name for name, one in summary.drift.result().items() if one["drifted"]):
         print(f"unlike the training images in {drifted}: see the page")
     if left := str(PassedOver(Counter(result.passed_over))):
         print(f"passed over: {left}")
-    print(f"\nlook:  {where.summary}\nread:  pandas.read_parquet({str(where.out)!r})")
+    print(f"\nlook:  {shown['summary']}\nread:  pandas.read_parquet({shown['out']!r})")

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from .console import command, command_group, enter_project
+from ..core.database import hide_password
 from ..core.errors import AnswerIsNo
 from ..core.files import home
 
@@ -45,7 +46,7 @@ def ui(
     track = load_params(params, folder=root / "params").track
     uri = tracking_uri(track)
     if uri.startswith(("http://", "https://")):
-        print(f"The runs are on an MLflow server.\nlook:  {uri}")
+        print(f"The runs are on an MLflow server.\nlook:  {hide_password(uri)}")
         return
     open_port("127.0.0.1", port).close()  # or MLflow would start, and fail behind a page of messages
     mlflow_client(track)  # the database is made and mended

@@ -17,7 +17,10 @@ from ..core.files import atomic, project_root
 
 # %% ../../nbs/cli/10_versions.ipynb #cli-push
 versions_app = command_group()
-Remote = Annotated[str | None, typer.Option(help="a folder, s3://BUCKET/PATH, or a name of DVC's; default: DVC's")]
+Remote = Annotated[
+    str | None,
+    typer.Option(envvar="CELESTIAL_DATA_REMOTE", help="a folder, s3://BUCKET/PATH, or a name of DVC's; default: DVC's"),
+]
 Paths = Annotated[list[str] | None, typer.Argument(metavar="PATH", help="under DVC; default: all but what is imported")]
 
 

@@ -5,6 +5,7 @@
 # %% ../../nbs/core/13_database.ipynb #c9c6135e
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,13 +67,15 @@ class Database:
 
 # %% ../../nbs/core/13_database.ipynb #log-url
 def find_database(
-    url: str | None,  # sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE; None: the file
+    url: str
+    | None,  # sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE; None: CELESTIAL_DATABASE_URL, or the file
     name: str,  # of what is stored there: "prediction log"
     file: str,  # in the state folder: "predictions.db"
 ) -> Database:
     "The database of a URL; `CelestialError` for a kind that isn't supported."
     allowed = "Allowed: sqlite:///FILE, postgresql://USER:PASSWORD@HOST/DATABASE."
-    kind, mark, rest = (url or f"sqlite:///{home() / file}").partition("://")
+    url = url or os.environ.get("CELESTIAL_DATABASE_URL") or f"sqlite:///{home() / file}"
+    kind, mark, rest = url.partition("://")
     if not mark:
         raise CelestialError(f"the URL of the {name} is not a URL", allowed)
     if kind in ("postgresql", "postgres", "postgresql+psycopg"):

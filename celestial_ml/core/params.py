@@ -288,7 +288,9 @@ class Tune(Section):
     "Which parameters `celestial tune` searches, and for how long."
 
     study: str = Field("tune", min_length=1, description="name of the study; one that exists is gone on with")
-    storage: str | None = Field(None, description="an SQLAlchemy URL; null: optuna.db in CELESTIAL_HOME")
+    storage: str | None = Field(
+        None, description="a URL; null: CELESTIAL_DATABASE_URL, else optuna.db in CELESTIAL_HOME"
+    )
     trials: int = Field(20, ge=1, le=100_000, description="trials, of all workers together")
     workers: int = Field(1, ge=1, le=256, description="processes on this machine")
     tune_epochs: int = Field(12, ge=1, le=1000, description="epochs of a trial")
@@ -317,7 +319,9 @@ class Score(Section):
 class Track(Section):
     "Where experiments are tracked."
 
-    uri: str | None = Field(None, description="an MLflow server or database; null: mlflow.db in CELESTIAL_HOME")
+    uri: str | None = Field(
+        None, description="an MLflow server; null: MLFLOW_TRACKING_URI, else mlflow.db in CELESTIAL_HOME"
+    )
     experiment: str = Field("celestial", min_length=1, description="name of the experiment in MLflow")
 
 # %% ../../nbs/core/04_params.ipynb #retrain
@@ -391,7 +395,9 @@ class Alerts(Section):
         description="metric, above or below, for, severity, recovery, cooldown",
     )
     sinks: list[str] = Field(["log"], description="log, webhook, email, github, or your own function")
-    webhook: str | None = Field(None, description="an https address; $NAME: the environment variable that holds it")
+    webhook: str | None = Field(
+        None, description="an https address; $NAME: the environment variable that holds it; null: CELESTIAL_WEBHOOK_URL"
+    )
     smtp: str = Field(
         "localhost:25", pattern="^[^:@/ ]+:[0-9]{1,5}$", description="mail server; STARTTLS, but for localhost"
     )

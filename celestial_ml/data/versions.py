@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from ..core.errors import CelestialError, unknown
 from ..core.files import atomic
 from ..core.names import printable
 from ..core.page_builder import Page
+from ..core.stores import AGAIN, LOGIN_HINT, remote_error
 from .images import decode_image, is_picture
 from .labels import METADATA, PARTS, composed, read_labels
 from .thumbnails import shrink
@@ -42,11 +42,6 @@ _SECRET = re.compile(
     r"\s*((?!ask_)\w*(?:secret|password|passphrase|token|key_id|account_key|customer_key|connection_string)\w*)\s*=\s*\S",
     re.IGNORECASE,
 )
-_FROM_ENVIRONMENT = re.compile(r"AWS_(ACCESS_KEY_ID|SECRET_ACCESS_KEY|SESSION_TOKEN)|.*(PASSWORD|SECRET|TOKEN)")
-_LOGIN_HINT = (
-    "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; or keep them in .dvc/config.local: "
-    "dvc remote modify --local NAME access_key_id …"
-)
 
 
 def _refuse_secrets(root: Path, remote: str | None) -> None:
@@ -60,63 +55,7 @@ def _refuse_secrets(root: Path, remote: str | None) -> None:
                 "Move it to .dvc/config.local, or into the environment. If it was committed, replace the key.",
             )
     if remote and hide_password(remote) != remote:
-        raise CelestialError(f"the remote {hide_password(remote)} has a password in its URL", _LOGIN_HINT)
-
-
-def _without_secrets(text: str) -> str:
-    "Words of another library, without the values of secrets in the environment."
-    for name, value in os.environ.items():
-        if len(value) > 3 and _FROM_ENVIRONMENT.fullmatch(name):
-            text = text.replace(value, "***")
-    return printable(hide_password(" ".join(text.split())))
-
-# %% ../../nbs/data/16_versions.ipynb #ver-errors
-_AGAIN = "Give the same command again once it is there: what was copied is kept."
-_WORDS = {  # name of an exception's class, or of one that it is made from → what is wrong, what to do
-    "NotDvcRepoError": ("this project is not under DVC", "Put it under DVC: git init, then dvc init"),
-    "NoSCMError": ("this project is not in a git repository", "Versions are commits: git init"),
-    "SCMError": ("git has no such revision, or this project is not in a git repository", "See: git log --oneline"),
-    "NoRemoteError": (
-        "there is no remote to copy to or from",
-        "Name one: --remote FOLDER, or --remote s3://BUCKET/PATH. For everybody and for good:\n"
-        "dvc remote add -d store s3://BUCKET/PATH, and commit .dvc/config",
-    ),
-    "LockError": ("another command is changing the versions of this project", "Wait until it has ended."),
-    "RemoteMissingDepsError": ("DVC lacks what this kind of remote needs", "For S3: pip install dvc-s3"),
-    "CloneError": (
-        "the repository that it was imported from can't be reached",
-        "celestial data get guide --from FOLDER",
-    ),
-    "ConfigError": ("DVC's settings are wrong", "See: dvc config --list --show-origin"),
-    "PermissionError": ("{remote} refuses the login", _LOGIN_HINT),
-    "NoCredentialsError": ("{remote} wants a login, and there is none", _LOGIN_HINT),
-    "ProfileNotFound": ("{remote} wants a login, and AWS_PROFILE names none", _LOGIN_HINT),
-    "HTTPClientError": ("{remote} can't be reached", _AGAIN),
-    "EndpointConnectionError": ("{remote} can't be reached", _AGAIN),
-    "ConnectionError": ("{remote} can't be reached", _AGAIN),
-    "TimeoutError": ("{remote} doesn't answer", _AGAIN),
-    "FileNotFoundError": ("{remote}: there is no such bucket", "Make it, or correct the address: dvc remote list"),
-    "FileTransferError": ("not every file could be copied from or to {remote}", _AGAIN),
-}
-_OTHERS = {"dvc", "dvc_data", "dvc_objects", "botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "scmrepo"}
-
-
-def _in_words(error: Exception, remote: str) -> CelestialError | None:
-    "An error of DVC or of what is below it, for people; None for one of another kind."
-    one: BaseException | None = error
-    chain: list[BaseException] = []
-    while one is not None and len(chain) < 10:
-        chain.append(one)
-        one = one.__cause__ or one.__context__
-    if isinstance(error, OSError) and error.errno and error.filename:
-        return None  # the disk's: the command has words for it
-    for kind in (cls.__name__ for one in chain for cls in type(one).__mro__):
-        if kind in _WORDS and (kind != "FileNotFoundError" or "bucket" in str(error)):
-            what, hint = _WORDS[kind]
-            return CelestialError(what.format(remote=remote), hint)
-    if {type(one).__module__.partition(".")[0] for one in chain} & _OTHERS:
-        return CelestialError(f"DVC: {_without_secrets(str(error))[:300]}", "See: dvc status, dvc doctor")
-    return None
+        raise CelestialError(f"the remote {hide_password(remote)} has a password in its URL", LOGIN_HINT)
 
 # %% ../../nbs/data/16_versions.ipynb #ver-lock
 def _drop_broken_lock(lock: Path) -> None:
@@ -147,7 +86,7 @@ def _opened(root: Path, remote: str | None = None) -> Iterator[Repo]:
     except CelestialError:
         raise
     except Exception as e:
-        if error := _in_words(e, shown):
+        if error := remote_error(e, shown):
             raise error from None
         raise
     finally:
@@ -290,7 +229,7 @@ def push(
         files = repo.push(targets=targets)
         _forget_remote(repo)
         if left := [name for name, what in _status(repo, targets).items() if what != "deleted"]:
-            raise CelestialError(f"{_counted(left)} not on the remote, as {left[0]}", _AGAIN)
+            raise CelestialError(f"{_counted(left)} not on the remote, as {left[0]}", AGAIN)
     return Copied(files, tuple(_name(repo, out) for out in outs), tuple(changed))
 
 

@@ -147,14 +147,14 @@ def _named_layers(x: Any) -> Iterator[tuple[str, Any]]:
 
 # %% ../../nbs/model/16_pretrained.ipynb #efficientnet
 def efficientnet_lite0(x: Any, p: Model) -> Any:
-    "EfficientNet-Lite0's frozen features of five depths, behind a frozen linear embedding of 4 * p.embedding numbers."
+    "EfficientNet-Lite0's frozen features of five depths, each of length 1, behind a frozen linear embedding of 4 * p.embedding numbers."
     import keras
     from keras import layers as L
 
     picture = _coloured(x)
     stages = dict(_named_layers(L.Rescaling(255 / 128, -127 / 128)(picture)))
     pooled = [L.GlobalAveragePooling2D()(stage) for stage in list(stages.values())[3:]]
-    features = L.Concatenate(name="features")(pooled)
+    features = L.Concatenate(name="features")([L.UnitNormalization()(depth) for depth in pooled])
     tensors = backbone_weights()
     for layer in keras.Model(picture, features).layers:
         name = "_" + layer.name.replace("-", ".")
@@ -200,7 +200,7 @@ def keras_application(x: Any, p: Model) -> Any:
         ) from e
     finally:
         socket.setdefaulttimeout(before)
-    return _embedded(picture, L.GlobalAveragePooling2D(name="features")(base.output), p)
+    return _embedded(picture, L.UnitNormalization(name="features")(L.GlobalAveragePooling2D()(base.output)), p)
 
 # %% ../../nbs/model/16_pretrained.ipynb #at-once
 def at_once(
@@ -239,7 +239,7 @@ def cached_features(
 
     folder = home() / "features"
     extractor = keras.Model(model.input, model.get_layer("features").output)
-    about = f"{model.name} {level} {seed if level != 'none' else 0} {pixels.shape}"
+    about = f"{model.name} of length 1 {level} {seed if level != 'none' else 0} {pixels.shape}"
     arrays = (np.ascontiguousarray(array).tobytes() for array in (pixels, *extractor.get_weights()))
     path = folder / f"{sha256_of(b''.join((about.encode(), *arrays)))}.npy"
     if path.is_file():
@@ -259,15 +259,12 @@ def cached_features(
 
 # %% ../../nbs/model/16_pretrained.ipynb #frozen-head
 def _fit_embedding(model: keras.Model, features: np.ndarray) -> None:
-    "Set the embedding to the principal components of standardised features, at a mean variance of one."
+    "Set the embedding to the principal components of the features, at a mean variance of one."
     layer = model.get_layer("embedding")
-    centre, scale = features.mean(axis=0), features.std(axis=0) + 1e-3
-    covariance = np.cov(((features - centre) / scale).T.astype(np.float64))
-    values, vectors = np.linalg.eigh(covariance)
+    values, vectors = np.linalg.eigh(np.cov(features.T.astype(np.float64)))
     size = layer.kernel.shape[1]
-    chosen = vectors[:, ::-1][:, :size] / np.sqrt(values.clip(0).sum() / size)
-    kernel = (chosen / scale[:, None]).astype(np.float32)
-    layer.set_weights([kernel, (-centre @ kernel).astype(np.float32)])
+    kernel = (vectors[:, ::-1][:, :size] / np.sqrt(values.clip(0).sum() / size)).astype(np.float32)
+    layer.set_weights([kernel, -features.mean(axis=0) @ kernel])
 
 
 def frozen_head(

@@ -133,7 +133,7 @@ HEARTBEAT, SILENCE = 5, 30  # seconds between two heartbeats, and without one un
 def study_database(
     storage: str | None,  # the parameter tune.storage
 ) -> Database:
-    "Where the studies are: a URL's database, else optuna.db in the state folder."
+    "Where the studies are: a URL's database, else that of CELESTIAL_DATABASE_URL, else optuna.db in the state folder."
     return find_database(storage, "study database", "optuna.db")
 
 

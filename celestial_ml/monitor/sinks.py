@@ -63,7 +63,8 @@ def _to_log(alert: Alert, p: Alerts) -> None:
     )
 
 # %% ../../nbs/monitor/31_sinks.ipynb #sk-call
-_SECRETS = ("CELESTIAL_WEBHOOK_SECRET", "CELESTIAL_SMTP_PASSWORD", "GITHUB_TOKEN")
+_WEBHOOK = "CELESTIAL_WEBHOOK_URL"  # where it is set, alerts are sent there, whatever `alerts.sinks` says
+_SECRETS = (_WEBHOOK, "CELESTIAL_WEBHOOK_SECRET", "CELESTIAL_SMTP_PASSWORD", "GITHUB_TOKEN")
 
 
 def _secret(name: str) -> str:
@@ -125,7 +126,7 @@ def sign(
 @sink("webhook")
 def _to_webhook(alert: Alert, p: Alerts) -> None:
     "A signed POST of JSON; `id` is the same for a second attempt, and `text` is what chat programs show."
-    url = p.webhook or ""
+    url = p.webhook or os.environ.get(_WEBHOOK, "")
     url = _secret(url[1:]) if url.startswith("$") else url
     body = json.dumps({"id": alert.id, "text": alert.text} | asdict(alert)).encode()
     signature = sign(_secret("CELESTIAL_WEBHOOK_SECRET"), body, int(time.time()))
@@ -255,18 +256,19 @@ def standing_alerts() -> list[Alert]:
 def notify(snapshot: Snapshot, params: Params) -> list[Alert]:  # those that stand, and those that ended just now
     "Look at the rules, remember what changed, and send it."
     p, folder, failures = params.alerts, monitor_folder(), dict[str, str]()
-    for name in p.sinks:
+    sinks = dict.fromkeys([*p.sinks, *(["webhook"] if os.environ.get(_WEBHOOK) else [])])
+    for name in sinks:
         find_sink(name)
     with hold(folder / "alerts.lock", "another check is sending alerts", "Try again later.", timeout=60):
         before = read_alerts()
         alerts, state = evaluate(p.rules, snapshot, before)
         changes = [asdict(alert) for alert in alerts if alert.changed]
-        waiting = {name: before.get("waiting", {}).get(name, []) + changes for name in p.sinks}
+        waiting = {name: before.get("waiting", {}).get(name, []) + changes for name in sinks}
         with (folder / "alert_history.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(change) + "\n" for change in changes)
         write_json(folder / "alerts.json", state | {"waiting": waiting, "failures": {}})
         threads, end = {}, time.monotonic() + p.attempts * p.timeout + 2**p.attempts
-        for name in p.sinks:
+        for name in sinks:
             more = [alert for alert in alerts if name in _UPDATED and not alert.changed]
             threads[name] = threading.Thread(
                 target=_deliver, args=(name, waiting[name], more, p, failures), daemon=True

@@ -19,17 +19,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
-from ..core.database import find_database, table_lock
-from ..core.errors import refused_by_machine
+from ..core.database import Database, hide_password, table_lock
+from ..core.errors import CelestialError, refused_by_machine
 from ..core.files import DamagedFile, atomic, home, make_folder, read_json, write_json
 from ..core.params import Track
+from ..core.stores import remote_errors
 
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow import MlflowClient
 
 # %% auto #0
-__all__ = ['PARENT', 'tracking_uri', 'mlflow_client', 'open_experiment', 'Run', 'open_run', 'start_run', 'resume_run']
+__all__ = ['PARENT', 'tracking_uri', 'server_errors', 'mlflow_client', 'open_experiment', 'Run', 'open_run', 'start_run',
+           'resume_run']
 
 # %% ../../nbs/registry/01_tracking.ipynb #tracking-uri
 def tracking_uri(track: Track) -> str:
@@ -39,7 +41,7 @@ def tracking_uri(track: Track) -> str:
 # %% ../../nbs/registry/01_tracking.ipynb #make-database
 def _database_lock() -> AbstractContextManager[None]:
     "Held while the database is created or repaired."
-    return table_lock(find_database(None, "tracking database", "mlflow.db"))
+    return table_lock(Database(f"sqlite:///{home() / 'mlflow.db'}", "tracking database"))
 
 
 def make_database(
@@ -80,6 +82,28 @@ def mend_places(
             before = unquote(old.removeprefix("file://").removesuffix("artifacts/"))
             print(f"{database.parent} was at {before} before: its artifacts are looked for here now", file=sys.stderr)
 
+# %% ../../nbs/registry/01_tracking.ipynb #server-errors
+def server_errors(
+    uri: str,  # of `tracking_uri`
+) -> AbstractContextManager[None]:
+    "Turn the errors of an MLflow server into a `CelestialError`; those of the embedded database stay as they are."
+    return remote_errors(uri) if uri.startswith(("http://", "https://")) else nullcontext()
+
+
+def _require_server(uri: str) -> None:
+    "`CelestialError` for a server that is away or refuses the login."
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    path, tries = "/api/2.0/mlflow/experiments/search", {"max_retries": 0, "timeout": 10, "raise_on_status": False}
+    with server_errors(uri):
+        answer = http_request(get_default_host_creds(uri), path, "POST", json={"max_results": 1}, **tries)
+    if answer.status_code in (401, 403):
+        hint = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
+        raise CelestialError(f"{hide_password(uri)} refuses the login", hint)
+    if not answer.ok:
+        raise CelestialError(f"{hide_password(uri)} answered {answer.status_code}", "Check MLFLOW_TRACKING_URI.")
+
 # %% ../../nbs/registry/01_tracking.ipynb #mlflow-client
 def mlflow_client(track: Track) -> MlflowClient:
     "A client of MLflow, without its telemetry. The embedded database is created and repaired first."
@@ -88,6 +112,8 @@ def mlflow_client(track: Track) -> MlflowClient:
         logging.getLogger(name).setLevel(logging.WARNING)  # creating a database isn't worth a message
     make_folder(home())
     uri, database = tracking_uri(track), home() / "mlflow.db"
+    if uri.startswith(("http://", "https://")):
+        _require_server(uri)
     if uri == f"sqlite:///{database}":
         with _database_lock():
             if not database.exists():
@@ -129,8 +155,9 @@ class _Record:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         "Parameters; repeating the same values is allowed."
-        for name, value in params.items():
-            self.client.log_param(self.id, name, value)
+        with server_errors(self.client.tracking_uri):
+            for name, value in params.items():
+                self.client.log_param(self.id, name, value)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         "Figures, at a step (an epoch), all or none; those of epochs that it has already are left out."
@@ -138,20 +165,25 @@ class _Record:
 
         now = time.time_ns() // 1_000_000
         if step > self.recorded:
-            self.client.log_batch(self.id, [Metric(name, float(value), now, step) for name, value in metrics.items()])
+            rows = [Metric(name, float(value), now, step) for name, value in metrics.items()]
+            with server_errors(self.client.tracking_uri):
+                self.client.log_batch(self.id, rows)
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         "Other facts: revisions, checksums."
-        for name, value in tags.items():
-            self.client.set_tag(self.id, name, value)
+        with server_errors(self.client.tracking_uri):
+            for name, value in tags.items():
+                self.client.set_tag(self.id, name, value)
 
     def log_file(self, path: Path | str, folder: str = "") -> None:
         "A file: a plot, an executed notebook."
-        self.client.log_artifact(self.id, str(path), folder or None)
+        with server_errors(self.client.tracking_uri):
+            self.client.log_artifact(self.id, str(path), folder or None)
 
     def end(self, status: str = "FINISHED") -> None:
         "End the run: FINISHED, FAILED or KILLED."
-        self.client.set_terminated(self.id, status)
+        with server_errors(self.client.tracking_uri):
+            self.client.set_terminated(self.id, status)
 
 # %% ../../nbs/registry/01_tracking.ipynb #run-more
 @dataclass(frozen=True)
@@ -210,7 +242,8 @@ def start_run(
     try:
         yield run
     except BaseException as e:
-        run.end("FAILED" if isinstance(e, Exception) else "KILLED")
+        with suppress(CelestialError):  # a server that is away; what it stopped for counts
+            run.end("FAILED" if isinstance(e, Exception) else "KILLED")
         raise
     run.end()
     if note:
