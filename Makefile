@@ -109,7 +109,7 @@ check: secrets  ## format, lint, types, no secrets, clean notebooks, no stale ex
 
 .PHONY: bench
 bench: $(READY)  ## speeds beside other tools', as ratios; QUICK=1: a small part within 5 minutes
-	@python -m bench $(if $(QUICK),--quick)
+	@python -m bench $(if $(QUICK),--quick) $(ARGS)
 
 # A guide runs again when its notebook has changed; `make -B guides` runs them all.
 GUIDES := $(patsubst nbs/%,output/%,$(wildcard nbs/guides/*.ipynb))
