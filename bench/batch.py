@@ -1,26 +1,25 @@
 """`celestial batch` against what the machine can do, against Keras, and against itself with a hundred times the pictures.
 
-Run as `python -m bench.batch [--memory]`, or by `make bench`.
+The peer, and the loop that is the limit, are here in full.
 """
 
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from bench import CELESTIAL, Row, wall
+from bench import CELESTIAL, Growth, Row, in_turn, wall
 from celestial_ml.batch.inputs import find_inputs, items
 from celestial_ml.batch.job import batch
 from celestial_ml.batch.scoring import GROUP, cores
-from celestial_ml.core.files import project_root
 from celestial_ml.data.images import decode_image
 from celestial_ml.serve.predictor import Predictor
 
@@ -38,27 +37,23 @@ def tight_loop(model: Predictor, contents: Sequence[bytes], workers: int) -> flo
         return len(contents) / (time.perf_counter() - began)
 
 
-def against_the_limit(model: Predictor, folder: Path, times: int = 5) -> Row:
+def against_the_limit(model: Predictor, folder: Path, times: int, repeat: int = 4) -> Row:
     "The whole job, files and Parquet included, against the loop of what can't be left out; in turn, as machines are noisy."
-    files = 4 * [item.name for item in items(find_inputs(str(folder)))]
-    contents, workers, shares, rates = [Path(name).read_bytes() for name in files], cores(), [], []
+    files = repeat * [item.name for item in items(find_inputs(str(folder)))]
+    contents, workers = [Path(name).read_bytes() for name in files], cores()
     tight_loop(model, contents[:200], workers)
-    for _ in range(times):
+
+    def job() -> float:
         with tempfile.TemporaryDirectory() as out:
             listed = Path(out) / "list.txt"
             listed.write_text("\n".join(files))
-            before = tight_loop(model, contents, workers)
             began = time.perf_counter()
             batch(str(listed), Path(out) / "scores", model)
-            rates.append(len(files) / (time.perf_counter() - began))
-            shares.append(rates[-1] / statistics.mean([before, tight_loop(model, contents, workers)]))
-    rate, share = statistics.median(rates), statistics.median(shares)
-    return (
-        f"celestial batch, {len(files):,} files to Parquet",
-        f"{rate:,.0f}/s",
-        f"decoding and network alone {rate / share:,.0f}/s",
-        f"{share:.0%}",
-    )
+            return len(files) / (time.perf_counter() - began)
+
+    took = in_turn(times, ours=job, loop=lambda: tight_loop(model, contents, workers))
+    what = f"celestial batch, {len(files):,} files to Parquet"
+    return Row(what, "/s", took["ours"], {}, {"decoding and network in a loop": took["loop"]}, limit_goal=0.9)
 
 
 KERAS = """
@@ -72,21 +67,18 @@ assert len(model.predict(images, verbose=0)) == int(sys.argv[3])
 """
 
 
-def against_keras(run: Path, folder: Path) -> Row:
+def against_keras(run: Path, folder: Path, times: int) -> Row:
     "Two commands from a cold shell, imports included: one gives a page and a table, the other an array."
-    count, ours, theirs = sum(1 for _ in items(find_inputs(str(folder)))), [], []
-    for _ in range(3):
+    count = sum(1 for _ in items(find_inputs(str(folder))))
+    keras = [sys.executable, "-c", KERAS, str(run / "model.keras"), str(folder), str(count)]
+
+    def ours() -> float:
         with tempfile.TemporaryDirectory() as out:
-            told = [CELESTIAL, "batch", str(folder), f"{out}/scores", "--model", str(run)]
-            keras = [sys.executable, "-c", KERAS, str(run / "model.keras"), str(folder), str(count)]
-            for command, took in ((told, ours), (keras, theirs)):
-                took.append(wall(command, TF_CPP_MIN_LOG_LEVEL="3"))
-    own, other = statistics.median(ours), statistics.median(theirs)
-    return (
-        f"{count:,} files, from a cold shell",
-        f"{own:.1f} s",
-        f"keras predict {other:.1f} s",
-        f"1/{other / own:.1f}",
+            return wall([CELESTIAL, "batch", str(folder), f"{out}/scores", "--model", str(run)])
+
+    took = in_turn(times, ours=ours, keras=lambda: wall(keras, TF_CPP_MIN_LOG_LEVEL="3"))
+    return Row(
+        f"{count:,} files, from a cold shell", "s", took["ours"], {"keras.Model.predict": took["keras"]}, goal=1.0
     )
 
 
@@ -101,59 +93,50 @@ app()
 """
 
 
-def start_up(run: Path, folder: Path) -> Row:
+def start_up(run: Path, folder: Path, times: int) -> Row:
     "From the shell to the first answers, against Python's own start with the same libraries."
-    first, bare = [], []
-    for _ in range(5):
+    imports = [sys.executable, "-c", "import numpy, onnxruntime, PIL.Image, typer, pyarrow.parquet"]
+
+    def ours() -> float:
         with tempfile.TemporaryDirectory() as out:
-            told = [sys.executable, "-c", FIRST, "batch", str(folder), f"{out}/scores", "--model", str(run)]
-            imports = [sys.executable, "-c", "import numpy, onnxruntime, PIL.Image, typer, pyarrow.parquet"]
-            for command, took in ((told, first), (imports, bare)):
-                took.append(wall(command))
-    own, other = statistics.median(first), statistics.median(bare)
-    return (
-        "celestial batch, to the first answers",
-        f"{own:.2f} s",
-        f"its imports alone {other:.2f} s",
-        f"{own / other:.2f} ×",
-    )
+            return wall([sys.executable, "-c", FIRST, "batch", str(folder), f"{out}/scores", "--model", str(run)])
+
+    took = in_turn(times, ours=ours, bare=lambda: wall(imports))
+    return Row("celestial batch, to the first answers", "s", took["ours"], {}, {"its imports alone": took["bare"]})
 
 
-def memory(run: Path, folder: Path, times: int) -> Row:
-    "The peak for a folder, and for one with so many times its pictures, as hard links."
-    peaks = []
-    for repeat in (1, times):
-        with tempfile.TemporaryDirectory(dir=folder.parent) as links:
-            for item in items(find_inputs(str(folder))):
-                for i in range(repeat):
-                    name = re.sub(r"\W", "_", item.name.removeprefix(str(folder)))
-                    os.link(item.name, f"{links}/{i:04}{name}.jpg")
+@contextmanager
+def many(folder: Path, times: int) -> Iterator[str]:
+    "A folder with so many times the pictures of another, as hard links."
+    with tempfile.TemporaryDirectory(dir=folder.parent) as links:
+        for item in items(find_inputs(str(folder))):
+            name = re.sub(r"\W", "_", item.name.removeprefix(str(folder)))
+            for i in range(times):
+                os.link(item.name, f"{links}/{i:04}{name}.jpg")
+        yield links
+
+
+def growth(run: Path, folder: Path, repeats: tuple[int, ...]) -> list[Row | Growth]:
+    "Seconds and peak memory for a folder, and for ones with ten and a hundred times its pictures."
+    peaks, seconds, count = [], [], sum(1 for _ in items(find_inputs(str(folder))))
+    for times in repeats:
+        with many(folder, times) as links:
             told = [CELESTIAL, "batch", links, f"{links}/scores", "--model", str(run)]
+            began = time.perf_counter()
             process = subprocess.Popen(told, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             _, status, used = os.wait4(process.pid, 0)
             if status:
-                sys.exit(f"the job with {repeat} times the pictures failed")
+                sys.exit(f"the job with {times} times the pictures failed")
+            seconds.append(time.perf_counter() - began)
             peaks.append(used.ru_maxrss / 1000)
-    name = f"peak memory, {times} times as many files in a folder"
-    return (name, f"{peaks[1]:.0f} MB", f"once {peaks[0]:.0f} MB", f"{peaks[1] / peaks[0]:.2f} ×")
+    what = f"peak memory for {repeats[-1]} times as many files"
+    memory = Row(what, "MB", peaks[-1:], {f"for {count * repeats[0]:,} files": peaks[:1]}, goal=0.8)
+    return [memory, Growth("celestial batch", [count * times for times in repeats], seconds)]
 
 
-def batch_rows(run: Path, folder: Path) -> list[Row]:
-    "The figures of batch scoring, but for memory, which takes minutes."
+def batch_rows(run: Path, folder: Path, times: int, repeats: tuple[int, ...]) -> list[Row | Growth]:
+    "All figures of batch scoring."
     model = Predictor(run)
-    return [against_the_limit(model, folder), against_keras(run, folder), start_up(run, folder)]
-
-
-def main() -> None:
-    "Measure with the guide's images and the model of its run."
-    root = project_root()
-    os.chdir(root)
-    run, folder = root / "output/guide", root / "data/raw"
-    rows = [memory(run, folder, 100)] if "--memory" in sys.argv else batch_rows(run, folder)
-    for row in rows:
-        print("  ".join(row), flush=True)
-    print(f"load {os.getloadavg()[0]:.1f} on {cores()} cores")
-
-
-if __name__ == "__main__":
-    main()
+    rows: list[Row | Growth] = [against_the_limit(model, folder, times), against_keras(run, folder, times)]
+    rows.append(start_up(run, folder, times))
+    return rows + (growth(run, folder, repeats) if repeats else [])

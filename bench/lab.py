@@ -1,12 +1,11 @@
 """`make lab`: seconds from the shell to a page that can be used, beside a bare JupyterLab's.
 
-Run as `python -m bench.lab`, or by `make bench`. Needs Chromium.
+Needs Chromium.
 """
 
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-from bench import Row
+from bench import Row, in_turn
 from celestial_ml.core.files import project_root, read_json
 from celestial_ml.workbench.lab import ASSETS
 
@@ -66,32 +65,14 @@ def lab_rows(times: int = 3) -> list[Row]:
     "Ours with its notebook on the page, in turn with a bare one's list of files."
     from playwright.sync_api import sync_playwright
 
-    ours, bare = [], []
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=FLAGS)
-        for _ in range(times):
-            ours.append(time_to_page(OURS, ".jp-NotebookPanel .jp-Cell", browser, "/workspaces/celestial"))
-            bare.append(time_to_page(BARE, ".jp-DirListing-item", browser))
-        browser.close()
-    own, other = statistics.median(ours), statistics.median(bare)
-    return [
-        (
-            "make lab, to a notebook on the page",
-            f"{own:.1f} s",
-            f"bare jupyter lab, its list of files {other:.1f} s",
-            f"{own / other:.2f} ×",
+        took = in_turn(
+            times,
+            ours=lambda: time_to_page(OURS, ".jp-NotebookPanel .jp-Cell", browser, "/workspaces/celestial"),
+            bare=lambda: time_to_page(BARE, ".jp-DirListing-item", browser),
         )
-    ]
-
-
-def main() -> None:
-    "Measure from the project's root."
-    os.chdir(project_root())
-    for row in lab_rows():
-        print("  ".join(row), flush=True)
-    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-
-
-if __name__ == "__main__":
-    main()
+        browser.close()
+    bare = {"bare jupyter lab, until its list of files": took["bare"]}
+    return [Row("make lab, until a notebook is on the page", "s", took["ours"], bare, goal=0.6)]

@@ -1,11 +1,7 @@
-"""`celestial sweep` against plain papermill, one notebook after the other: the same runs on the same cores.
-
-Run as `python -m bench.sweep [--train]`, or by `make bench`.
-"""
+"""`celestial sweep` against plain papermill, one notebook after the other: the same runs on the same cores."""
 
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,7 +17,7 @@ from bench import CELESTIAL, Row
 from celestial_ml.core.files import project_root
 from celestial_ml.core.params import load_params
 from celestial_ml.flow.steps import load_tasks, step_parameters
-from celestial_ml.flow.workers import Owner, Workers, core_shares, slow_modules
+from celestial_ml.flow.workers import Owner, Workers, slow_modules
 
 PAPERMILL = str(Path(sys.executable).with_name("papermill"))
 
@@ -73,12 +69,8 @@ def side_by_side(until: str, runs: int) -> Row:
             pixels = [np.load(folder / f"output/{way}/seed-{seed}/pixels.npy") for way in ("swept", "plain")]
             if not np.array_equal(*pixels):
                 sys.exit(f"the run with seed {seed} made something else")
-    return (
-        f"{runs} runs of {' → '.join(steps)}",
-        f"{own:.0f} s",
-        f"papermill in sequence {other:.0f} s",
-        f"{other / own:.1f} ×",
-    )
+    what = f"{runs} runs of {' → '.join(steps)}"
+    return Row(what, "s", [own], {"papermill in sequence": [other]}, goal=3.0)
 
 
 def execute(_: Owner, source: str, executed: str) -> None:
@@ -108,27 +100,10 @@ def start_up(times: int = 3) -> Row:
                 began = time.perf_counter()
                 papermill.execute_notebook(path, executed, progress_bar=False)
                 took["kernel"].append(time.perf_counter() - began)
-    worker, kernel_ = statistics.median(took["worker"][1:]), statistics.median(took["kernel"])
-    return (
-        "a notebook that imports TensorFlow, MLflow and pandas",
-        f"{worker:.2f} s",
-        f"a kernel of its own {kernel_:.1f} s",
-        f"{kernel_ / worker:.1f} ×",
-    )
+    what = "a notebook that imports TensorFlow, MLflow and pandas"
+    return Row(what, "s", took["worker"][1:], {"a kernel of its own, by papermill": took["kernel"]}, goal=3.0)
 
 
-def sweep_rows() -> list[Row]:
+def sweep_rows(quick: bool) -> list[Row]:
     "The figures of sweeps."
-    return [start_up(), side_by_side("prepare", 20)]
-
-
-def main() -> None:
-    "Measure, with `--train` also runs that train."
-    rows = [start_up(), side_by_side("train", 4)] if "--train" in sys.argv else sweep_rows()
-    for row in rows:
-        print("  ".join(row), flush=True)
-    print(f"load {os.getloadavg()[0]:.1f} on {len(core_shares(1)[0])} cores")
-
-
-if __name__ == "__main__":
-    main()
+    return [start_up(1 if quick else 3), side_by_side("acquire" if quick else "prepare", 3 if quick else 20)]

@@ -207,6 +207,16 @@ def test_an_idle_connection_is_closed(quick: Served) -> None:
         assert time.monotonic() - began < 3 and content.startswith(b"HTTP/1.1 200" if first else b"")
 
 
+@pytest.mark.parametrize("offer", ["h2c", "websocket", "tls/1.0, h2c"])
+def test_an_offer_of_another_protocol_is_ignored(quick: Served, offer: str) -> None:
+    "Java's client makes one with its first request, and sends the body all the same."
+    with httpx.Client(base_url=quick.url, timeout=10) as client:
+        headers = {"Connection": "Upgrade, HTTP2-Settings", "UPGRADE": offer}
+        for _ in range(2):  # on the same connection
+            answer = client.post("/predict", files={"image": neptune()}, headers=headers)
+            assert answer.status_code == 200 and "connection" not in answer.headers
+
+
 def test_pipelined_requests_are_answered_in_order(quick: Served) -> None:
     content = answer(quick.connect(5 * (GET + b"\r\n")))
     assert content.count(b"HTTP/1.1 200 OK") == 5

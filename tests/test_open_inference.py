@@ -296,9 +296,24 @@ def test_other_models_versions_paths_and_methods(client):
     assert refusal(client.get(INFER)) == refusal(client.post("/v2")) == 405
 
 
+COSTLY = {  # each would hold up the event loop
+    "lists": b"[" * 99_999,
+    "lists in lists": (b"[" * 20 + b"]" * 20 + b",") * 9_999,
+    "objects": b'{"a":{}},' * 9_999,
+    "keys": b"{%s}" % b",".join(b'"%d":1' % i for i in range(9_999)),
+}
+
+
+@pytest.mark.parametrize("kind", COSTLY)
+def test_costly_documents_are_refused_before_they_are_parsed(client, kind):
+    assert refusal(client.post(INFER, content=b'{"inputs":[%s]}' % COSTLY[kind])) == 413
+
+
 def test_many_numbers_are_refused_before_they_are_parsed(client):
     tensor = pixels(np.zeros((1, 400, 400, 3), np.uint8))
     assert refusal(ask(client, tensor)) == 413
+    nested = pixels(np.zeros((1, 256, 256, 3), np.uint8), data=np.zeros((1, 256, 256, 3), int).tolist())
+    assert ask(client, nested).status_code == 200
     assert refusal(client.post(INFER, content=bytes(21_000_000))) == 413
 
 

@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import math
+import re
 import select
 import time
 import uuid
@@ -52,6 +53,7 @@ def connection_limit(most: int) -> int:
 
 # %% ../../nbs/serve/19_connections.ipynb #constants
 URL = 8192  # bytes
+UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
 PIPELINED = 8  # requests that a client may send before the first answer
 BAD = CelestialError("this is not HTTP/1.1", "GET /docs shows what is expected.", "bad_request")
 
@@ -106,6 +108,12 @@ class _Measured(HttpToolsProtocol):
             self.stop("too many requests at once", "Wait for the answers.", "bad_request")
 
 # %% ../../nbs/serve/19_connections.ipynb #measured-x
+def _without_upgrade(data: bytes) -> bytes:
+    "A head without an offer of another protocol, as of Java's client: the parser would skip the body behind it."
+    end = data.find(b"\r\n\r\n")
+    return UPGRADE.sub(b"", data[:end]) + data[end:] if end > 0 and UPGRADE.search(data, 0, end) else data
+
+
 class _Counted(_Measured):
     "Counts the body as well."
 
@@ -130,6 +138,8 @@ class _Counted(_Measured):
     def data_received(self, data: bytes) -> None:
         "Count and parse; `CelestialError` above a limit."
         self._unset_keepalive_if_required()
+        if not self.raw:
+            data = _without_upgrade(data)
         self.raw += len(data)
         self.problem = None
         try:

@@ -93,7 +93,11 @@ def on_config(config: MkDocsConfig) -> None:
                 {"Library": library},
             ]
         },
-        {"Operations": written("Operations=operations.md", "Versions of the data=versions.md")},
+        {
+            "Operations": written(
+                "Operations=operations.md", "Benchmarks=benchmarks.md", "Versions of the data=versions.md"
+            )
+        },
         {"About": [*written("Architecture=architecture.md", "Comparison=comparison.md"), {"Changes": "changelog.md"}]},
     ]
     config.nav = [section for section in config.nav if next(iter(section.values()))]
