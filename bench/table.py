@@ -194,12 +194,12 @@ INTRODUCTION = """# Benchmarks
 Each row is the same piece of work, done in several ways in the same run, in turn: a ratio holds on other machines, a time
 does not. *Times as good* is the median over the repetitions, with the lowest and the highest; above 1 means that this project
 is quicker, or smaller. The *limit* is what no implementation can leave out, measured in the same run. Peers live in
-environments of their own, with the packages of `bench/peer/NAME.txt`: in `.cache/bench`, or in the folder that
+environments of their own, with the packages that `bench/peer` lists: in `.cache/bench`, or in the folder that
 `BENCH_ENVIRONMENTS` names, and made where they are missing. Where a peer had to be written, `bench/peer` has it, as its
 documentation describes it; one that was absent is named below its table.
 
 `make bench` measures all, `make bench QUICK=1` a small part of it, with the environments that exist and without keeping its figures,
-and `python -m bench SECTION --times 3 --params guide` a section. A ratio that has fallen behind the committed one is printed at
+and `python -m bench serving --times=3 --params=guide` a section. A ratio that has fallen behind the committed one is printed at
 the end, and the command ends with 1."""
 
 
