@@ -10,7 +10,7 @@ OVERLAY ?= prod
 NAMESPACE = celestial$(if $(filter dev,$(OVERLAY)),-dev)
 CONTAINERS ?= docker
 TARGET ?= serve
-export IMAGE REASON   # a recipe reads them as $$IMAGE: what somebody types there is never run
+export IMAGE REASON ISSUES   # a recipe reads them as $$IMAGE: what somebody types there is never run
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
@@ -63,10 +63,11 @@ gate: $(READY)  ## exit code 1 unless the gate let the run PARAMS pass
 	@celestial report $(PARAMS) --json | python -c 'import json, sys; v = json.load(sys.stdin)[0]["verdict"]; \
 	  print(*v["reasons"], sep="\n"); sys.exit(v["decision"] not in ("promote", "same"))'
 
+# In a function of make a comma would end its argument.
+TO_ISSUES = --set 'alerts.sinks=[log,github]' --set "alerts.github_repository=$$ISSUES"
 .PHONY: monitor
 monitor: $(READY)  ## one look at the deployed model; with ISSUES=OWNER/NAME an alert opens an issue there
-	@celestial monitor check --params $(PARAMS) $(if $(ISSUES),--set 'alerts.sinks=[log,github]' \
-	  --set alerts.github_repository=$(ISSUES)) || test $$? = 1 -a -n "$(ISSUES)"  # then the issue is the alarm
+	@celestial monitor check --params $(PARAMS) $(if $(ISSUES),$(TO_ISSUES)) || test $$? = 1 -a -n "$$ISSUES"  # then the issue is the alarm
 
 .PHONY: retrain
 retrain: $(READY)  ## train anew if a trigger has a reason, or for REASON; results/PARAMS and comparison/ show what came of it
@@ -108,7 +109,7 @@ check: secrets  ## format, lint, types, no secrets, clean notebooks, no stale ex
 
 .PHONY: bench
 bench: $(READY)  ## speeds beside other tools', as ratios; QUICK=1: a small part within 5 minutes
-	@python -m bench $(if $(QUICK),--quick)
+	@python -m bench $(if $(QUICK),--quick) $(ARGS)
 
 # A guide runs again when its notebook has changed; `make -B guides` runs them all.
 GUIDES := $(patsubst nbs/%,output/%,$(wildcard nbs/guides/*.ipynb))

@@ -68,6 +68,11 @@ class Growth:
 
         return float(np.polyfit(np.log(self.sizes), np.log(self.seconds), 1)[0])
 
+    @property
+    def last(self) -> float:
+        "The slope between the two largest sizes, in which the start, which every size pays once, hides least."
+        return math.log(self.seconds[-1] / self.seconds[-2]) / math.log(self.sizes[-1] / self.sizes[-2])
+
 
 def wall(command: Sequence[str | Path], cwd: Path | None = None, **env: str) -> float:
     "Seconds that a command takes, from the shell's point of view."

@@ -80,6 +80,13 @@ def checks(asked: argparse.Namespace) -> Rows:
     return check_rows(pictures_of(asked), asked.times)
 
 
+def drift(asked: argparse.Namespace) -> Rows:
+    "The monitor."
+    from bench.drift import drift_rows
+
+    return drift_rows(measured_run(asked), asked.quick)
+
+
 def page(asked: argparse.Namespace) -> Rows:
     "The demo."
     from bench.page import page_rows
@@ -130,6 +137,7 @@ SECTIONS = {
     "batch": Section("Batch scoring", batch),
     "sweep": Section("Many runs of the notebooks", sweep, quick=False),
     "checks": Section("Data checks", checks),
+    "drift": Section("Drift", drift, quick=False),
     "page": Section("The demo", page),
     "lab": Section("JupyterLab", lab, quick=False),
     "install": Section("Installation", install, quick=False),

@@ -160,7 +160,7 @@ execute(make_plan(Path.cwd(), "default", settings, sys.argv[2], force=True, unti
 """
 
 
-def scaling_rows(sizes: tuple[int, ...] = (1_500, 6_000, 24_000)) -> list[Growth]:
+def scaling_rows(sizes: tuple[int, ...] = (150, 1_500, 15_000)) -> list[Growth]:
     "Rendering, preparing and two epochs of training, by the number of images."
     seconds = []
     for images in sizes:

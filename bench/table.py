@@ -57,10 +57,16 @@ def cells(row: Row) -> list[str]:
 
 def growth_cells(growth: Growth) -> list[str]:
     "What, the sizes, the seconds, the exponent, the goal."
-    reached = "reached" if growth.exponent <= growth.goal else "missed"
+    reached = "reached" if max(growth.exponent, growth.last) <= growth.goal else "missed"
     sizes = [f"{size:,}" for size in growth.sizes]
     seconds = [f"{one:.3g} s" for one in growth.seconds]
-    return [growth.what, ", ".join(sizes), ", ".join(seconds), f"{growth.exponent:.2f}", f"≤ {growth.goal} {reached}"]
+    return [
+        growth.what,
+        ", ".join(sizes),
+        ", ".join(seconds),
+        f"{growth.exponent:.2f}, at the end {growth.last:.2f}",
+        f"≤ {growth.goal} {reached}",
+    ]
 
 
 def print_rows(rows: Sequence[Row | Growth | Text]) -> None:
@@ -134,9 +140,9 @@ def committed(section: str) -> list[Row | Growth]:
 
 def what_fell(before: Sequence[Row | Growth], after: Sequence[Row | Growth]) -> list[str]:
     "Ratios, never times, that are worse than the committed ones by more than their spread; for every row, a line each."
-    earlier, fell = {row.what: row for row in before}, []
+    earlier, fell = {(type(row), row.what): row for row in before}, []
     for row in after:
-        old = earlier.get(row.what)
+        old = earlier.get((type(row), row.what))
         if isinstance(row, Growth) and isinstance(old, Growth):
             if row.exponent > max(row.goal, old.exponent + 0.05):
                 fell.append(f"{row.what}: exponent {row.exponent:.2f}, was {old.exponent:.2f}")
@@ -188,9 +194,13 @@ INTRODUCTION = """# Benchmarks
 Each row is the same piece of work, done in several ways in the same run, in turn: a ratio holds on other machines, a time
 does not. *Times as good* is the median over the repetitions, with the lowest and the highest; above 1 means that this project
 is quicker, or smaller. The *limit* is what no implementation can leave out, measured in the same run. Peers live in
-environments of their own, out of the package index; where a peer had to be written, `bench/peer` has it, as its
-documentation describes it. `make bench` measures all, `make bench QUICK=1` a small part of it within five minutes. A ratio that
-has fallen behind the committed one is printed at the end."""
+environments of their own, with the packages of `bench/peer/NAME.txt`: in `.cache/bench`, or in the folder that
+`BENCH_ENVIRONMENTS` names, and made where they are missing. Where a peer had to be written, `bench/peer` has it, as its
+documentation describes it; one that was absent is named below its table.
+
+`make bench` measures all, `make bench QUICK=1` a small part of it, with the environments that exist and without keeping its figures,
+and `python -m bench SECTION --times 3 --params guide` a section. A ratio that has fallen behind the committed one is printed at
+the end, and the command ends with 1."""
 
 
 def plot_growth() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -309,3 +310,37 @@ def test_a_new_project_runs_and_answers(tmp_path: Path) -> None:
         assert set(answer["probabilities"]) == {"circle", "square", "triangle"}
         page = client.get("/").text
         assert "Circle, square or triangle?" in page and not re.search('Which world|Saturn|"Try to fool it', page)
+
+
+@pytest.mark.publish
+def test_from_the_index_to_a_run_without_a_clone(tmp_path: Path) -> None:
+    "`make dist`; a folder in the index's place; an empty environment; `celestial new` in an empty folder; a smoke run there."
+    source, python = snapshot(tmp_path / "source"), tmp_path / "env/bin/python"
+    outside = {
+        name: value for name, value in os.environ.items() if not re.match("CELESTIAL|MLFLOW|PYTHON|PYTEST", name)
+    }
+    subprocess.run(
+        ["make", "READY=", "dist"], cwd=source, env=outside | {"PATH": f"{BIN}:{outside['PATH']}"}, check=True
+    )
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    install = (
+        ["uv", "pip", "install", "-q", "--python", python]
+        if shutil.which("uv")
+        else [python, "-m", "pip", "install", "-q"]
+    )
+    env = outside | {"PATH": f"{python.parent}:/usr/bin:/bin"}
+
+    def typed(*words: object, code: int = 0) -> str:
+        done = subprocess.run(list(map(str, words)), cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    subprocess.run([*install, "--find-links", source / "dist", "celestial-ml", "twine"], env=outside, check=True)
+    typed(python, "-m", "twine", "check", "--strict", *(source / "dist").iterdir())
+    assert "pip install 'celestial-ml[train]'" in typed("celestial", "new", "shop", "--classes", "a,b", code=2)
+    subprocess.run([*install, "--find-links", source / "dist", "celestial-ml[train]"], env=outside, check=True)
+    typed("celestial", "new", "shop", "--data", shapes(tmp_path / "images", 30))
+    typed("make", "-C", "shop", "run", "PARAMS=smoke")
+    about = json.loads((tmp_path / "shop/output/smoke/model.json").read_text())
+    assert about["classes"] == ["circle", "square", "triangle"]
+    assert "circle" in typed("celestial", "predict", "--model", "shop/output/smoke", "--json", "images/circle/1.png")

@@ -227,17 +227,17 @@ def test_twenty_kills_of_the_real_steps(project: Path, monkeypatch: pytest.Monke
     mlflow_database(project / ".celestial/mlflow.db")
     steps, rng, killed = [*load_tasks(project, "default")], random.Random(7), 0
 
-    def begin(seed: int) -> "subprocess.Popen[bytes]":
+    def begin(moment: int) -> "subprocess.Popen[bytes]":
         command = [str(Path(sys.executable).with_name("celestial")), "retrain", "smoke", "--reason", "a test"]
-        settings = [word for one in (*REAL, f"seed={seed}") for word in ("--set", one)]
+        settings = [word for one in (*REAL, f"train.lr={0.003 + moment / 1e4}") for word in ("--set", one)]
         return subprocess.Popen([*command, *settings], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     for moment in range(20):
         step, lines, serving = moment % len(steps), len(read_record()), champion()
         training = begin(moment)
-        until(lambda: len(read_record()) > lines or training.poll() is not None, 120)  # noqa: B023
+        until(lambda: len(read_record()) > lines or training.poll() is not None, 600)  # noqa: B023
         before = project / "output" / read_record()[-1]["run"] / f"{steps[step - 1]}.ipynb"
-        until(lambda: not step or before.exists() or training.poll() is not None, 300, 0.02)  # noqa: B023
+        until(lambda: not step or before.exists() or training.poll() is not None, 900, 0.02)  # noqa: B023
         time.sleep(rng.uniform(0, 2))
         training.kill()
         training.communicate()
@@ -247,7 +247,7 @@ def test_twenty_kills_of_the_real_steps(project: Path, monkeypatch: pytest.Monke
         now = champion()
         assert (now is not None or serving is None) and (now is None or not damage(published(now.model)))
         again = begin(moment)
-        assert again.wait(300) == 0, again.communicate()[1].decode()
+        assert again.wait(1800) == 0, again.communicate()[1].decode()
         assert read_record()[-1]["event"] == "ended" and last_training(read_record())[1] is None
         now = champion()
         assert now is not None and not damage(published(now.model))

@@ -38,16 +38,24 @@ def print_error(error: CelestialError) -> None:
         print(f"  {line}", file=sys.stderr)
 
 
+def _not_installed(error: Exception) -> CelestialError | None:
+    "A package that the bare installation hasn't; None: another error."
+    if not isinstance(error, ModuleNotFoundError) or (error.name or "celestial_ml").startswith("celestial_ml"):
+        return None
+    hint = "pip install 'celestial-ml[train]' for all but predicting and serving"
+    return CelestialError(f"{error.name} isn't installed", hint)
+
+
 @contextmanager
 def errors_as_text() -> Iterator[None]:
-    "Turn a `CelestialError`, a refusal of the machine or Ctrl-C into text and an exit code."
+    "Turn a `CelestialError`, a missing package, a refusal of the machine or Ctrl-C into text and an exit code."
     try:
         yield
     except BrokenPipeError:  # the reader has enough, as `head` has
         drop_output()
         raise typer.Exit(CUT_OFF) from None
     except Exception as e:
-        error = e if isinstance(e, CelestialError) else refused_by_machine(e)
+        error = e if isinstance(e, CelestialError) else _not_installed(e) or refused_by_machine(e)
         if error is None:
             raise
         print_error(error)

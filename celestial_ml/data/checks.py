@@ -97,7 +97,7 @@ def readable(catalog: pd.DataFrame, p: Check) -> Finding:
     bad = catalog[catalog.error.notna()]
     reasons = ", ".join(f"{n} {reason}" for reason, n in bad.error.value_counts().items())
     saw = f"{len(bad):,} of {len(catalog):,} images can't be read ({reasons})" if len(bad) else "all images can be read"
-    return finding("readable", len(bad) <= p.max_unreadable * len(catalog), saw, bad)
+    return finding("readable", len(bad) <= p.max_unreadable * len(catalog), saw, bad, notes=bad.error)
 
 
 @check

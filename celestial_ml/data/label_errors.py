@@ -17,7 +17,7 @@ from .looks import principal
 
 # %% ../../nbs/data/07_label_errors.ipynb #bl-fold
 LEARN = 8000  # images that a fold learns from, at most: enough, and the time stays linear
-_SHRUNK, _TEMPERED, _NEAR, _CHUNK = 0.3, 3, 8, 2048
+_SHRUNK, _TEMPERED, _NEAR, _CHUNK = 0.3, 3, 8, 512
 
 
 def _linear(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:  # float32 (n, classes)
@@ -51,7 +51,7 @@ def out_of_fold(
     seed: int = 0,
 ) -> np.ndarray:  # float64 (n, classes), rows add up to 1
     "Class probabilities of each image, by classifiers that haven't seen its label."
-    x, logs = principal(features, 256), np.full((len(labels), classes), np.log(1e-3))
+    main, logs = principal(features, 64), np.full((len(labels), classes), np.log(1e-3))
     rng, fold = np.random.default_rng(seed), np.empty(len(labels), int)
     mixed = rng.permutation(len(labels))
     fold[mixed[np.argsort(labels[mixed], kind="stable")]] = np.arange(len(labels)) % folds  # each class in every fold
@@ -61,7 +61,7 @@ def out_of_fold(
             present, y = np.unique(labels[rows], return_inverse=True)
             if len(present) < 2:
                 continue  # nothing to tell apart: all classes are as probable
-            answers = [_linear(x[rows], y, x[held_out]), _near(x[rows, :64], y, x[held_out, :64])]
+            answers = [_linear(features[rows], y, features[held_out]), _near(main[rows], y, main[held_out])]
             logs[np.ix_(held_out, present)] = np.log(np.clip(answers, 1e-3, 1)).mean(axis=0)
     return softmax(logs, axis=1)
 

@@ -149,8 +149,8 @@ def edges(
 ) -> np.ndarray:  # float32 (n, 512), rows of length 1
     "Histograms of oriented gradients. Source: Dalal and Triggs 2005, without overlapping blocks."
     found = np.empty((len(gray), _CELLS**2 * _TURNS), np.float32)
-    for start in range(0, len(gray), 1024):
-        part = gray[start : start + 1024].astype(np.float32)
+    for start in range(0, len(gray), 256):
+        part = gray[start : start + 256].astype(np.float32)
         down, right = np.gradient(part, axis=(1, 2))
         turn = ((np.arctan2(down, right) % np.pi) * (_TURNS / np.pi)).astype(int) % _TURNS
         strength = np.hypot(down, right)
@@ -212,12 +212,14 @@ def principal(
 def embedded(
     looks: Looks,
     size: int = 48,
+    rows: np.ndarray | None = None,  # int (n,), which of them; None: all
 ) -> np.ndarray:  # float32 (n, ≤ size), of a mean square of about 1
     "All views as one row of numbers a picture, each view of the same weight."
-    bases = {name: _basis(view, 32) for name, view in views_of(looks.at(_some(len(looks)))).items()}
+    rows = np.arange(len(looks)) if rows is None else rows
+    bases = {name: _basis(view, 32) for name, view in views_of(looks.at(rows[_some(len(rows))])).items()}
     parts = [np.zeros((0, 32 * len(bases)), np.float32)]
-    for start in range(0, len(looks), _CHUNK):
-        views = views_of(looks.at(slice(start, start + _CHUNK)))
+    for start in range(0, len(rows), _CHUNK):
+        views = views_of(looks.at(rows[start : start + _CHUNK]))
         parts.append(np.concatenate([(views[name] - mean) @ main for name, (mean, main) in bases.items()], axis=1))
     return principal(np.concatenate(parts), size)
 

@@ -61,7 +61,7 @@ class Seen:
     @cached_property
     def spaces(self) -> list[np.ndarray]:  # float (shown, d) each
         "Where the pictures that show something are: as our own numbers see them, and as networks do."
-        ours, values = embedded(self.looks.at(self.shown)), self.embedding
+        ours, values = embedded(self.looks, rows=self.shown), self.embedding
         return [ours] if values is None else [ours, values]
 
     @cached_property
