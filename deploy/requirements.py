@@ -8,7 +8,8 @@ from pathlib import Path
 def main(extras: list[str]) -> None:
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
     groups = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras)]
-    print(*(requirement for group in groups for requirement in group), sep="\n")
+    left_out = "tensorflow-cpu" if "gpu" in extras else None  # both are the package `tensorflow`: one would overwrite the other
+    print(*(one for group in groups for one in group if not left_out or not one.startswith(left_out)), sep="\n")
 
 
 if __name__ == "__main__":
