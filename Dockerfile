@@ -120,7 +120,9 @@ ENV CELESTIAL_HOME=/tmp/celestial \
     CELESTIAL_MODEL=/model
 COPY --from=serve-environment /opt/celestial /opt/celestial
 # A base image may come without compiled modules of Python's own, and a start would compile them each time.
-RUN PYTHONDONTWRITEBYTECODE="" python -c 'import celestial_ml.cli.app, celestial_ml.monitor.log, celestial_ml.reports.health, celestial_ml.serve.api, uvicorn'
+# ONNX Runtime leaves an identity of the machine in /tmp: not into the image, which would never be the same twice.
+RUN PYTHONDONTWRITEBYTECODE="" python -c 'import celestial_ml.cli.app, celestial_ml.monitor.log, celestial_ml.reports.health, celestial_ml.serve.api, uvicorn' \
+ && rm -rf /tmp/.cache /tmp/.ses
 
 # Last, because it changes most often. Of a run, .dockerignore lets only the packaged model pass.
 ARG MODEL=output/default

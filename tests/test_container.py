@@ -147,7 +147,7 @@ LOCKED_DOWN = ("--network", "none", "--read-only", "--tmpfs", "/tmp", "--cap-dro
 
 def sh(*command: object, check: bool = True, **options: object) -> subprocess.CompletedProcess:
     "Run a command; an error shows what it said."
-    done = subprocess.run([str(c) for c in command], capture_output=True, timeout=900, **options)  # type: ignore[call-overload]
+    done = subprocess.run([str(c) for c in command], capture_output=True, timeout=1800, **options)  # type: ignore[call-overload]
     if check and done.returncode:
         raise AssertionError(f"{' '.join(map(str, command))}\n{(done.stdout + done.stderr).decode()[-4000:]}")
     return done
@@ -225,10 +225,13 @@ def built(context: Path, base: str, *options: str) -> Iterator[str]:
     podman("rmi", "--force", name, check=False)
 
 
+SERVED = ("--build-arg", "MODEL=output/tiny", "--timestamp", "0")
+
+
 @pytest.fixture(scope="module")
 def image(context: Path, base: str) -> Iterator[str]:
     "The image of the service."
-    yield from built(context, base, "--build-arg", "MODEL=output/tiny")
+    yield from built(context, base, *SERVED)
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +317,15 @@ def test_image_is_small(image: str, base: str):
     assert size(image) - size(base) < 300e6 - 22e6
     if size(base) <= 150e6:
         assert size(image) < 450e6 - 22e6
+
+
+@pytest.mark.container
+def test_image_is_reproducible(image: str, context: Path, base: str):
+    "Built once more, and nothing of it from a cache, it has the very same layers, digest by digest."
+    digests = "{{json .RootFS.Layers}}"
+    first = podman("image", "inspect", image, "--format", digests).stdout
+    for second in built(context, base, *SERVED, "--no-cache"):
+        assert podman("image", "inspect", second, "--format", digests).stdout == first
 
 
 @pytest.mark.container
