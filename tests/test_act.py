@@ -176,7 +176,9 @@ def prepare(base: Path, api: str) -> Runner:
     register = SMALL["register"] | {"publish": True}
     rule = {"name": "aged", "metric": "champion_days", "above": 0.0}
     alerts = {"rules": [rule], "github_api": api, "allow_http": True}
-    (source / "params/act.yaml").write_text(yaml.safe_dump(SMALL | {"register": register, "alerts": alerts}))
+    (source / "params/act.yaml").write_text(
+        yaml.safe_dump(SMALL | {"register": register, "alerts": alerts}, default_flow_style=True, width=120)
+    )
     git(source, "add", "-A")
     git(source, "commit", "-qm", "small")
     git(base, "clone", "-q", "--bare", str(source), str(base / "origin.git"))
