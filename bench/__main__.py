@@ -157,7 +157,10 @@ def measured_run(asked: argparse.Namespace) -> Path:
 
 def pictures_of(asked: argparse.Namespace) -> Path:
     "The pictures of the measured run."
-    return (Path("data/raw") if asked.params == "guide" else measured_run(asked) / "images").resolve()
+    folder = Path("data/raw") if asked.params == "guide" else measured_run(asked) / "images"
+    if not any(folder.rglob("*.jpg")):
+        sys.exit(f"there is no picture in {folder}: celestial data get guide, or --params default")
+    return folder.resolve()
 
 
 def options() -> argparse.ArgumentParser:
