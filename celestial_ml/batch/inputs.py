@@ -25,7 +25,7 @@ from urllib.parse import unquote, urlsplit
 
 from ..core.errors import CelestialError, nearest
 from ..core.folders import PassedOver
-from ..core.stores import file_system, remote_error
+from ..core.stores import file_system, is_web, remote_error
 from ..data.archives import ArchiveLimits, tar_pictures, zip_pictures
 from celestial_ml.data.images import (
     MAX_BYTES,
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 # %% auto #0
-__all__ = ['LIMITS', 'URL_RATE', 'LINE', 'LONGEST', 'Item', 'is_url', 'is_web', 'local_name', 'WebFile', 'opened', 'mark_of',
-           'placed', 'require_parquet', 'open_parquet', 'Inputs', 'find_inputs', 'items', 'count_items', 'read_items',
+__all__ = ['LIMITS', 'URL_RATE', 'LINE', 'LONGEST', 'Item', 'is_url', 'local_name', 'WebFile', 'opened', 'mark_of', 'placed',
+           'require_parquet', 'open_parquet', 'Inputs', 'find_inputs', 'items', 'count_items', 'read_items',
            'read_again']
 
 # %% ../../nbs/batch/00_inputs.ipynb #item
@@ -70,11 +70,6 @@ def _refuse(error: CelestialError) -> bytes:
 def is_url(name: str) -> bool:
     "Whether a name is not a path on the disk."
     return "://" in name
-
-
-def is_web(name: str) -> bool:
-    "Whether a name leads to a web server."
-    return name.lower().startswith(("http://", "https://"))
 
 
 def local_name(name: str) -> str:

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from .inputs import Item, count_items, find_inputs, is_url, is_web, items, local_name, require_parquet
+from .inputs import Item, count_items, find_inputs, is_url, items, local_name, require_parquet
 from celestial_ml.batch.parts import (
     COLUMNS,
     Job,
@@ -43,7 +43,7 @@ from ..core.errors import CelestialError
 from ..core.files import atomic, hold, home, sha256_of
 from ..core.folders import PassedOver
 from ..core.progress import meter
-from ..core.stores import file_system, remote_errors
+from ..core.stores import file_system, is_web, remote_errors
 from ..data.images import SUFFIXES
 from ..serve.predictor import Predictor
 

@@ -16,6 +16,7 @@ import typer
 from .console import AsJson, ModelOption, command, command_group, table
 from ..core.errors import CelestialError
 from ..core.files import find_root
+from ..core.stores import is_web
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,11 +25,6 @@ if TYPE_CHECKING:
 label_app = command_group("Labels: import, export, and the model for Label Studio.")
 _Project = Annotated[str, typer.Option(help="the title of the project in Label Studio")]
 _NewClass = Annotated[list[str] | None, typer.Option(help="a class that nobody had used yet; may be repeated")]
-
-
-def _is_address(name: str) -> bool:
-    "Whether a name is a Label Studio's address."
-    return name.lower().startswith(("http://", "https://"))
 
 # %% ../../nbs/cli/10_label.ipynb #la-odd
 def _odd(catalog: "pd.DataFrame") -> list[dict[str, Any]]:
@@ -70,7 +66,7 @@ def label_import(
 
     options: dict[str, Any] = {"annotator": annotator, "otherwise": whoami(), "boxes": boxes, "skip": skip}
     options["new"] = frozenset(new_class or ())
-    if _is_address(source):
+    if is_web(source):
         from celestial_ml.label.label_studio import fetch_labels
 
         result = fetch_labels(source, project, **options)
@@ -128,7 +124,7 @@ def label_export(
     json_: AsJson = False,
 ) -> None:
     "Write the accepted labels and their pictures, or send pictures to a team, with the model's answers."
-    if _is_address(target):
+    if is_web(target):
         from celestial_ml.label.label_studio import send_to_team
         from celestial_ml.package.published import find_model
         from celestial_ml.serve.predictor import Predictor

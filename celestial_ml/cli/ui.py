@@ -17,6 +17,7 @@ from .console import command, command_group, enter_project
 from ..core.database import hide_password
 from ..core.errors import AnswerIsNo
 from ..core.files import home
+from ..core.stores import is_web
 
 # %% ../../nbs/cli/08_ui.ipynb #ui-command
 TRAINING = "#/experiments?workflowType=machine_learning"  # MLflow opens its pages for language models by default
@@ -45,7 +46,7 @@ def ui(
     root = enter_project()
     track = load_params(params, folder=root / "params").track
     uri = tracking_uri(track)
-    if uri.startswith(("http://", "https://")):
+    if is_web(uri):
         print(f"The runs are on an MLflow server.\nlook:  {hide_password(uri)}")
         return
     open_port("127.0.0.1", port).close()  # or MLflow would start, and fail behind a page of messages

@@ -17,9 +17,14 @@ from .errors import CelestialError
 from .names import printable
 
 # %% auto #0
-__all__ = ['LOGIN_HINT', 'file_system', 'without_secrets', 'remote_error', 'remote_errors']
+__all__ = ['LOGIN_HINT', 'is_web', 'file_system', 'without_secrets', 'remote_error', 'remote_errors']
 
 # %% ../../nbs/core/14_stores.ipynb #stores-open
+def is_web(name: str) -> bool:
+    "Whether a name leads to a web server."
+    return name.lower().startswith(("http://", "https://"))
+
+
 def file_system(url: str) -> tuple[Any, str]:  # fsspec's file system, and the path in it
     "What fsspec makes of a URL; `CelestialError` for one that it doesn't know."
     retries = {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 2}}

@@ -23,7 +23,7 @@ from ..core.errors import CelestialError, unknown
 from ..core.files import atomic
 from ..core.names import printable
 from ..core.page_builder import Page
-from ..core.stores import AGAIN, LOGIN_HINT, remote_error
+from ..core.stores import AGAIN, LOGIN_HINT, remote_errors
 from .images import decode_image, is_picture
 from .labels import METADATA, PARTS, composed, read_labels
 from .thumbnails import shrink
@@ -75,20 +75,14 @@ def _opened(root: Path, remote: str | None = None) -> Iterator[Repo]:
 
     _refuse_secrets(root, remote)
     _drop_broken_lock(root / ".dvc/tmp/rwlock")
-    before, shown = logging.root.manager.disable, remote or "the remote"
+    before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # DVC logs what its errors say, too
     try:
-        with Repo(str(root)) as repo:
+        with remote_errors(remote or "the remote"), Repo(str(root)) as repo:
             settings, shown = _remote_settings(repo, remote)
-        with Repo(str(root), config=settings) as repo, lock_repo(repo):
+        with remote_errors(shown), Repo(str(root), config=settings) as repo, lock_repo(repo):
             repo.drop_data_index()  # a process that was killed may have left it by halves
             yield repo
-    except CelestialError:
-        raise
-    except Exception as e:
-        if error := remote_error(e, shown):
-            raise error from None
-        raise
     finally:
         logging.disable(before)
 

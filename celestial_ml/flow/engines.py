@@ -99,11 +99,12 @@ def deploy(
     if engine not in engines():
         raise unknown("engine", engine, engines())
     params = load_params(params_file, list(settings), root / "params")
-    run = run or params_path(params_file, root / "params").stem
+    usual = params_path(params_file, root / "params").stem
+    run = run or usual
     tasks = load_tasks(root, run, beside=beside)
     parameters = {task: {"run": run} | step_parameters(task, params) for task in tasks}
     words = [params_file, *(word for setting in settings for word in ("--set", setting))]
-    options = ["--run", run] * (run != params_path(params_file, root / "params").stem)
+    options = ["--run", run] * (run != usual)
     options += [word for step in beside for word in ("--with", step)] + ["--schedule", schedule] * (schedule != HOURLY)
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{params.register_.name}-{run}").strip("-")
     stale = []

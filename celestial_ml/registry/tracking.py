@@ -23,7 +23,7 @@ from ..core.database import Database, hide_password, table_lock
 from ..core.errors import CelestialError, refused_by_machine
 from ..core.files import DamagedFile, atomic, home, make_folder, read_json, write_json
 from ..core.params import Track
-from ..core.stores import remote_errors
+from ..core.stores import is_web, remote_errors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,7 +87,7 @@ def server_errors(
     uri: str,  # of `tracking_uri`
 ) -> AbstractContextManager[None]:
     "Turn the errors of an MLflow server into a `CelestialError`; those of the embedded database stay as they are."
-    return remote_errors(uri) if uri.startswith(("http://", "https://")) else nullcontext()
+    return remote_errors(uri) if is_web(uri) else nullcontext()
 
 
 def _require_server(uri: str) -> None:
@@ -112,7 +112,7 @@ def mlflow_client(track: Track) -> MlflowClient:
         logging.getLogger(name).setLevel(logging.WARNING)  # creating a database isn't worth a message
     make_folder(home())
     uri, database = tracking_uri(track), home() / "mlflow.db"
-    if uri.startswith(("http://", "https://")):
+    if is_web(uri):
         _require_server(uri)
     if uri == f"sqlite:///{database}":
         with _database_lock():
