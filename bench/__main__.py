@@ -191,6 +191,7 @@ def main() -> None:
     if unknown := set(asked.sections) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     os.chdir(project_root())
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # of the sections that import TensorFlow
     if asked.publish:
         return publish()
     if asked.quick:
