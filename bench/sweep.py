@@ -64,7 +64,7 @@ def by_engine(folder: Path, until: str, seeds: range, env: dict[str, str]) -> fl
         for task in load_tasks(folder, run, until).values():
             executed = folder / task.product["notebook"]
             executed.parent.mkdir(parents=True, exist_ok=True)
-            tasks.append([task.source, str(executed), step_parameters(task.name, params) | {"run": run}])
+            tasks.append([str(task.source), str(executed), step_parameters(task.name, params) | {"run": run}])
     began, told = time.perf_counter(), json.dumps(tasks)
     command = [sys.executable, "-c", ENGINE]
     subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True, input=told, text=True)

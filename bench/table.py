@@ -177,7 +177,11 @@ def render() -> str:
             on = about["machine"]
             head = ["", "ours", "peers", "times as good", "limit", "share of it", "goal"]
             parts.append(f"## {SECTIONS[name].title}\n\n{_table(head, [cells(row) for row in measured])}")
-            parts += [f"*{row.what}*: {row.why}" for row in measured if row.missed() and row.why]
+            whys: dict[str, list[str]] = {}
+            for row in measured:
+                if row.missed() and row.why:
+                    whys.setdefault(row.why, []).append(row.what)
+            parts += [f"*{'*, *'.join(missed)}*: {why}" for why, missed in whys.items()]
             parts.append(
                 f"`python -m bench {name}`, {about['date']}, revision {about['commit']}, {on['cores']} cores of {on['cpu']}, "
                 f"Python {on['python']}."
