@@ -289,7 +289,7 @@ def data_check(
         write_checks(examination, output, project_root(), Path(folder).name if folder else params, new)
     if json_:
         print(json.dumps([asdict(finding) for finding in findings]))
-        require_pass(findings)
+        require_pass(findings, output and output / "checks.html")
         return
     marks = {"pass": "✓", "warn": "!", "fail": "✗"}
     rows = [[marks[one.status], one.saw + (f", as {one.images[0]}" if one.images else "")] for one in findings]
@@ -298,7 +298,7 @@ def data_check(
         f"{len(catalog):,} images in {catalog.label.nunique()} classes\n\n{table(rows, head=False)}\n\nlook:  {output}/checks.html\n",
         flush=True,
     )
-    require_pass(findings)
+    require_pass(findings, output / "checks.html")
     print("good enough to learn from" + (f"; {warnings} of the checks warn (!)" if warnings else ""))
     print(f"next:  {new}")
 

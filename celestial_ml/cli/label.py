@@ -41,10 +41,14 @@ def _odd(catalog: "pd.DataFrame") -> list[dict[str, Any]]:
 @command(label_app, "import", "celestial label import cvat.zip")
 def label_import(
     source: Annotated[
-        str, typer.Argument(help="a file of CVAT, VIA or Label Studio, a ZIP, a folder of class folders, or http://…")
+        str,
+        typer.Argument(
+            help="a file of CVAT, VIA or Label Studio, a table, a ZIP, a folder of class folders, or http://…"
+        ),
     ],
     format_: Annotated[
-        Literal["cvat", "via", "label-studio", "folder"] | None, typer.Option("--format", help="default: by what it is")
+        Literal["cvat", "via", "label-studio", "table", "folder"] | None,
+        typer.Option("--format", help="default: by what it is"),
     ] = None,
     images: Annotated[Path | None, typer.Option(help="the pictures' folder; default: beside the annotations")] = None,
     annotator: Annotated[

@@ -21,7 +21,15 @@ from ..core.files import sha256_of
 from ..core.names import printable
 from ..data.archives import ArchiveLimits, is_zip, zip_pictures
 from ..data.images import MAX_BYTES, find_pictures, is_picture, open_image, open_regular, read_content
-from .annotations import MOST_BYTES, Annotation, read_cvat, read_json_bytes, read_tasks, read_via
+from celestial_ml.label.annotations import (
+    FORMATS,
+    MOST_BYTES,
+    Annotation,
+    read_cvat,
+    read_json_bytes,
+    read_tasks,
+    read_via,
+)
 from .store import UNKNOWN, Judgement, check_label, label_table, open_labels, propose, read_judgements
 
 if TYPE_CHECKING:
@@ -89,7 +97,7 @@ _MENDS = {
 class Options:
     "How annotations are read."
 
-    source: Literal["cvat", "via", "label-studio", "folder"]
+    source: Literal["cvat", "via", "label-studio", "table", "folder"]
     annotator: str = ""  # instead of whom the file names
     otherwise: str = "unknown"  # who it is where the file names nobody
     classes: frozenset[str] = frozenset()  # that exist; empty: any label is one
@@ -196,7 +204,7 @@ def store_judged(judged: Judged, name: str, skip: bool = False, url: str | None 
 
 # %% ../../nbs/label/11_imports.ipynb #im-unpack
 _LIMITS = ArchiveLimits(files=200_000, total_bytes=20_000_000_000, file_bytes=MAX_BYTES)
-_TABLES = (".xml", ".json", ".csv")
+_TABLES = (".xml", ".json", ".csv", ".jsonl")
 
 
 @contextmanager
@@ -244,7 +252,24 @@ def read_annotations(
         raise CelestialError(f"{name} has more than {MOST_BYTES:,} bytes", "Export it in parts.", "too_large")
     if source == "label-studio" or (source is None and content.lstrip()[:1] == b"["):
         return "label-studio", read_tasks(read_json_bytes(content, name), name)
+    of_via = content.lstrip()[:1] == b"{" or b"file_attributes" in content or b"# CSV_HEADER" in content
+    if source == "table" or (source is None and (path.suffix.lower() == ".jsonl" or not of_via)):
+        return "table", _of_table(path, name)
     return "via", read_via(content, name, attribute)
+
+
+def _of_table(path: Path, name: str) -> Iterator[Annotation]:
+    "The rows of a table, as `data.labels` takes it beside pictures."
+    from celestial_ml.data.labels import read_labels  # pandas is slow to import
+
+    try:
+        table = read_labels(path)
+    except CelestialError as e:
+        raise CelestialError(e.message.replace(str(path), name), f"{e.hint} {FORMATS}", "damaged") from None
+    if "label" not in table:
+        raise CelestialError(f"{name} has no column label", FORMATS, "damaged")
+    for row, file, label in zip(table.index, table.file, table.label, strict=True):
+        yield Annotation(file, f"row {row}", (label,))
 
 
 def _cvat_of(path: Path, name: str) -> Iterator[Annotation]:
