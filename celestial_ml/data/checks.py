@@ -185,7 +185,8 @@ def no_leak(catalog: pd.DataFrame, p: Check) -> Finding:
 def no_duplicates(catalog: pd.DataFrame, p: Check) -> Finding:
     "Is any image there twice?"
     images = catalog[catalog.error.isna()]
-    order = images.path.str.rpartition("/")[2].str.len().sort_values(kind="stable").index  # a copy has the longer name
+    lengths = images.path.map(lambda path: len(path.rpartition("/")[2]))  # a copy has the longer name
+    order = lengths.sort_values(kind="stable").index
     first = images.loc[order].groupby("sha256").path.transform("first").loc[images.index]
     copies = images[first != images.path]
     saw = with_count(len(copies), "image is a copy", "images are copies") if len(copies) else "no image is a copy"
