@@ -41,10 +41,7 @@ def _odd(catalog: "pd.DataFrame") -> list[dict[str, Any]]:
 @command(label_app, "import", "celestial label import cvat.zip")
 def label_import(
     source: Annotated[
-        str,
-        typer.Argument(
-            help="a file of CVAT, VIA or Label Studio, a table, a ZIP, a folder of class folders, or http://…"
-        ),
+        str, typer.Argument(help="a file of CVAT, VIA or Label Studio, a table, a ZIP, class folders, or http://…")
     ],
     format_: Annotated[
         Literal["cvat", "via", "label-studio", "table", "folder"] | None,
