@@ -85,7 +85,7 @@ def label_import(
         print("left out:", ", ".join(f"{count} {what}" for what, count in left.items() if count))
     for one in result.get("findings", ()):
         print(f"!  {one['saw']}{', as ' + one['images'][0] if one['images'] else ''}")
-    print("next:  they wait for a review")
+    print("next:  celestial feedback list")
 
 # %% ../../nbs/cli/10_label.ipynb #la-export
 def _waiting(images: Path | None) -> dict[str, Path | None]:

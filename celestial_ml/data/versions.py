@@ -132,7 +132,8 @@ def _outs(repo: Repo, paths: Sequence[str | Path], imports: bool = False) -> lis
         if path not in outs:
             if path == root / LABELLED:
                 raise CelestialError(
-                    f"{LABELLED} isn't there yet: nobody has accepted a label", "celestial feedback accept"
+                    f"{LABELLED} isn't there yet: the first accepted label makes it",
+                    "See what waits: celestial feedback list",
                 )
             there = [one.relative_to(root).as_posix() for one in outs if one.suffix != ".dvc"]
             raise unknown(

@@ -18,6 +18,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from ..core.errors import CelestialError, nearest
 from ..core.files import sha256_of
+from ..core.many_classes import listed
 from ..core.names import printable
 from ..data.archives import ArchiveLimits, is_zip, zip_pictures
 from ..data.images import MAX_BYTES, find_pictures, is_picture, open_image, open_regular, read_content
@@ -267,7 +268,9 @@ def _of_table(path: Path, name: str) -> Iterator[Annotation]:
     except CelestialError as e:
         raise CelestialError(e.message.replace(str(path), name), f"{e.hint} {FORMATS}", "damaged") from None
     if "label" not in table:
-        raise CelestialError(f"{name} has no column label", FORMATS, "damaged")
+        raise CelestialError(
+            f"{name} has no column label; its columns: {listed(map(printable, table))}", FORMATS, "damaged"
+        )
     for row, file, label in zip(table.index, table.file, table.label, strict=True):
         yield Annotation(file, f"row {row}", (label,))
 
