@@ -194,6 +194,8 @@ def test_a_table(tmp_path: Path) -> None:
             CliRunner().invoke(label_app, ["import", str(tmp_path / "in" / name), "--annotator", name]).exit_code == 0
         )
         assert sorted(one.label for one in read_judgements()) == labels
+    for words in ([tmp_path / "in/0.png"], [tmp_path / "in", "--format", "via"]):  # a picture; no such file in there
+        assert CliRunner().invoke(label_app, ["import", *map(str, words)]).exit_code == 2
     (tmp_path / "coco.json").write_text('{"images": [], "annotations": []}')
     assert "Formats: CVAT" in CliRunner().invoke(label_app, ["import", str(tmp_path / "coco.json")]).output
 

@@ -16,6 +16,7 @@ import typer
 from .console import AsJson, ModelOption, command, command_group, table
 from ..core.errors import CelestialError
 from ..core.files import find_root
+from ..core.many_classes import with_count
 from ..core.stores import is_web
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ def label_import(
     if json_:
         print(json.dumps(result))
         return
-    print(f"{result['labels']} labels ({result['format']}), {result['new']} of them new")
+    some = with_count(result["labels"], "label", "labels")
+    print(f"{some} ({result['format']}), {result['new']:,} new")
     print(table([[label, str(count)] for label, count in result["classes"].items()], head=False, indent=2))
     left = {"unlabelled": result["unlabelled"]} | result["left_out"]
     if any(left.values()):

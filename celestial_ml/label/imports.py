@@ -79,13 +79,13 @@ class Pictures:
 
 # %% ../../nbs/label/11_imports.ipynb #im-options
 FAULTS = {
-    "nameless": "name no picture",
-    "gone": "name a picture that is not there",
-    "ambiguous": "name a picture of which there are several",
-    "unreadable": "name a picture that can't be read",
-    "shapes": "have boxes or shapes where a class of the whole picture is wanted",
-    "several": "give one picture several classes",
-    "unknown_label": "have a label that is not a class",
+    "nameless": "name{} no picture",
+    "gone": "name{} a picture that is not there",
+    "ambiguous": "name{} a picture of which there are several",
+    "unreadable": "name{} a picture that can't be read",
+    "shapes": "show{} boxes or shapes where a class of the whole picture is wanted",
+    "several": "give{} one picture several classes",
+    "unknown_label": "use{} a label that is not a class",
 }
 _MENDS = {
     "gone": "--images FOLDER names the pictures' folder.",
@@ -181,7 +181,7 @@ def fault_error(judged: Judged, name: str) -> CelestialError:
     "The error that lists all faults of a file."
     count = sum(map(len, judged.faults.values()))
     lines = [
-        f"{len(some)} {FAULTS[kind]}: {'; '.join(some[:3])}{'; …' if len(some) > 3 else ''}"
+        f"{len(some)} {FAULTS[kind].format('s' * (len(some) == 1))}: {'; '.join(some[:3])}{'; …' if len(some) > 3 else ''}"
         for kind, some in judged.faults.items()
     ]
     total = count + len(judged.judgements)
@@ -316,6 +316,10 @@ def import_labels(
         if not Path(one).exists():
             raise CelestialError(f"there is no {one}", "Check the path.")
     if path.is_file():
+        if is_picture(PurePosixPath(path)):
+            raise CelestialError(
+                f"{path} is a picture", f"Name the folder of its class's folder, or a table. {FORMATS}"
+            )
         with open_regular(path) as file:
             packed = is_zip(file.read(4))
         if not packed:
@@ -325,13 +329,16 @@ def import_labels(
             pictures = [(Path(one).relative_to(images).as_posix(), Path(one)) for one in find_pictures(images)]
         named = [one for one in tables if PurePosixPath(one[0]).name == "annotations.xml"]
         inside = named or (tables if place == path and path.is_file() and len(tables) == 1 else [])
-        kind, annotations = read_annotations(table or next(iter(inside), None), pictures, source, attribute)
+        table = table or next(iter(inside), None)
+        if table is None and source not in (None, "folder"):
+            raise CelestialError(f"{path} holds no file of the format {source}", "Name that file, and --images FOLDER.")
+        kind, annotations = read_annotations(table, pictures, source, attribute)
         chosen = Options(kind, **{"classes": known_classes(url)} | options)
         judged = judge(annotations, in_store(in_folder(Pictures(pictures)), url), chosen)
         result = {"format": kind} | store_judged(judged, path.name, skip, url)
         return result if check is None else result | {"findings": check(_new_pictures(judged, pictures))}
 
-
+# %% ../../nbs/label/11_imports.ipynb #im-new-pictures
 def _new_pictures(judged: Judged, pictures: Sequence[tuple[str, Path]]) -> pd.DataFrame:
     "A catalog of the pictures that the store had not, with the names that they came by."
     from celestial_ml.data.catalog import read_files  # pandas is slow to import
