@@ -258,7 +258,7 @@ def read_annotations(
         return "table", _of_table(path, name)
     return "via", read_via(content, name, attribute)
 
-
+# %% ../../nbs/label/11_imports.ipynb #im-tables
 def _of_table(path: Path, name: str) -> Iterator[Annotation]:
     "The rows of a table, as `data.labels` takes it beside pictures."
     from celestial_ml.data.labels import read_labels  # pandas is slow to import
