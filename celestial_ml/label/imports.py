@@ -269,7 +269,9 @@ def _of_table(path: Path, name: str) -> Iterator[Annotation]:
         raise CelestialError(e.message.replace(str(path), name), f"{e.hint} {FORMATS}", "damaged") from None
     if "label" not in table:
         raise CelestialError(
-            f"{name} has no column label; its columns: {listed(map(printable, table))}", FORMATS, "damaged"
+            f"{name} has no column label; its columns: {listed(printable(str(one)) for one in table)}",
+            FORMATS,
+            "damaged",
         )
     for row, file, label in zip(table.index, table.file, table.label, strict=True):
         yield Annotation(file, f"row {row}", (label,))
