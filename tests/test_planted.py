@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from bench.data import wrong_labels
 from bench.planted import KINDS, PICTURES, found, plant
 from celestial_ml.core.params import Check, Data
 from celestial_ml.data.catalog import make_catalog, with_split
@@ -51,6 +52,13 @@ def test_planted_faults_are_found_and_no_others(tmp_path: Path, make) -> None:
     missed = {kind for kind, n in counts.items() if n < 1}
     assert len(KINDS) >= 15 and len(PICTURES) > 10
     assert not missed
+
+
+@pytest.mark.parametrize("make", [planets, digits], ids=["planets", "digits"])
+def test_wrong_labels_are_suspected(tmp_path: Path, make) -> None:
+    "Of one in 20 that is wrong four fifths are suspects, and half of the suspects are wrong."
+    planted, found_, suspected = wrong_labels(make(tmp_path / "set"), seed=1)
+    assert planted >= 10 and found_ >= 0.8 * planted and found_ >= 0.5 * suspected, (planted, found_, suspected)
 
 
 def test_the_command_writes_a_page_and_compares(celestial, tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def suspected_label_errors(
     if len(names) < 2:
         return none
     logs = np.nan_to_num(np.log(some[:, judged][:, :, names].clip(1e-3, 1)))
-    fitted = np.random.default_rng(0).permutation(len(judged))[:LEARN]
+    fitted = np.random.default_rng(0).permutation(len(judged))[: min(LEARN, 2_000_000 // len(names))]
     weights, share = _explained(logs[:, fitted], given[fitted])
     p, rows = softmax(np.tensordot(weights, logs, 1), axis=1), np.arange(len(judged))
     if (p.argmax(axis=1) == given).mean() < USEFUL:
