@@ -142,7 +142,8 @@ audit: $(READY)  ## licences and bill of materials of the environment, into buil
 	@pip-licenses --format=markdown --with-urls --output-file build/audit/licences.md
 	@cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o build/audit/sbom.json
 	@test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/python -m pip install --quiet pip-audit==2.10.1; }
-	@$(AUDIT)/bin/pip-audit --disable-pip --require-hashes -r requirements.lock
+	@$(AUDIT)/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock || { \
+	  echo "make audit: not passed. Vulnerable packages are listed above; 'could not be audited': PyPI's JSON API was not reached, nothing is known" >&2; exit 1; }
 
 .PHONY: dist
 dist: $(READY)  ## what the package index gets, in dist/
