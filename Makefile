@@ -171,9 +171,13 @@ deploy:  ## roll IMAGE=NAME@sha256:… (or two of them) out with kubectl, to OVE
 	  { kubectl -n $(NAMESPACE) rollout undo deployment -l app.kubernetes.io/name=celestial; exit 1; }
 
 .PHONY: lock
-lock:  ## resolve requirements.lock anew, for Python 3.11 to 3.13; needs uv
+lock:  ## resolve requirements.lock anew, for Python 3.11 to 3.13, and deploy/gpu.lock; needs uv
 	@uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-emit-find-links --no-header --quiet --upgrade -o requirements.lock
+	@mkdir -p build
+	@uv pip compile pyproject.toml --extra gpu -c requirements.lock --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate --quiet --upgrade -o build/gpu.lock
+	@awk '/^[a-z]/ {more = /^(nvidia-|tensorflow==)/} more' build/gpu.lock > deploy/gpu.lock   # the rest is in requirements.lock
 
 .PHONY: clean
 clean:  ## remove what was made: output, state, caches, site; keeps the environment and data/raw

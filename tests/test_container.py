@@ -12,10 +12,12 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from time import monotonic, sleep
 
 import pytest
+from packaging.requirements import Requirement
 from serving import neptune, tiny_model
 from test_three_ways import same_products
 
@@ -28,7 +30,12 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 OPEN_DEMO = "CELESTIAL_SERVE_OPEN_DEMO=true"
 COPIED = ("LICENSE", "README.md", "pyproject.toml", "requirements.lock", "celestial_ml", "params", "nbs", "dvc.yaml")
-SINGLE = ("deploy/requirements.py", "deploy/slim.py", "data/raw.dvc")  # of their folders, and into the builder too
+SINGLE = (
+    "deploy/gpu.lock",
+    "deploy/requirements.py",
+    "deploy/slim.py",
+    "data/raw.dvc",
+)  # of their folders, and into the builder too
 PACKAGE = (  # what of a run is served
     "model.json",
     "model.onnx",
@@ -94,6 +101,19 @@ def test_image_installs_by_hash_from_the_one_lock_file():
         for command in re.findall(r"pip[^&]* install [^&]*", rest):
             assert re.search(r"-c requirements\.lock|-r pip\.txt|--no-deps dist/", command), command
     assert re.search(r"pip==[\d.]+ --hash=sha256:[0-9a-f]{64}\b", DOCKERFILE)
+
+
+def test_gpu_lock_has_what_tensorflow_wants_there():
+    "Beyond the one lock: its other build, and NVIDIA's libraries in versions that it takes, each by hash."
+    text = (ROOT / "deploy/gpu.lock").read_text(encoding="utf-8")
+    locked = dict(re.findall(r"^([\w-]+)==([\w.]+) \\\n    --hash=sha256:[0-9a-f]{64}\b", text, re.MULTILINE))
+    try:
+        wanted = [Requirement(one) for one in requires("tensorflow-cpu") or () if "and-cuda" in one]
+    except PackageNotFoundError:
+        pytest.skip("no tensorflow-cpu on this machine")
+    assert len(wanted) > 5 and locked.keys() == {"tensorflow", *(one.name for one in wanted)}
+    assert all(one.specifier.contains(locked[one.name]) for one in wanted)
+    assert locked["tensorflow"] == version("tensorflow-cpu")
 
 
 def test_image_has_a_user_and_a_health_check():
