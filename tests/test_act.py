@@ -95,7 +95,7 @@ class Runner:
             "PARAMS=act",
             *words,
         ]
-        command += ["-s", f"CELESTIAL_LOG_URL=sqlite:///{self.base}/predictions.db"]
+        command += ["-s", f"CELESTIAL_DATABASE_URL=sqlite:///{self.base}/predictions.db"]
         for name, value in {"PARAMS": "act", "GITHUB_API_URL": self.api, "MAKEFLAGS": " -- READY="}.items():
             command += ["--env", f"{name}={value}"]
         for folder in (self.base / "actions").glob("*/*"):
