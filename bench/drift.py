@@ -8,6 +8,7 @@ import io
 import json
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
-from bench import ABSENT, Row, environment
+from bench import ABSENT, Growth, Row, environment
 from celestial_ml.data.images import decode_image
 from celestial_ml.monitor.detectors import Detector, Promise
+from celestial_ml.monitor.log import open_log
 from celestial_ml.monitor.reference import FIGURES, GROUPS, ONE_SIDED, Reference, figures_of, logged_figures
 from celestial_ml.planets.unknown_bodies import draw_body
+from celestial_ml.serve.guard import new_request_id
 from celestial_ml.serve.predictor import Predictor
 
 BEFORE, AFTER, WINDOW = 1000, 1000, 200  # images; peers without an online detector look at windows
@@ -168,8 +171,29 @@ def oracle(values: dict[str, np.ndarray], pools: dict[str, pd.DataFrame], change
     ]
 
 
-def drift_rows(run: Path, quick: bool) -> list[Row]:
-    "Streams without an alarm where nothing changes; images until a change is noticed."
+def log_growth(sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)) -> Growth:
+    "Seconds of storing so many answers in a new prediction log, by the thread that does it in the service."
+    rng, seconds = np.random.default_rng(0), list[float]()
+    row = {"label": "Mars", "confidence": 0.9, "known": True, "ood_score": 0.1, "model_version": "bench/1"}
+    row |= {"role": "champion", "width": 128, "height": 128, "format": "JPEG", "bytes": 7000, "latency_ms": 1.0}
+    row |= {"embedding": rng.random(64), "probabilities": rng.random(10), "classes": tuple(map(str, range(10)))}
+    row |= dict.fromkeys(("brightness", "contrast", "sharpness"), 0.5)
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            log = open_log(f"sqlite:///{folder}/predictions.db")
+            began = time.perf_counter()
+            for i in range(size):
+                log.record(row | {"request_id": new_request_id(), "time": time.time(), "sha256": f"{i:064x}"})
+                if i % 10_000 == 9_999 and not log.flush(60):
+                    raise RuntimeError(f"the log stands still: {log.status()}")
+            seconds.append(time.perf_counter() - began)
+            assert log.status()["written"] == size, log.status()
+            log.close()
+    return Growth("answers into the prediction log", list(sizes), seconds)
+
+
+def drift_rows(run: Path, quick: bool) -> list[Row | Growth]:
+    "Streams without an alarm where nothing changes; images until a change is noticed; the log as it grows."
     many, few = (20, 2) if quick else (200, 10)
     reference, pools = pools_of(run)
     scaled = {name: reference.values(table) for name, table in pools.items()}
@@ -198,7 +222,7 @@ def drift_rows(run: Path, quick: bool) -> list[Row]:
         "for 500 images, 40 minutes for 20,000, and for each reference anew"
     )
     calm = {name: [float(np.mean([alarm is None for alarm in alarms[""]]))] for name, alarms in others.items()}
-    rows = []
+    rows: list[Row | Growth] = [log_growth((1_000, 10_000) if quick else (10_000, 100_000, 1_000_000))]
     for size in (300, 60):
         quiet = [ours(*one) is None for one in streams(scaled, pools, "", many, Promise().images, size)]
         what = f"streams of {Promise().images:,} images without an alarm where nothing changes, {size} reference images"

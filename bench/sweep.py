@@ -1,5 +1,6 @@
 """`celestial sweep` against plain papermill, one notebook after the other: the same runs on the same cores."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -47,6 +48,29 @@ def plain(folder: Path, until: str, seeds: range, env: dict[str, str]) -> float:
     return time.perf_counter() - began
 
 
+ENGINE = """
+import json, sys
+from ploomber_engine import execute_notebook
+for source, executed, parameters in json.load(sys.stdin):
+    execute_notebook(source, executed, parameters=parameters, progress_bar=False)
+"""
+
+
+def by_engine(folder: Path, until: str, seeds: range, env: dict[str, str]) -> float:
+    "Seconds of ploomber-engine, notebook after notebook in one process, so that what is imported stays; none is isolated."
+    tasks = []
+    for seed in seeds:
+        run, params = f"engine/seed-{seed}", load_params("smoke", [f"seed={seed}"], folder / "params")
+        for task in load_tasks(folder, run, until).values():
+            executed = folder / task.product["notebook"]
+            executed.parent.mkdir(parents=True, exist_ok=True)
+            tasks.append([task.source, str(executed), step_parameters(task.name, params) | {"run": run}])
+    began, told = time.perf_counter(), json.dumps(tasks)
+    command = [sys.executable, "-c", ENGINE]
+    subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True, input=told, text=True)
+    return time.perf_counter() - began
+
+
 def swept(folder: Path, until: str, seeds: range, env: dict[str, str]) -> float:
     "Seconds of `celestial sweep`, from the shell to its page, imports included."
     grid = f"seed={','.join(map(str, seeds))}"
@@ -56,7 +80,10 @@ def swept(folder: Path, until: str, seeds: range, env: dict[str, str]) -> float:
     return time.perf_counter() - began
 
 
-def side_by_side(until: str, runs: int) -> Row:
+ISOLATED = "A sweep runs each step in a process of its own, so that no run can change another; one process has nothing to start."
+
+
+def side_by_side(until: str, runs: int) -> list[Row]:
     "So many runs of the pipeline up to a step, both ways; they must make the same."
     seeds = range(1, runs + 1)
     with tempfile.TemporaryDirectory() as made:
@@ -64,13 +91,18 @@ def side_by_side(until: str, runs: int) -> Row:
         copy_project(project_root(), folder)
         env = os.environ | {"PYTHONPATH": made, "CELESTIAL_HOME": f"{made}/.celestial", "TF_CPP_MIN_LOG_LEVEL": "3"}
         steps = list(load_tasks(folder, "any", until))
-        own, other = swept(folder, until, seeds, env), plain(folder, until, seeds, env)
-        for seed in seeds:
-            pixels = [np.load(folder / f"output/{way}/seed-{seed}/pixels.npy") for way in ("swept", "plain")]
-            if not np.array_equal(*pixels):
+        own, engine = swept(folder, until, seeds, env), by_engine(folder, until, seeds, env)
+        other = plain(folder, until, seeds, env)
+        for seed in seeds if until == "prepare" else ():
+            pixels = [np.load(folder / f"output/{way}/seed-{seed}/pixels.npy") for way in ("swept", "plain", "engine")]
+            if not all(np.array_equal(pixels[0], one) for one in pixels):
                 sys.exit(f"the run with seed {seed} made something else")
     what = f"{runs} runs of {' → '.join(steps)}"
-    return Row(what, "s", [own], {"papermill in sequence": [other]}, goal=3.0)
+    beside = {"papermill in sequence": [other], "ploomber-engine in one process": [engine]}
+    return [
+        Row(what, "s", [own], {name: took}, goal=goal, why=ISOLATED)
+        for (name, took), goal in zip(beside.items(), (3.0, 1.0), strict=True)
+    ]
 
 
 def execute(_: Owner, source: str, executed: str) -> None:
@@ -106,4 +138,4 @@ def start_up(times: int = 3) -> Row:
 
 def sweep_rows(quick: bool) -> list[Row]:
     "The figures of sweeps."
-    return [start_up(1 if quick else 3), side_by_side("acquire" if quick else "prepare", 3 if quick else 20)]
+    return [start_up(1 if quick else 3), *side_by_side("acquire" if quick else "prepare", 3 if quick else 20)]

@@ -9,7 +9,6 @@ __all__ = ['TheService', 'TheModel', 'log', 'api', 'NO_MODEL', 'NO_KEY', 'BUSY',
 # %% ../../nbs/serve/20_api.ipynb #979f28ab
 import asyncio
 import io
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
+import orjson
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
@@ -277,7 +277,7 @@ async def answer_picture(
 # %% ../../nbs/serve/20_api.ipynb #as-json
 def as_json(content: dict[str, Any]) -> Response:
     "Plain values as JSON; they come from our own code, so there is nothing to validate."
-    return Response(json.dumps(content), media_type="application/json")
+    return Response(orjson.dumps(content), media_type="application/json")
 
 
 @api.post(

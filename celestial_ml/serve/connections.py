@@ -13,7 +13,6 @@ import math
 import re
 import select
 import time
-import uuid
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -24,7 +23,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from ..core.errors import CelestialError
 from .error_responses import ErrorResponse
-from .guard import FOR_PROGRAMS, Proxies, rate_address
+from .guard import FOR_PROGRAMS, Proxies, new_request_id, rate_address
 from .service_metrics import ServiceMetrics
 from .settings import ServeSettings
 
@@ -181,7 +180,7 @@ access = logging.getLogger("celestial_ml.access")
 
 def as_bytes(problem: CelestialError) -> bytes:
     "An error as bytes, for a connection without a request."
-    answer, extra = ErrorResponse(problem), [(b"x-request-id", uuid.uuid4().hex.encode()), (b"connection", b"close")]
+    answer, extra = ErrorResponse(problem), [(b"x-request-id", new_request_id().encode()), (b"connection", b"close")]
     lines = [b"%b: %b\r\n" % header for header in (*answer.raw_headers, *extra, *FOR_PROGRAMS)]
     return STATUS_LINE[problem.status] + b"".join(lines) + b"\r\n" + bytes(answer.body)
 

@@ -239,8 +239,8 @@ class Models:
         return self.champion.predictor
 
     def choose(self, request_id: str, pinned: bool = False) -> Chosen:
-        "The models for a request of this (random, hexadecimal) id; where it is pinned, the champion alone."
+        "The models for a request of this id; where it is pinned, the champion alone."
         champion, challenger = self.current, self.challenger.predictor
-        if challenger is None or pinned or int(request_id[:8], 16) >= self.share * 2**32:
+        if challenger is None or pinned or int(request_id[24:32], 16) >= self.share * 2**32:  # random digits
             return champion, "champion", None
         return (challenger, "canary", None) if self.mode == "canary" else (champion, "champion", challenger)

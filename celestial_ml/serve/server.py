@@ -8,6 +8,7 @@ __all__ = ['open_port', 'is_loopback', 'greeting', 'end_by_signal', 'why_no_demo
 # %% ../../nbs/serve/21_server.ipynb #b6372838
 import asyncio
 import errno
+import gc
 import ipaddress
 import logging
 import signal
@@ -191,6 +192,7 @@ def serve(
             if why:
                 print(f"\n{why}", flush=True)
             logging.disable(logging.NOTSET)
+            gc.freeze()  # what is here stays: a full collection needn't walk it, and no request waits for that
             try:
                 Server(uvicorn_config(app, settings, service), service).run(sockets=[listener])
             finally:
