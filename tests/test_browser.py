@@ -1,7 +1,7 @@
 """The demo in a real browser: what a person sees, by day and by night, at a desk and on a phone.
 
-`CELESTIAL_SCREENSHOTS=1` writes the pictures of the documentation to nbs/images, with the model that
-`CELESTIAL_MODEL` names.
+`CELESTIAL_SCREENSHOTS=1` and `-m "browser or slow"` write the pictures of the documentation to nbs/images, with the
+model that `CELESTIAL_MODEL` names.
 """
 
 import csv
