@@ -27,7 +27,7 @@ RUN python -m venv /opt/tools && python -m venv --without-pip /opt/celestial \
  && /opt/tools/bin/pip install -r pip.txt
 COPY pyproject.toml requirements.lock ./
 RUN /opt/tools/bin/pip install -c requirements.lock setuptools cyclonedx-bom
-COPY deploy/requirements.py deploy/slim.py deploy/
+COPY deploy/gpu.lock deploy/requirements.py deploy/slim.py deploy/
 
 # The package itself: built from what is here, so there is no hash to hold it to.
 FROM tools AS wheel
@@ -51,7 +51,7 @@ FROM tools AS train-environment
 ARG EXTRAS=train,postgres,s3,sign
 RUN python deploy/requirements.py "${EXTRAS}" > wanted.txt \
  && /opt/tools/bin/pip --python /opt/celestial/bin/python install -c requirements.lock setuptools \
- && /opt/tools/bin/pip --python /opt/celestial/bin/python install --only-binary=:none: --no-build-isolation -c requirements.lock -r wanted.txt
+ && /opt/tools/bin/pip --python /opt/celestial/bin/python install --only-binary=:none: --no-build-isolation -c requirements.lock -c deploy/gpu.lock -r wanted.txt
 COPY --from=wheel /src/dist dist
 RUN PIP_REQUIRE_HASHES=0 /opt/tools/bin/pip --python /opt/celestial/bin/python install --no-deps dist/*.whl \
  && /opt/celestial/bin/python -m compileall -q -j 0 -x /ploomber/resources/ --invalidation-mode unchecked-hash /opt/celestial \

@@ -142,7 +142,8 @@ audit: $(READY)  ## licences and bill of materials of the environment, into buil
 	@pip-licenses --format=markdown --with-urls --output-file build/audit/licences.md
 	@cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o build/audit/sbom.json
 	@test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/python -m pip install --quiet pip-audit==2.10.1; }
-	@$(AUDIT)/bin/pip-audit --disable-pip --require-hashes -r requirements.lock
+	@$(AUDIT)/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock || { \
+	  echo "make audit: not passed. Vulnerable packages are listed above; 'could not be audited': PyPI's JSON API was not reached, nothing is known" >&2; exit 1; }
 
 .PHONY: dist
 dist: $(READY)  ## what the package index gets, in dist/
@@ -170,9 +171,13 @@ deploy:  ## roll IMAGE=NAME@sha256:… (or two of them) out with kubectl, to OVE
 	  { kubectl -n $(NAMESPACE) rollout undo deployment -l app.kubernetes.io/name=celestial; exit 1; }
 
 .PHONY: lock
-lock:  ## resolve requirements.lock anew, for Python 3.11 to 3.13; needs uv
+lock:  ## resolve requirements.lock anew, for Python 3.11 to 3.13, and deploy/gpu.lock; needs uv
 	@uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-emit-find-links --no-header --quiet --upgrade -o requirements.lock
+	@mkdir -p build
+	@uv pip compile pyproject.toml --extra gpu -c requirements.lock --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate --quiet --upgrade -o build/gpu.lock
+	@awk '/^[a-z]/ {more = /^(nvidia-|tensorflow==)/} more' build/gpu.lock > deploy/gpu.lock   # the rest is in requirements.lock
 
 .PHONY: clean
 clean:  ## remove what was made: output, state, caches, site; keeps the environment and data/raw

@@ -123,7 +123,7 @@ def found(planted: dict[str, list[str]], findings: list[Finding]) -> dict[str, i
 def _plant_one(kind: str, good: Path, other: Path, folder: Path, rng: np.random.Generator) -> Path:
     "Plant one fault beside, or in place of, a good picture; its path."
     home = other if kind.endswith("other_label") or kind == "wrong_label" else good.parent
-    at = home / f"planted_{kind}_{good.stem}"
+    at = home / f"planted_{kind}_{good.parent.name}_{good.stem}"  # files of two classes may have one name
     image = Image.fromarray(decode_image(good))
     if kind in PICTURES or kind == "near_copy_other_label":
         made = PICTURES[kind.removesuffix("_other_label")](image, rng)

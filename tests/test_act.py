@@ -42,7 +42,7 @@ esac""",
     "kubectl": """test "$1" != apply || exec KUBECTL kustomize "$3" """,
     "gh": """test "$1 $2" != "pr edit" """,  # there is none yet
     "curl": """echo '{"value": "a-token"}' """,
-    "uv": """test "$2" != compile || echo '# newer' >> requirements.lock""",
+    "uv": """for file; do :; done; test "$2" != compile || echo 'nvidia-newer==1.0' >> "$file" """,
     **dict.fromkeys(("cosign", "pipx", "google-chrome", "pip-audit"), ""),
 }
 STUB = 'require("child_process").execFileSync("python3", ["{}", "{}", "{}"], {{stdio: "inherit"}})'
@@ -95,7 +95,7 @@ class Runner:
             "PARAMS=act",
             *words,
         ]
-        command += ["-s", f"CELESTIAL_LOG_URL=sqlite:///{self.base}/predictions.db"]
+        command += ["-s", f"CELESTIAL_DATABASE_URL=sqlite:///{self.base}/predictions.db"]
         for name, value in {"PARAMS": "act", "GITHUB_API_URL": self.api, "MAKEFLAGS": " -- READY="}.items():
             command += ["--env", f"{name}={value}"]
         for folder in (self.base / "actions").glob("*/*"):
@@ -293,7 +293,8 @@ def test_ci(runner: Runner) -> None:
 
 def test_update(runner: Runner) -> None:
     runner("update", "schedule")
-    assert git(runner.base / "origin.git", "diff", "--name-only", "main", "update-lock") == "requirements.lock"
+    changed = git(runner.base / "origin.git", "diff", "--name-only", "main", "update-lock").split()
+    assert changed == ["deploy/gpu.lock", "requirements.lock"]
     assert [call.split(" --")[0] for call in runner.called("gh")] == ["pr edit update-lock", "pr create"]
 
 

@@ -173,6 +173,33 @@ def test_via_3(tmp_path: Path) -> None:
         assert [one.label for one in read_judgements()] == ["Mars"]
 
 
+def test_a_table(tmp_path: Path) -> None:
+    "With a column of paths and one of labels; else the answer names the formats, and what this file looks like."
+    pictures(tmp_path / "in", 2)
+    file = tmp_path / "in/labels.csv"
+    for text in (
+        "path,label\n0.png,Mars\n1.png,\n",
+        "path,label\n0.png,Mars\n9.png,Moon\n",
+        "path,kind\n0.png,Mars\n",
+        "Dear sir\n",
+    ):
+        file.write_text(text)
+        result = CliRunner().invoke(label_app, ["import", str(file)])
+        assert result.exit_code == 2 and "Traceback" not in result.output and read_judgements() == [], result.output
+    assert "Dear sir" in result.output and "VIA" in result.output and "file_name" in result.output
+    file.write_text("path;label\n0.png;Mars\n1.png;Moon\n")
+    (tmp_path / "in/lines.jsonl").write_text('{"file_name": "0.png", "label": "Pluto"}\n')
+    for name, labels in (("labels.csv", ["Mars", "Moon"]), ("lines.jsonl", ["Mars", "Moon", "Pluto"])):
+        assert (
+            CliRunner().invoke(label_app, ["import", str(tmp_path / "in" / name), "--annotator", name]).exit_code == 0
+        )
+        assert sorted(one.label for one in read_judgements()) == labels
+    for words in ([tmp_path / "in/0.png"], [tmp_path / "in", "--format", "via"]):  # a picture; no such file in there
+        assert CliRunner().invoke(label_app, ["import", *map(str, words)]).exit_code == 2
+    (tmp_path / "coco.json").write_text('{"images": [], "annotations": []}')
+    assert "Formats: CVAT" in CliRunner().invoke(label_app, ["import", str(tmp_path / "coco.json")]).output
+
+
 def test_archives_of_strangers(tmp_path: Path) -> None:
     "A bomb, members outside of their folder, and a picture that is none."
     members = {

@@ -1,7 +1,7 @@
 """The demo in a real browser: what a person sees, by day and by night, at a desk and on a phone.
 
-`CELESTIAL_SCREENSHOTS=1` writes the pictures of the documentation to nbs/images, with the model that
-`CELESTIAL_MODEL` names.
+`CELESTIAL_SCREENSHOTS=1` and `-m "browser or slow"` write the pictures of the documentation to nbs/images, with the
+model that `CELESTIAL_MODEL` names.
 """
 
 import csv
@@ -260,8 +260,11 @@ def top(page, selector):
     return page.locator(selector).bounding_box()["y"]
 
 
-@pytest.mark.parametrize("scheme", ["dark", "light"])
-@pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
+LOOKS = [(DESK, "dark"), (PHONE, "light")]
+LOOKS += [pytest.param(DESK, "light", marks=pytest.mark.slow), pytest.param(PHONE, "dark", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("viewport", "scheme"), LOOKS, ids=["desk", "phone", "desk-light", "phone-dark"])
 def test_look(open_page, viewport, scheme):
     "Every tab, filled: nothing sticks out, nothing is in the wrong colours, and axe-core is content."
     page = open_page(viewport, scheme)

@@ -56,7 +56,11 @@ def behind_nginx(folder: Path, url: str, *changes: tuple[str, str]) -> Iterator[
 NO_PREFIX = ("proxy_set_header X-Forwarded-Prefix /planets;", "")
 
 
-@pytest.fixture(scope="module", params=["header, stripped", "header, kept", "setting, stripped", "setting, kept"])
+WAYS = ["header, stripped", "setting, kept"]
+WAYS += [pytest.param(way, marks=pytest.mark.slow) for way in ("header, kept", "setting, stripped")]
+
+
+@pytest.fixture(scope="module", params=WAYS)
 def site(request, tmp_path_factory) -> Iterator[tuple[str, str]]:
     "The URL behind nginx, and the service's own."
     way, stripped = request.param.split(", ")

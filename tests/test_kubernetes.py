@@ -139,7 +139,7 @@ def test_environment_has_real_settings(part: str, monkeypatch: pytest.MonkeyPatc
 def test_example_of_the_secret_has_real_settings(monkeypatch: pytest.MonkeyPatch):
     lines = (FOLDER / "overlays/prod/secret.env.example").read_text(encoding="utf-8").splitlines()
     values = dict(line.split("=", 1) for line in lines)
-    assert {"CELESTIAL_LOG_URL", "CELESTIAL_SERVE_API_KEYS"} <= set(values)
+    assert {"CELESTIAL_DATABASE_URL", "CELESTIAL_SERVE_API_KEYS"} <= set(values)
     check_settings(values, monkeypatch)
 
 

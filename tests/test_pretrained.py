@@ -74,9 +74,10 @@ def marks(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def test_auto_does_not_turn_what_a_turn_would_change(at_home: Path) -> None:
+@pytest.mark.parametrize("network", ["efficientnet_lite0", pytest.param("auto", marks=pytest.mark.slow)])
+def test_auto_does_not_turn_what_a_turn_would_change(at_home: Path, network: str) -> None:
     model, train, table = choose(
-        marks(80, 0), marks(40, 1), 4, Model(network="auto"), Train(augment="auto", epochs=5), seed=7
+        marks(80, 0), marks(40, 1), 4, Model(network=network), Train(augment="auto", epochs=5), seed=7
     )
     assert train.augment in ("upright", "none")
     by_level = table[table.network == "efficientnet_lite0"].set_index("augment").score

@@ -168,17 +168,17 @@ def test_every_decision_is_in_the_log_with_its_evidence(home: Path, run: Run, tm
     assert all(entry["previous"] == before["sha256"] for before, entry in pairwise(log))
 
 
-@pytest.mark.parametrize("byte", range(0, 4000, 397))
-def test_every_changed_byte_of_the_log_is_noticed(home: Path, run: Run, tmp_path: Path, byte: int) -> None:
+def test_every_changed_byte_of_the_log_is_noticed(home: Path, run: Run, tmp_path: Path) -> None:
     submit(register_version(package(tmp_path / "a"), "celestial", run), Register())
-    content = bytearray(audit_file().read_bytes())
-    at = byte % (len(content) - 1)
-    content[at] ^= 1
-    audit_file().write_bytes(content)
-    assert verify().problems, content[max(0, at - 40) : at + 40]
-    with pytest.raises(CelestialError, match="doesn't verify"):
-        rollback()
-    assert champion(), "what is served is served on"
+    whole = audit_file().read_bytes()
+    for byte in range(0, 4000, 397):
+        content, at = bytearray(whole), byte % (len(whole) - 1)
+        content[at] ^= 1
+        audit_file().write_bytes(content)
+        assert verify().problems, content[max(0, at - 40) : at + 40]
+        with pytest.raises(CelestialError, match="doesn't verify"):
+            rollback()
+        assert champion(), "what is served is served on"
 
 
 # ----------------------------------------------------------------------------------- kill -9

@@ -221,6 +221,9 @@ def test_bad_requests(versioned: Path, tmp_path: Path) -> None:
     git(versioned, "checkout", "-q", "--", f"{IMAGES}.dvc")
     refusal(data_diff, versioned, "no-such-revision")
     refusal(pull, versioned, None, ["data/labeled"])
+    subprocess.run([sys.executable, "-m", "dvc", "remove", "-q", f"{IMAGES}.dvc"], cwd=versioned, check=True)
+    shutil.rmtree(versioned / IMAGES)
+    assert "first accepted label" in refusal(push, versioned, str(tmp_path), [IMAGES]).message
     (bare := tmp_path / "bare").mkdir()
     for function in (push, pull):
         refusal(function, bare)

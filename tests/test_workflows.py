@@ -180,6 +180,16 @@ def test_licences_are_those_that_we_allow(tmp_path: Path) -> None:
     assert tool("pip-licenses", "--allow-only", "MIT").returncode != 0
 
 
+@pytest.mark.publish
+def test_an_audit_that_could_not_look_is_not_passed(tmp_path: Path) -> None:
+    "A package that the service of vulnerabilities doesn't know, as all are where it can't be reached; pip-audit itself would pass."
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "requirements.lock").write_text(f"celestial-ml-unpublished==1.0 --hash=sha256:{0:064x}\n")
+    (tmp_path / ".cache").symlink_to(ROOT / ".cache")
+    done = make("audit", tmp_path)
+    assert done.returncode != 0 and "could not be audited" in done.stderr and "nothing is known" in done.stderr
+
+
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl on this machine")
 @pytest.mark.parametrize("ready", [True, False], ids=["ready", "never ready"])
 def test_images_are_rolled_out_by_their_digests(ready: bool, tmp_path: Path) -> None:

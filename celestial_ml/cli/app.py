@@ -287,18 +287,19 @@ def data_check(
         output = output or project_root() / "output" / "checks"
         output.mkdir(parents=True, exist_ok=True)
         write_checks(examination, output, project_root(), Path(folder).name if folder else params, new)
+    page = output and output / "checks.html"
     if json_:
         print(json.dumps([asdict(finding) for finding in findings]))
-        require_pass(findings)
+        require_pass(findings, page)
         return
     marks = {"pass": "✓", "warn": "!", "fail": "✗"}
     rows = [[marks[one.status], one.saw + (f", as {one.images[0]}" if one.images else "")] for one in findings]
     warnings = sum(one.status == "warn" for one in findings)
     print(
-        f"{len(catalog):,} images in {catalog.label.nunique()} classes\n\n{table(rows, head=False)}\n\nlook:  {output}/checks.html\n",
+        f"{len(catalog):,} images in {catalog.label.nunique()} classes\n\n{table(rows, head=False)}\n\nlook:  {page}\n",
         flush=True,
     )
-    require_pass(findings)
+    require_pass(findings, page)
     print("good enough to learn from" + (f"; {warnings} of the checks warn (!)" if warnings else ""))
     print(f"next:  {new}")
 

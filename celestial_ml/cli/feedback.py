@@ -125,9 +125,9 @@ def feedback_accept(
     if pictures or all_:
         decisions: dict[str, str | None] = {**_decisions(cases, pictures or [], label, all_)} if not reject else {}
         if reject:
-            decisions = dict.fromkeys(
-                _decisions([case | {"disagree": False} for case in cases], pictures or [], label, all_)
-            )
+            before = {case["sha256"]: case["accepted"] for case in cases}  # stays, where there is one
+            some = _decisions([case | {"disagree": False} for case in cases], pictures or [], label, all_)
+            decisions = {sha256: before.get(sha256) for sha256 in some}
         counts = review(decisions, by or whoami(), url)
     left = len(review_cases(url))
     written = write_labelled(root, url)

@@ -16,6 +16,7 @@ import typer
 from .console import AsJson, ModelOption, command, command_group, table
 from ..core.errors import CelestialError
 from ..core.files import find_root
+from ..core.many_classes import with_count
 from ..core.stores import is_web
 
 if TYPE_CHECKING:
@@ -41,10 +42,11 @@ def _odd(catalog: "pd.DataFrame") -> list[dict[str, Any]]:
 @command(label_app, "import", "celestial label import cvat.zip")
 def label_import(
     source: Annotated[
-        str, typer.Argument(help="a file of CVAT, VIA or Label Studio, a ZIP, a folder of class folders, or http://…")
+        str, typer.Argument(help="a file of CVAT, VIA or Label Studio, a table, a ZIP, class folders, or http://…")
     ],
     format_: Annotated[
-        Literal["cvat", "via", "label-studio", "folder"] | None, typer.Option("--format", help="default: by what it is")
+        Literal["cvat", "via", "label-studio", "table", "folder"] | None,
+        typer.Option("--format", help="default: by what it is"),
     ] = None,
     images: Annotated[Path | None, typer.Option(help="the pictures' folder; default: beside the annotations")] = None,
     annotator: Annotated[
@@ -77,14 +79,15 @@ def label_import(
     if json_:
         print(json.dumps(result))
         return
-    print(f"{result['labels']} labels ({result['format']}), {result['new']} of them new")
+    some = with_count(result["labels"], "label", "labels")
+    print(f"{some} ({result['format']}), {result['new']:,} new")
     print(table([[label, str(count)] for label, count in result["classes"].items()], head=False, indent=2))
     left = {"unlabelled": result["unlabelled"]} | result["left_out"]
     if any(left.values()):
         print("left out:", ", ".join(f"{count} {what}" for what, count in left.items() if count))
     for one in result.get("findings", ()):
         print(f"!  {one['saw']}{', as ' + one['images'][0] if one['images'] else ''}")
-    print("next:  they wait for a review")
+    print("next:  celestial feedback list")
 
 # %% ../../nbs/cli/10_label.ipynb #la-export
 def _waiting(images: Path | None) -> dict[str, Path | None]:

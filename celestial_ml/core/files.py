@@ -41,7 +41,7 @@ def project_root(
         return root
     raise CelestialError(
         f"{Path(start).resolve()} is not inside a celestial_ml project: no pipeline.yaml here or above",
-        "Change into your clone of the project first.",
+        "Change into your project first. `celestial new my-project --classes cat,dog` begins one.",
     )
 
 # %% ../../nbs/core/01_files.ipynb #home

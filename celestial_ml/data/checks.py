@@ -12,13 +12,14 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pandas as pd
 
 from ..core.errors import AnswerIsNo
 from ..core.folders import PassedOver
-from ..core.many_classes import listed
+from ..core.many_classes import listed, with_count
 from ..core.names import printable
 from ..core.params import Check
 from .images import FORMATS
@@ -105,7 +106,7 @@ def large_enough(catalog: pd.DataFrame, p: Check) -> Finding:
     "Is every image large enough?"
     shortest = catalog[["width", "height"]].min(axis=1)
     small = catalog[catalog.error.isna() & (shortest < p.min_px)]
-    saw = f"{len(small):,} images are smaller" if len(small) else "no image is smaller"
+    saw = with_count(len(small), "image is smaller", "images are smaller") if len(small) else "no image is smaller"
     saw += f" than {p.min_px} pixels"
     return finding("large_enough", small.empty, saw, small)
 
@@ -115,7 +116,8 @@ def passed_over(catalog: pd.DataFrame, p: Check) -> Finding:
     "Is every picture in the folder also in the catalog?"
     passed = PassedOver(Counter(catalog.attrs.get("passed_over", {})), catalog.attrs.get("examples", {}))
     few = passed.missed <= p.max_passed_over * (passed.missed + len(catalog)) and not passed.counts["unreadable"]
-    saw = f"{passed.counts.total():,} files were passed over ({passed})" if passed.counts else "no file was passed over"
+    some = with_count(passed.counts.total(), "file was", "files were")
+    saw = f"{some} passed over ({passed})" if passed.counts else "no file was passed over"
     if passed.missed:
         saw += f"; {passed.missed} may be pictures: JPEG, PNG and WebP are read, others must be converted"
     return Finding("passed_over", "pass" if few else "warn", saw, tuple(passed.missed_examples), dict(passed.counts))
@@ -162,10 +164,12 @@ def balanced(catalog: pd.DataFrame, p: Check) -> Finding:
 def one_label_each(catalog: pd.DataFrame, p: Check) -> Finding:
     "Has any image two labels?"
     images = catalog[catalog.error.isna()]  # empty files are all alike
-    torn = images[images.groupby("sha256").label.transform("nunique") > 1]
-    more = f"{torn.sha256.nunique():,} images have two labels; several for one image (multi-label) isn't supported"
-    saw = "no image has two labels" if torn.empty else more
-    return finding("one_label_each", torn.empty, saw, torn)
+    torn = images[images.groupby("sha256").label.transform("nunique") > 1].sort_values(["sha256", "path"])
+    some = with_count(torn.sha256.nunique(), "image has", "images have")
+    more = f"{some} two labels; several for one image (multi-label) isn't supported"
+    by = torn.groupby("sha256").path
+    notes = "also " + by.transform("first").where(by.cumcount() > 0, by.transform("last"))
+    return finding("one_label_each", torn.empty, "no image has two labels" if torn.empty else more, torn, notes=notes)
 
 
 @check
@@ -173,16 +177,21 @@ def no_leak(catalog: pd.DataFrame, p: Check) -> Finding:
     "Is any image both learned from and measured on?"
     images = catalog[catalog.error.isna()]
     leaked = images[images.groupby("sha256").split.transform("nunique") > 1]
-    saw = "no image is in two splits" if leaked.empty else f"{leaked.sha256.nunique():,} images are in two splits"
-    return finding("no_leak", leaked.empty, saw, leaked)
+    some = with_count(leaked.sha256.nunique(), "image is", "images are")
+    return finding("no_leak", leaked.empty, f"{'no image is' if leaked.empty else some} in two splits", leaked)
 
 
 @check
 def no_duplicates(catalog: pd.DataFrame, p: Check) -> Finding:
     "Is any image there twice?"
-    again = catalog[catalog.error.isna() & catalog.sha256.duplicated()]
-    saw = "no image is a copy of another" if again.empty else f"{len(again):,} images are copies of another"
-    return finding("no_duplicates", again.empty, saw, again, "warn")
+    images = catalog[catalog.error.isna()]
+    lengths = images.path.map(lambda path: len(path.rpartition("/")[2]))  # a copy has the longer name
+    order = lengths.sort_values(kind="stable").index
+    first = images.loc[order].groupby("sha256").path.transform("first").loc[images.index]
+    copies = images[first != images.path]
+    saw = with_count(len(copies), "image is a copy", "images are copies") if len(copies) else "no image is a copy"
+    notes = "a copy of " + first[copies.index]
+    return finding("no_duplicates", copies.empty, f"{saw} of another", copies, "warn", notes)
 
 
 @check
@@ -208,11 +217,15 @@ def findings_table(findings: list[Finding]) -> pd.DataFrame:
     return pd.DataFrame([asdict(f) | {"images": f.images[:3]} for f in findings], columns=columns)
 
 
-def require_pass(findings: list[Finding]) -> None:
+def require_pass(
+    findings: list[Finding],
+    page: Path | None = None,  # that shows them
+) -> None:
     "`AnswerIsNo` if any check failed, with all that did."
     if failed := [f for f in findings if f.status == "fail"]:
         raise AnswerIsNo(
             "the data is not good enough to learn from: "
             + "; ".join(f"{f.saw}" + (f", as {f.images[0]}" if f.images else "") for f in failed),
-            "Correct the images, or change the limits in the section check of the params file.",
+            (f"Look at {page}. " if page else "")
+            + "Correct the images, or change the limits in the section check of the params file.",
         )

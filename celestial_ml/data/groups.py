@@ -30,10 +30,11 @@ def fingerprint(
 ) -> tuple[int, np.ndarray]:  # a perceptual hash of 64 bits, and a thumbnail: uint8 (16, 16, 3)
     "What near duplicates have in common. Source: the hash is pHash (Zauner 2010), as in the package ImageHash."
     image = Image.fromarray(pixels)
-    gray = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX), float)
+    smooth = Image.Resampling.BILINEAR  # a box would give a copy of another size another pattern of steps
+    gray = np.asarray(image.convert("L").resize((32, 32), smooth), float)
     low = dctn(gray, norm="ortho")[:8, :8].ravel()[1:]
     bits = np.packbits(np.r_[low > np.median(low), False])
-    return int.from_bytes(bits.tobytes(), "big"), np.asarray(image.resize((_THUMB, _THUMB), Image.Resampling.BOX))
+    return int.from_bytes(bits.tobytes(), "big"), np.asarray(image.resize((_THUMB, _THUMB), smooth))
 
 
 def near_groups(

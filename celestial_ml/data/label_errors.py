@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import minimize
 from scipy.special import softmax
 from threadpoolctl import threadpool_limits
 
@@ -66,18 +67,26 @@ def out_of_fold(
     return softmax(logs, axis=1)
 
 # %% ../../nbs/data/07_label_errors.ipynb #suspected-label-errors
-USEFUL = 0.7  # accuracy of a classifier that may doubt a label
+USEFUL = 0.7  # accuracy of the classifiers together; where it is less, no label is doubted
+_DOUBT = 0.35  # probability that a suspect's label is wrong, at least: somebody looks at it
+_LEAST, _MOST = 0.01, 0.4  # share of wrong labels; 3 in 100 are usual (Northcutt et al. 2021, arXiv:2103.14749)
 
 
-def _heard(views: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:  # float (n, classes); rows of NaN: none
-    "The geometric mean of the useful ones."
-    logs, votes = np.zeros(views[0].shape), np.zeros((len(labels), 1))
-    for probabilities in views:
-        judged = np.flatnonzero(np.isfinite(probabilities[:, 0]))
-        if len(judged) and (probabilities[judged].argmax(axis=1) == labels[judged]).mean() >= USEFUL:
-            logs[judged] += np.log(probabilities[judged].clip(1e-3, 1))
-            votes[judged] += 1
-    return np.where(votes, softmax(logs / votes.clip(1), axis=1), np.nan)
+def _right_or_wrong(own: np.ndarray, share: float, classes: int) -> np.ndarray:  # float (2, n)
+    "How probable each label is as a right and as a wrong one, by the probability of its class."
+    return np.stack([(1 - share) * own, share * (1 - own) / (classes - 1)])
+
+
+def _explained(logs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
+    "The weight of each view, and the share of wrong labels, that make the labels most probable."
+    rows, classes = np.arange(len(labels)), logs.shape[2]
+
+    def cost(at: np.ndarray) -> float:
+        own = softmax(np.tensordot(np.exp(at[:-1]), logs, 1), axis=1)[rows, labels]
+        return -float(np.log(_right_or_wrong(own, np.exp(at[-1]), classes).sum(axis=0) + 1e-300).mean())
+
+    at = minimize(cost, [-0.7] * len(logs) + [-3.5], bounds=[(-6, 2)] * len(logs) + [(np.log(_LEAST), np.log(_MOST))]).x
+    return np.exp(at[:-1]), float(np.exp(at[-1]))
 
 
 def suspected_label_errors(
@@ -86,22 +95,25 @@ def suspected_label_errors(
 ) -> pd.DataFrame:  # row, given, suggested, p_given, p_suggested: a row a suspect, the clearest first
     """The images whose label is probably wrong, and what they probably are.
 
-    Where an answer differs from the label, is eight tenths as sure as the mean of that class, and 20 times as probable
-    as the label, for few labels are wrong, say one in 20, and the evidence must outweigh that; in the order of the margin.
-    Source: Northcutt et al. 2021, arXiv:1911.00068, equation 1, whose bar is the mean itself: of good classifiers that is
-    nearly 1, and a fifth of the wrong labels stay below. A classifier that agrees with fewer than
-    `USEFUL` of the labels is not heard: it contradicts three in ten, and sets with more than a few wrong labels in a
-    hundred are rare, so that hardly any of its suspects would be one. A suspect is to be looked at, not to be relabelled
-    unseen.
+    The noise is that of Angluin and Laird 1988: any other class is as probable. The classifiers' logarithms are added by weight, and
+    where they agree with fewer than `USEFUL` of the labels, there is no suspect. One is to be looked at, not to be relabelled unseen.
     """
-    probabilities = _heard(views, labels)
-    own, suggested = probabilities[np.arange(len(labels)), labels], np.argmax(probabilities, axis=1)
-    sure = np.isfinite(own)
-    count = np.bincount(labels[sure], minlength=probabilities.shape[1])
-    bar = 0.8 * np.bincount(labels[sure], weights=own[sure], minlength=len(count)) / np.maximum(count, 1)
-    best = probabilities[np.arange(len(labels)), suggested]
-    contradicts = (suggested != labels) & (best >= bar[suggested]) & (best >= 20 * own)
-    rows = np.flatnonzero(sure & (count[suggested] > 0) & contradicts)
-    rows = rows[np.argsort(own[rows] - best[rows], kind="stable")]
-    columns = {"given": labels, "suggested": suggested, "p_given": own, "p_suggested": best}
-    return pd.DataFrame({"row": rows} | {name: values[rows] for name, values in columns.items()})
+    some = np.stack(views)
+    judged = np.flatnonzero(np.isfinite(some[:, :, 0]).any(axis=0))
+    names, given = np.unique(labels[judged], return_inverse=True)
+    none = pd.DataFrame(np.zeros((0, 5), int), columns=["row", "given", "suggested", "p_given", "p_suggested"])
+    if len(names) < 2:
+        return none
+    logs = np.nan_to_num(np.log(some[:, judged][:, :, names].clip(1e-3, 1)))
+    fitted = np.random.default_rng(0).permutation(len(judged))[: min(LEARN, 2_000_000 // len(names))]
+    weights, share = _explained(logs[:, fitted], given[fitted])
+    p, rows = softmax(np.tensordot(weights, logs, 1), axis=1), np.arange(len(judged))
+    if (p.argmax(axis=1) == given).mean() < USEFUL:
+        return none
+    own = p[rows, given]
+    right, wrong = _right_or_wrong(own, share, len(names))
+    p[rows, given] = 0  # leaves what it is otherwise
+    columns = (judged, labels[judged], names[p.argmax(axis=1)], own, p.max(axis=1))
+    order, doubt = np.argsort(own, kind="stable"), wrong / (right + wrong)
+    table = pd.DataFrame(dict(zip(none, columns, strict=True))).iloc[order[doubt[order] > _DOUBT]]
+    return table.reset_index(drop=True)

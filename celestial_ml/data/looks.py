@@ -92,9 +92,10 @@ def _seen(path: Path, background: Background) -> tuple[dict[str, Any], np.ndarra
     picture = Image.fromarray(pixels)
     if max(picture.size) > 256:
         picture = picture.reduce(max(picture.size) // 128)
-    small = picture.resize((SIDE, SIDE), Image.Resampling.BOX)
+    # A box would give a copy of another size another pattern of steps, where the sides are no multiples.
+    small = picture.convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     tiny = np.asarray(picture.resize((TINY, TINY), Image.Resampling.BOX))
-    return {"mode": mode} | measure(picture), np.asarray(small.convert("L")), tiny, pixels
+    return {"mode": mode} | measure(picture), np.asarray(small), tiny, pixels
 
 # %% ../../nbs/data/07_looks.ipynb #lk-look-at
 _PORTION = 500  # pictures whose features are read from the store at once

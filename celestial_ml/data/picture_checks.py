@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy.spatial import KDTree
 
-from ..core.many_classes import listed
+from ..core.many_classes import listed, with_count
 from ..core.params import Check
 from .checks import Finding, finding
 from .looks import Looks, embedded, principal
@@ -90,7 +90,7 @@ def picture_check(function: PictureCheck) -> PictureCheck:
 def _about(seen: Seen, check: str, bad: np.ndarray, what: str, status: str, notes: list[str] | None = None) -> Finding:
     "A finding about some of the pictures, a row of booleans."
     rows, n = seen.catalog.iloc[seen.rows[bad]], int(np.count_nonzero(bad))
-    saw = f"{n:,} {'picture is' if n == 1 else 'pictures are'} {what}" if n else f"no picture is {what}"
+    saw = f"{with_count(n, 'picture is', 'pictures are') if n else 'no picture is'} {what}"
     return finding(check, not n, saw, rows, status, notes or [])
 
 # %% ../../nbs/data/07_picture_checks.ipynb #pc-one
@@ -163,9 +163,12 @@ def even_sizes(seen: Seen, p: Check) -> Finding:
     "Is any picture much larger, smaller, wider or taller than all others?"
     width, height = (seen.catalog[side].to_numpy(float)[seen.rows].clip(1) for side in ("width", "height"))
     odd = np.zeros(len(width), bool)
-    for measured, least in ((np.log(np.minimum(width, height)), np.log(2.5)), (np.log(width / height), np.log(1.8))):
-        low, middle, high = np.quantile(measured, (0.25, 0.5, 0.75)) if len(measured) else (0, 0, 0)
-        odd |= np.abs(measured - middle) > max(least, 4 * (high - low))
+    for measured in np.log([width, height, width / height]) if len(width) else ():
+        least, low, middle, high, most = np.quantile(measured, (_RARE, 0.25, 0.5, 0.75, 1 - _RARE))
+        odd |= np.abs(measured - middle) > max(np.log(2.5), 4 * (high - low))
+        # Many sizes have an end, too: where all but a few end, and twice as far again as from the quartile to there.
+        odd |= measured - most > max(np.log(1.8), 2 * (most - high))
+        odd |= least - measured > max(np.log(1.8), 2 * (low - least))
     notes = [f"{w:.0f} × {h:.0f}" for w, h in zip(width[odd], height[odd], strict=True)]
     return _about(seen, "even_sizes", odd, "of an odd size or shape", p.pictures, notes)
 
@@ -249,6 +252,10 @@ def labels_fit(seen: Seen, p: Check) -> Finding:
         return finding("labels_fit", True, "too few pictures to doubt a label")
     suspects = suspected_label_errors([out_of_fold(space, labels, len(names)) for space in seen.spaces], labels)
     bad = seen.rows[seen.shown][suspects.row]
-    saw = f"{len(bad):,} labels are suspected to be wrong" if len(bad) else "no label is suspected"
+    saw = (
+        f"{with_count(len(bad), 'label is', 'labels are')} suspected to be wrong"
+        if len(bad)
+        else "no label is suspected"
+    )
     notes = [f"{name}?" for name in names[suspects.suggested]]
     return finding("labels_fit", not len(bad), saw, seen.catalog.iloc[bad], p.pictures, notes)

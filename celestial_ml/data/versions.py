@@ -130,6 +130,11 @@ def _outs(repo: Repo, paths: Sequence[str | Path], imports: bool = False) -> lis
         outs[path.with_name(f"{path.name}.dvc")] = out  # a pointer may be named, too
     for path in named:
         if path not in outs:
+            if path == root / LABELLED:
+                raise CelestialError(
+                    f"{LABELLED} isn't there yet: the first accepted label makes it",
+                    "See what waits: celestial feedback list",
+                )
             there = [one.relative_to(root).as_posix() for one in outs if one.suffix != ".dvc"]
             raise unknown(
                 "path under DVC", path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path), there

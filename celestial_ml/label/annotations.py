@@ -19,9 +19,10 @@ from ..core.errors import CelestialError, unknown
 from ..core.names import printable
 
 # %% auto #0
-__all__ = ['MOST_BYTES', 'Annotation', 'read_xml', 'read_cvat', 'read_json_bytes', 'read_via', 'read_tasks']
+__all__ = ['FORMATS', 'MOST_BYTES', 'Annotation', 'read_xml', 'read_cvat', 'read_json_bytes', 'read_via', 'read_tasks']
 
 # %% ../../nbs/label/10_annotations.ipynb #an-annotation
+FORMATS = "Formats: CVAT for images 1.1, VIA, Label Studio's JSON, and tables with the columns file_name and label."
 MOST_BYTES = 200_000_000  # of a file of annotations; a hundred thousand pictures take about 40 MB
 
 
@@ -42,7 +43,7 @@ class Annotation:
 # %% ../../nbs/label/10_annotations.ipynb #an-broken
 def _broken(name: str, why: object) -> CelestialError:
     "The error for a file that can't be read."
-    return CelestialError(f"{printable(name)} can't be read: {why}", "Export it again.", "damaged")
+    return CelestialError(f"{printable(name)} can't be read: {why}", f"Export it again. {FORMATS}", "damaged")
 
 
 def _seconds(text: object) -> float | None:

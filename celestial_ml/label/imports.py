@@ -18,10 +18,19 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from ..core.errors import CelestialError, nearest
 from ..core.files import sha256_of
+from ..core.many_classes import listed
 from ..core.names import printable
 from ..data.archives import ArchiveLimits, is_zip, zip_pictures
 from ..data.images import MAX_BYTES, find_pictures, is_picture, open_image, open_regular, read_content
-from .annotations import MOST_BYTES, Annotation, read_cvat, read_json_bytes, read_tasks, read_via
+from celestial_ml.label.annotations import (
+    FORMATS,
+    MOST_BYTES,
+    Annotation,
+    read_cvat,
+    read_json_bytes,
+    read_tasks,
+    read_via,
+)
 from .store import UNKNOWN, Judgement, check_label, label_table, open_labels, propose, read_judgements
 
 if TYPE_CHECKING:
@@ -70,13 +79,13 @@ class Pictures:
 
 # %% ../../nbs/label/11_imports.ipynb #im-options
 FAULTS = {
-    "nameless": "name no picture",
-    "gone": "name a picture that is not there",
-    "ambiguous": "name a picture of which there are several",
-    "unreadable": "name a picture that can't be read",
-    "shapes": "have boxes or shapes where a class of the whole picture is wanted",
-    "several": "give one picture several classes",
-    "unknown_label": "have a label that is not a class",
+    "nameless": "name{} no picture",
+    "gone": "name{} a picture that is not there",
+    "ambiguous": "name{} a picture of which there are several",
+    "unreadable": "name{} a picture that can't be read",
+    "shapes": "show{} boxes or shapes where a class of the whole picture is wanted",
+    "several": "give{} one picture several classes",
+    "unknown_label": "use{} a label that is not a class",
 }
 _MENDS = {
     "gone": "--images FOLDER names the pictures' folder.",
@@ -89,7 +98,7 @@ _MENDS = {
 class Options:
     "How annotations are read."
 
-    source: Literal["cvat", "via", "label-studio", "folder"]
+    source: Literal["cvat", "via", "label-studio", "table", "folder"]
     annotator: str = ""  # instead of whom the file names
     otherwise: str = "unknown"  # who it is where the file names nobody
     classes: frozenset[str] = frozenset()  # that exist; empty: any label is one
@@ -172,7 +181,7 @@ def fault_error(judged: Judged, name: str) -> CelestialError:
     "The error that lists all faults of a file."
     count = sum(map(len, judged.faults.values()))
     lines = [
-        f"{len(some)} {FAULTS[kind]}: {'; '.join(some[:3])}{'; …' if len(some) > 3 else ''}"
+        f"{len(some)} {FAULTS[kind].format('s' * (len(some) == 1))}: {'; '.join(some[:3])}{'; …' if len(some) > 3 else ''}"
         for kind, some in judged.faults.items()
     ]
     total = count + len(judged.judgements)
@@ -196,7 +205,7 @@ def store_judged(judged: Judged, name: str, skip: bool = False, url: str | None 
 
 # %% ../../nbs/label/11_imports.ipynb #im-unpack
 _LIMITS = ArchiveLimits(files=200_000, total_bytes=20_000_000_000, file_bytes=MAX_BYTES)
-_TABLES = (".xml", ".json", ".csv")
+_TABLES = (".xml", ".json", ".csv", ".jsonl")
 
 
 @contextmanager
@@ -244,7 +253,28 @@ def read_annotations(
         raise CelestialError(f"{name} has more than {MOST_BYTES:,} bytes", "Export it in parts.", "too_large")
     if source == "label-studio" or (source is None and content.lstrip()[:1] == b"["):
         return "label-studio", read_tasks(read_json_bytes(content, name), name)
+    of_via = content.lstrip()[:1] == b"{" or b"file_attributes" in content or b"# CSV_HEADER" in content
+    if source == "table" or (source is None and (path.suffix.lower() == ".jsonl" or not of_via)):
+        return "table", _of_table(path, name)
     return "via", read_via(content, name, attribute)
+
+# %% ../../nbs/label/11_imports.ipynb #im-tables
+def _of_table(path: Path, name: str) -> Iterator[Annotation]:
+    "The rows of a table, as `data.labels` takes it beside pictures."
+    from celestial_ml.data.labels import read_labels  # pandas is slow to import
+
+    try:
+        table = read_labels(path)
+    except CelestialError as e:
+        raise CelestialError(e.message.replace(str(path), name), f"{e.hint} {FORMATS}", "damaged") from None
+    if "label" not in table:
+        raise CelestialError(
+            f"{name} has no column label; its columns: {listed(printable(str(one)) for one in table)}",
+            FORMATS,
+            "damaged",
+        )
+    for row, file, label in zip(table.index, table.file, table.label, strict=True):
+        yield Annotation(file, f"row {row}", (label,))
 
 
 def _cvat_of(path: Path, name: str) -> Iterator[Annotation]:
@@ -288,6 +318,10 @@ def import_labels(
         if not Path(one).exists():
             raise CelestialError(f"there is no {one}", "Check the path.")
     if path.is_file():
+        if is_picture(PurePosixPath(path)):
+            raise CelestialError(
+                f"{path} is a picture", f"Name the folder of its class's folder, or a table. {FORMATS}"
+            )
         with open_regular(path) as file:
             packed = is_zip(file.read(4))
         if not packed:
@@ -297,13 +331,16 @@ def import_labels(
             pictures = [(Path(one).relative_to(images).as_posix(), Path(one)) for one in find_pictures(images)]
         named = [one for one in tables if PurePosixPath(one[0]).name == "annotations.xml"]
         inside = named or (tables if place == path and path.is_file() and len(tables) == 1 else [])
-        kind, annotations = read_annotations(table or next(iter(inside), None), pictures, source, attribute)
+        table = table or next(iter(inside), None)
+        if table is None and source not in (None, "folder"):
+            raise CelestialError(f"{path} holds no file of the format {source}", "Name that file, and --images FOLDER.")
+        kind, annotations = read_annotations(table, pictures, source, attribute)
         chosen = Options(kind, **{"classes": known_classes(url)} | options)
         judged = judge(annotations, in_store(in_folder(Pictures(pictures)), url), chosen)
         result = {"format": kind} | store_judged(judged, path.name, skip, url)
         return result if check is None else result | {"findings": check(_new_pictures(judged, pictures))}
 
-
+# %% ../../nbs/label/11_imports.ipynb #im-new-pictures
 def _new_pictures(judged: Judged, pictures: Sequence[tuple[str, Path]]) -> pd.DataFrame:
     "A catalog of the pictures that the store had not, with the names that they came by."
     from celestial_ml.data.catalog import read_files  # pandas is slow to import

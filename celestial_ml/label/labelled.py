@@ -63,21 +63,25 @@ def review_cases(
     url: str | None = None,  # as `label_database` takes it
 ) -> list[
     dict[str, Any]
-]:  # sha256, labels (label → who), disagree, new_class, sources, request_id, model_version, since
-    "The pictures with proposals that nobody has decided about."
+]:  # sha256, labels (label → who), disagree, accepted, new_label, sources, request_id, model_version, since
+    "The pictures with proposals that nobody has decided about, or that contradict what a reviewer had decided before."
     rows = read_judgements(url=url)
-    decided = {one.sha256 for one in rows if one.status == "accepted"}
-    used = {one.label for one in rows if one.status == "accepted"}
+    decided = {one.sha256: one for one in rows if one.status == "accepted"}
+    used = {one.label for one in decided.values()}
     cases: dict[str, list[Judgement]] = defaultdict(list)
     for one in rows:
-        if one.status == "proposed" and one.sha256 not in decided:
+        before = decided.get(one.sha256)
+        if one.status == "proposed" and (before is None or (before.reviewer and before.label != one.label)):
             cases[one.sha256].append(one)
     found = []
     for sha256, some in cases.items():
         labels: dict[str, list[str]] = defaultdict(list)
-        for one in some:
-            labels[one.label].append(one.annotator)
+        before = decided.get(sha256)
+        said = [(before.label, before.reviewer or "")] if before else []
+        for label, who in [*said, *((one.label, one.annotator) for one in some)]:
+            labels[label].append(who)
         about = {"sha256": sha256, "labels": dict(labels), "disagree": len(labels) > 1}
+        about["accepted"] = before.label if before else None
         about |= {"new_label": sorted(set(labels) - used - {UNKNOWN}), "sources": sorted({one.source for one in some})}
         about |= {"request_id": some[0].request_id, "model_version": some[0].model_version}
         found.append(about | {"since": utc(min(one.time for one in some))})

@@ -39,7 +39,7 @@ __all__ = ['SOURCES', 'STATUSES', 'UNKNOWN', 'LABEL_SCHEMA', 'Judgement', 'check
            'review', 'forget_label']
 
 # %% ../../nbs/label/00_store.ipynb #st-judgement
-SOURCES = ("feedback", "page", "map", "label-studio", "cvat", "via", "folder", "review")
+SOURCES = ("feedback", "page", "map", "label-studio", "cvat", "via", "table", "folder", "review")
 STATUSES = ("proposed", "accepted", "rejected")
 UNKNOWN = "unknown"  # the label of a picture that shows none of the classes
 
