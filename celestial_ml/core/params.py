@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Fraction', 'Seconds', 'ParamsError', 'Section', 'Data', 'Check', 'Prepare', 'Model', 'Train', 'Evaluate', 'Stress',
            'Explain', 'Package', 'Register', 'Card', 'Span', 'Tune', 'Score', 'Track', 'Retrain', 'Monitor',
-           'AlertRule', 'Alerts', 'Params', 'allowed', 'known_keys', 'typed', 'parse_yaml', 'params_path',
+           'AlertRule', 'Alerts', 'Params', 'allowed', 'known_keys', 'flat', 'typed', 'parse_yaml', 'params_path',
            'load_params', 'default_yaml']
 
 # %% ../../nbs/core/04_params.ipynb #feca52bd
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
@@ -472,6 +472,17 @@ def known_keys() -> dict[str, dict[str, Any]]:  # {"train.lr": its JSON schema, 
             inner = sub.get("items", {}).get("$ref", "").rpartition("/")[2]
             keys[f"{name}.{key}"] = sub | ({"items": schema["$defs"][inner]} if inner else {})
     return keys
+
+
+def flat(
+    sections: Mapping[str, Any],  # {"train": {"lr": 0.003}, "seed": 7}
+) -> dict[str, Any]:  # {"train.lr": 0.003, "seed": 7}
+    "Parameters by their dotted keys."
+    return {
+        f"{name}.{key}" if isinstance(values, dict) else name: value
+        for name, values in sections.items()
+        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
+    }
 
 
 def _nearest_key(key: str, keys: list[str]) -> str | None:

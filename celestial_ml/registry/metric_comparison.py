@@ -21,7 +21,7 @@ from .evidence import Evidence, Paired, compare, short
 
 # %% auto #0
 __all__ = ['Difference', 'interval_of_difference', 'same_images', 'answers_table', 'paired_figures', 'differences', 'Comparison',
-           'changed_params', 'flat', 'make_comparison']
+           'changed_params', 'make_comparison']
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #difference
 @dataclass(frozen=True)
@@ -228,17 +228,6 @@ def changed_params(
         k for k in first.keys() | second.keys() if k.partition(".")[0] not in ("alerts", "monitor", "retrain")
     )
     return {key: (first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)}
-
-
-def flat(
-    sections: Mapping[str, Any],  # {"train": {"lr": 0.003}, "seed": 7}
-) -> dict[str, Any]:  # {"train.lr": 0.003, "seed": 7}
-    "Parameters by their dotted keys."
-    return {
-        f"{name}.{key}" if isinstance(values, dict) else name: value
-        for name, values in sections.items()
-        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
-    }
 
 # %% ../../nbs/registry/11_metric_comparison.ipynb #make-comparison
 def _how(figures: list[Difference], answers: tuple[Evidence, Evidence] | None, paired: Paired | None) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.files import find_root, read_json
+from ..core.params import flat
 from ..package.manifest import damage
 from ..package.published import published, read_pointer, versions
 from .audit import verify
@@ -82,7 +83,7 @@ def compare_versions(
 ) -> dict[str, Any]:  # first, second, figures, params, paired and words
     "Two versions beside each other; the accuracy is tested on the first one's test images."
     from celestial_ml.registry.evidence import Evidence, answers_of_other, compare
-    from celestial_ml.registry.metric_comparison import flat, make_comparison
+    from celestial_ml.registry.metric_comparison import make_comparison
 
     names, folders = (first, second), (published(first), published(second))
     answers = [None if damage(folder) else Evidence.load(folder) for folder in folders]

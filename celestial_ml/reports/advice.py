@@ -6,10 +6,9 @@
 __all__ = ['SIMPLE', 'baseline_rows', 'not_worth_it', 'what_to_try']
 
 # %% ../../nbs/reports/05_advice.ipynb #ad-imports
-from ..core.params import known_keys
+from ..core.params import flat, known_keys
 from ..package.manifest import Manifest
 from ..package.metrics import Metrics
-from ..registry.metric_comparison import flat
 
 # %% ../../nbs/reports/05_advice.ipynb #ad-warning
 SIMPLE = {

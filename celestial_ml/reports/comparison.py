@@ -20,14 +20,14 @@ from ..core.errors import CelestialError, unknown
 from ..core.files import read_json
 from ..core.names import printable
 from ..core.page_builder import Page, share
-from ..core.params import ParamsError, load_params, parse_yaml
+from ..core.params import ParamsError, flat, load_params, parse_yaml
 from ..data.versions import Diff, data_diff, diff_to_json
 from ..flow.steps import run_folder
 from ..package.manifest import LATENCY, SIZE, Manifest, costs, damage, read_manifest
 from ..package.metrics import Metrics
 from ..package.published import published, versions
 from ..registry.evidence import EVIDENCE, Evidence
-from ..registry.metric_comparison import Comparison, Difference, answers_table, flat, make_comparison
+from ..registry.metric_comparison import Comparison, Difference, answers_table, make_comparison
 from ..registry.versions import read_version
 from .model_card import verdict_words
 from .run_report import against_version, changes

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from ..core.files import without_folders
 from ..core.many_classes import listed
 from ..core.page_builder import Page, share
+from ..core.params import flat
 from ..package.manifest import Manifest
 from ..package.metrics import Metrics
-from ..registry.metric_comparison import flat
 from .advice import baseline_rows, not_worth_it
 
 if TYPE_CHECKING:

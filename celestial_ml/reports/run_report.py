@@ -13,12 +13,13 @@ import numpy as np
 
 from ..core.errors import CelestialError
 from ..core.page_builder import Page, share
+from ..core.params import flat
 from ..data.images import Background, decode_image
 from ..data.sheet import some_of_each
 from ..package.manifest import Manifest, damage
 from ..package.published import published
 from ..registry.evidence import Evidence, Paired
-from ..registry.metric_comparison import Comparison, Difference, flat, make_comparison
+from ..registry.metric_comparison import Comparison, Difference, make_comparison
 from ..registry.versions import read_version
 from .advice import baseline_rows
 from .answers import as_figure, changed_words, four_answers
