@@ -185,14 +185,18 @@ def test_a_run_has_a_card_of_its_images_and_croissant_loads_them(smoke: Plan) ->
     assert records["images/width"].tolist() == catalog.width.tolist() and len(records.columns) == len(catalog.columns)
 
 
-def test_nothing_changed_nothing_runs_and_ploomber_is_not_imported(smoke: Plan, at_home: Path) -> None:
+def test_nothing_changed_nothing_runs_and_nothing_slow_is_imported(smoke: Plan, at_home: Path) -> None:
     assert make_plan(at_home, "smoke").stale == {}
     code = (
-        "import sys; from pathlib import Path; from celestial_ml.flow.pipeline import make_plan, execute;"
-        "plan = make_plan(Path.cwd(), 'smoke'); execute(plan); assert plan.stale == {};"
-        "slow = {'ploomber', 'tensorflow', 'mlflow', 'pandas', 'papermill'} & set(sys.modules); assert not slow, slow"
+        "import sys; from celestial_ml.cli.app import app\n"
+        "try: app(['run', 'smoke', '--json'])\n"
+        "except SystemExit as e: assert not e.code, e.code\n"
+        "slow = {'ploomber', 'tensorflow', 'mlflow', 'pandas', 'papermill', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not slow, slow"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=at_home)
+    done = subprocess.run([sys.executable, "-c", code], cwd=at_home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ran"] == []
 
 
 @pytest.fixture
