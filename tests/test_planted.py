@@ -76,3 +76,22 @@ def test_the_command_writes_a_page_and_compares(celestial, tmp_path: Path) -> No
     assert "Mars/black.png" in page and "data:image/webp" in page
     gone = celestial("data", "check", folder, "--reference", "nowhere")
     assert gone.returncode == 2 and "nowhere" in gone.stderr and "Traceback" not in gone.stderr
+
+
+def test_skew_against_a_run_stops_or_warns(celestial, tmp_path: Path) -> None:
+    learned = planets(tmp_path / "learned", each=20)
+    assert celestial("data", "check", learned, "--reference", "none").returncode == 0  # in output/checks
+    for name, changed in {
+        "gray": lambda image: image.convert("L"),
+        "dark": lambda image: image.point(lambda v: v // 2),
+    }.items():
+        for path in learned.rglob("*.png"):
+            copy = tmp_path / name / path.relative_to(learned)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            changed(Image.open(path)).save(copy)
+    gray, dark = (
+        celestial("data", "check", tmp_path / name, "--reference", "checks", "--output", tmp_path / f"of {name}")
+        for name in ("gray", "dark")
+    )
+    assert gray.returncode == 1 and "gray and coloured" in gray.stderr and "of gray/checks.html" in gray.stderr
+    assert dark.returncode == 0 and "how pictures look" in dark.stdout, dark.stdout + dark.stderr
