@@ -262,6 +262,12 @@ def train_image(context: Path, base: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
+def lab_image(context: Path, base: str) -> Iterator[str]:
+    "The image of JupyterLab."
+    yield from built(context, base, "--target", "lab")
+
+
+@pytest.fixture(scope="module")
 def container(image: str) -> Iterator[str]:
     "The container, alive: no network, no rights, nothing to write to but /tmp."
     name = f"celestial-test-{uuid.uuid4().hex[:8]}"
@@ -432,3 +438,44 @@ def test_pipeline_in_its_image_gives_the_same_metrics(train_image: str, smoke: P
     assert read_json(tmp_path / "output/smoke/model.json")["lineage"]["code_revision"] == "unknown"
     done = podman("run", "--rm", *LOCKED_DOWN, *volumes, train_image, "celestial", "monitor", "check", check=False)
     assert done.returncode in (0, 1) and b"Traceback" not in done.stderr
+
+
+OPEN = """
+import json
+from urllib.request import Request, urlopen
+from jupyter_client import BlockingKernelClient, find_connection_file
+from jupyter_server.serverapp import list_running_servers
+
+[server] = list_running_servers()
+
+def ask(where, /, **body):
+    data = json.dumps(body).encode() if body else None
+    request = Request(f"http://127.0.0.1:8888/{where}", data, {"Authorization": f"token {server['token']}"})
+    return urlopen(request, timeout=60).read()
+
+assert b"JupyterLab" in ask("lab/workspaces/celestial")
+step = "nbs/steps/01_acquire.ipynb"
+assert json.loads(ask(f"api/contents/{step}"))["content"]["cells"]
+kernel = json.loads(ask("api/sessions", path=step, name=step, type="notebook", kernel={"name": "python3"}))["kernel"]["id"]
+client = BlockingKernelClient(connection_file=find_connection_file(f"kernel-{kernel}.json"))
+client.load_connection_file()
+client.start_channels()
+client.execute_interactive("import celestial_ml.flow.pipeline, tensorflow; print('trains')", timeout=120)
+"""
+
+
+@pytest.mark.container
+def test_lab_opens_a_step_and_runs_a_cell(lab_image: str, tmp_path: Path):
+    name = f"celestial-test-{uuid.uuid4().hex[:8]}"
+    tmp_path.chmod(0o777)
+    podman("run", "--detach", "--name", name, *LOCKED_DOWN, "-v", f"{tmp_path}:/state", lab_image)
+    try:
+        end = monotonic() + 90
+        while (done := podman("exec", "-i", name, "python", "-c", OPEN, check=False)).returncode:
+            logs = podman("logs", name, check=False)
+            assert monotonic() < end, (done.stderr + logs.stdout + logs.stderr).decode()
+            sleep(0.5)
+        assert done.stdout.split() == [b"trains"]
+        assert podman("exec", name, "id", "-u").stdout.strip() == b"10001"
+    finally:
+        podman("rm", "--force", name, check=False)
