@@ -114,6 +114,15 @@ def start_up(run: Path, folder: Path, times: int) -> Row:
     return Row("celestial batch, to the first answers", "s", took["ours"], {}, {"its imports alone": took["bare"]})
 
 
+# From a small process: Linux counts the memory of the process that starts another one as the other's, too.
+_PEAK = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(done.returncode)
+"""
+
+
 @contextmanager
 def many(folder: Path, times: int) -> Iterator[str]:
     "A folder with so many times the pictures of another, as hard links."
@@ -132,12 +141,11 @@ def growth(run: Path, folder: Path, repeats: tuple[int, ...]) -> list[Row | Grow
         with many(folder, times) as links:
             told = [CELESTIAL, "batch", links, f"{links}/scores", "--model", str(run)]
             began = time.perf_counter()
-            process = subprocess.Popen(told, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            _, status, used = os.wait4(process.pid, 0)
-            if status:
-                sys.exit(f"the job with {times} times the pictures failed")
+            done = subprocess.run([sys.executable, "-c", _PEAK, *told], capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"the job with {times} times the pictures failed: {done.stderr[-1000:]}")
             seconds.append(time.perf_counter() - began)
-            peaks.append(used.ru_maxrss / 1000)
+            peaks.append(int(done.stdout) / 1000)
     what = f"peak memory for {repeats[-1]} times as many files"
     memory = Row(what, "MB", peaks[-1:], {f"for {count * repeats[0]:,} files": peaks[:1]}, goal=0.8)
     return [memory, Growth("celestial batch", [count * times for times in repeats], seconds)]

@@ -53,5 +53,5 @@ def check_rows(folder: Path, times: int) -> list[Row | Growth]:
 
 
 def _peer(name: str, python: Path, folder: Path) -> float:
-    done = subprocess.run([python, PEER / "checks.py", name, folder], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([python, PEER / "checks.py", name, folder], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])["seconds"]

@@ -443,11 +443,13 @@ def swap_row(model: Path, home: Path, contents: list[bytes], count: int) -> Text
         version = answer.get("model_version", "")
         seen[version] += 1
         wrong["failed"] += status != 200
-        wrong["misnamed"] += status == 200 and answer["label"] != versions[int(version) - 1][expected[i]]
+        wrong["misnamed"] += (
+            status == 200 and answer["label"] != versions[int(version.rpartition("/")[2]) - 1][expected[i]]
+        )
 
     over = threading.Event()
     write_json(home / "models/champion.json", {"model": "bench/1"})
-    swapper = threading.Thread(target=swap, args=(home, over))
+    swapper = threading.Thread(target=swap, args=(home, over), daemon=True)  # it ends with a failure, too
     with ours(None, home) as service:
         swapper.start()
         requests = [as_request(content) for content in contents]
