@@ -28,6 +28,9 @@ RUN = "bench"
 CHANGED = ("explain", "stride", "explain.stride={}")  # a step, its parameter, and how `celestial run` is told
 
 
+WHY = "Each step also keeps its executed notebook, and a page of it to read."
+
+
 def parameters(name: str, params: Any) -> dict[str, Any]:
     "What a step is told."
     return step_parameters(name, params) | {"run": RUN, "product": None, "upstream": None, "resources_": None}
@@ -136,7 +139,7 @@ def pipeline_rows(params: str, times: int, quick: bool) -> list[Row]:
 
 def _row(what: str, took: dict[str, list[float]], limit: str, goal: float, share: float | None) -> Row:
     peers, most = {"DVC stages over scripts": took["dvc"]}, {limit: took["script"]}
-    return Row(what, "s", took["ours"], peers, most, goal, share)
+    return Row(what, "s", took["ours"], peers, most, goal, share, WHY)
 
 
 def _env(folder: Path) -> dict[str, str]:
