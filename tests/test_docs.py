@@ -243,7 +243,7 @@ def test_a_page_names_sections_of_the_benchmark_that_exist(path: Path) -> None:
         if words[:2] == ["-m", "bench"]:
             assert set(words[2:]) - {word for word in words[2:] if word.startswith("-")} <= {
                 *SECTIONS,
-                "guide",
+                *(params.stem for params in (ROOT / "params").glob("*.yaml")),
                 "FOLDER",
             }
 
