@@ -7,7 +7,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import numpy as np
@@ -32,19 +34,24 @@ def copy_project(root: Path, folder: Path) -> None:
         shutil.copy2(path, folder / path.relative_to(root))
 
 
-def plain(folder: Path, until: str, seeds: range, env: dict[str, str]) -> float:
-    "Seconds of papermill's own command, run after run and step after step, each told its parameters by a file."
-    began = time.perf_counter()
+def step_runs(folder: Path, way: str, until: str, seeds: range) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    "Each run's steps in order: a notebook, where it goes when it's executed, and its parameters."
     for seed in seeds:
-        run = f"plain/seed-{seed}"
-        params = load_params("smoke", [f"seed={seed}"], folder / "params")
+        run, params = f"{way}/seed-{seed}", load_params("smoke", [f"seed={seed}"], folder / "params")
         for task in load_tasks(folder, run, until).values():
             executed = folder / task.product["notebook"]
             executed.parent.mkdir(parents=True, exist_ok=True)
-            parameters = executed.with_suffix(".yaml")
-            parameters.write_text(yaml.safe_dump(step_parameters(task.name, params) | {"run": run}))
-            command = [PAPERMILL, task.source, executed, "-f", parameters, "--no-progress-bar"]
-            subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True)
+            yield str(task.source), executed, step_parameters(task.name, params) | {"run": run}
+
+
+def plain(folder: Path, until: str, seeds: range, env: dict[str, str]) -> float:
+    "Seconds of papermill's own command, run after run and step after step, each told its parameters by a file."
+    began = time.perf_counter()
+    for source, executed, values in step_runs(folder, "plain", until, seeds):
+        parameters = executed.with_suffix(".yaml")
+        parameters.write_text(yaml.safe_dump(values))
+        command = [PAPERMILL, source, executed, "-f", parameters, "--no-progress-bar"]
+        subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True)
     return time.perf_counter() - began
 
 
@@ -58,13 +65,8 @@ for source, executed, parameters in json.load(sys.stdin):
 
 def by_engine(folder: Path, until: str, seeds: range, env: dict[str, str]) -> float:
     "Seconds of ploomber-engine, notebook after notebook in one process, so that what is imported stays; none is isolated."
-    tasks = []
-    for seed in seeds:
-        run, params = f"engine/seed-{seed}", load_params("smoke", [f"seed={seed}"], folder / "params")
-        for task in load_tasks(folder, run, until).values():
-            executed = folder / task.product["notebook"]
-            executed.parent.mkdir(parents=True, exist_ok=True)
-            tasks.append([str(task.source), str(executed), step_parameters(task.name, params) | {"run": run}])
+    runs = step_runs(folder, "engine", until, seeds)
+    tasks = [[source, str(executed), values] for source, executed, values in runs]
     began, told = time.perf_counter(), json.dumps(tasks)
     command = [sys.executable, "-c", ENGINE]
     subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True, input=told, text=True)
